@@ -1,0 +1,117 @@
+"""``conv2d_channel_grad``: a convolution's weight gradient at the selected input channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trady_kernels.ops.backend import Operator, unavailable
+from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad as aten
+from trady_kernels.ops.conv2d_channel_grad.reference import conv2d_channel_grad as reference
+
+
+def _fake(
+    input_selected: torch.Tensor,
+    grad_output: torch.Tensor,
+    channels: torch.Tensor,
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    shape = (channels.shape[0], grad_output.shape[1] // groups, *kernel_size)
+    return grad_output.new_empty(shape, dtype=torch.promote_types(grad_output.dtype, torch.float32))
+
+
+def _validate(
+    input_selected: torch.Tensor,
+    grad_output: torch.Tensor,
+    channels: torch.Tensor,
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    if input_selected.dim() != 4 or grad_output.dim() != 4:
+        raise ValueError(
+            f"input_selected, grad_output: got {input_selected.dim()} and {grad_output.dim()} dimensions, "
+            "expected (N, k, H, W) and (N, out_channels, H', W')"
+        )
+    if channels.dim() != 1 or channels.shape[0] != input_selected.shape[1]:
+        raise ValueError(
+            f"channels: got shape {tuple(channels.shape)}, expected ({input_selected.shape[1]},), one index "
+            "for each channel of input_selected"
+        )
+    if input_selected.dtype != grad_output.dtype:
+        raise ValueError(
+            f"grad_output: got {grad_output.dtype}, expected {input_selected.dtype}, the dtype of input_selected"
+        )
+    if in_channels % groups or grad_output.shape[1] % groups:
+        raise ValueError(
+            f"groups: got {groups}, expected a divisor of in_channels ({in_channels}) and of grad_output's "
+            f"channels ({grad_output.shape[1]})"
+        )
+    for axis, size, out in ((0, input_selected.shape[2], grad_output.shape[2]), (1, input_selected.shape[3], grad_output.shape[3])):
+        expected = (size + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[axis] + 1
+        if input_selected.shape[0] != grad_output.shape[0] or out != expected:
+            raise ValueError(
+                f"grad_output: got shape {tuple(grad_output.shape)}, expected batch {input_selected.shape[0]} and "
+                f"size {expected} along dimension {axis + 2}, which the convolution's arguments give"
+            )
+
+
+def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor, *_: object) -> str:
+    return "aten" if input_selected.is_cuda or unavailable("cpp") else "cpp"
+
+
+_operator = Operator(
+    "conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, "
+    "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    kernels={"aten": aten},
+    choose=_choose,
+    validate=_validate,
+)
+
+
+def conv2d_channel_grad(
+    input_selected: torch.Tensor,  # (N, k, H, W)
+    grad_output: torch.Tensor,  # (N, C', H', W')
+    channels: torch.Tensor,  # (k,)
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:  # (k, C'/groups, kh, kw)
+    r"""Weight gradient of a convolution at the selected input channels.
+
+    .. math::
+        dW[c, o, i, j] = \sum_{n, h, w} x_{pad}[n, c, h s_h + i d_h, w s_w + j d_w] \; dY[n, o, h, w]
+
+    Args:
+        input_selected: ``(N, k, H, W)``, the selected channels of the convolution's input.
+        grad_output: ``(N, C', H', W')``, same dtype.
+        channels: ``(k,)`` int64, which channels of the layer's ``in_channels`` these are; decides the
+            group each one belongs to.
+        in_channels: the layer's input channels.
+        kernel_size, stride, padding, dilation: pairs of ints, (height, width).
+        groups: the layer's groups.
+
+    Returns:
+        ``(k, C'/groups, kh, kw)``, contiguous, accumulated and returned in float32 (float64 for
+        float64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or groups that do not belong to one convolution.
+    """
+    return _operator(
+        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
+    )

@@ -1,0 +1,50 @@
+"""``conv2d_channel_grad`` by ATen's own weight gradient on the compact input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def conv2d_channel_grad(
+    input_selected: torch.Tensor,  # (N, k, H, W)
+    grad_output: torch.Tensor,  # (N, C', H', W')
+    channels: torch.Tensor,  # (k,)
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:  # (k, C'/groups, kh, kw)
+    """A grouped layer becomes a depthwise one: channel ``c`` alone with the outputs of its group."""
+    k = input_selected.shape[1]
+    out_per_group = grad_output.shape[1] // groups
+    accumulate = torch.promote_types(input_selected.dtype, torch.float32)
+    if k == 0 or grad_output.numel() == 0:
+        return grad_output.new_zeros((k, out_per_group, *kernel_size), dtype=accumulate)
+    if groups > 1:
+        outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
+        outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()
+        grad_output = grad_output.index_select(1, outputs)
+        shape, conv_groups = (k * out_per_group, 1, *kernel_size), k
+    else:
+        shape, conv_groups = (out_per_group, k, *kernel_size), 1
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        grad_output,
+        input_selected,
+        grad_output.new_empty(1, dtype=input_selected.dtype).expand(shape),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        conv_groups,
+        [False, True, False],
+    )
+    grad = grad.to(accumulate)
+    if groups > 1:
+        return grad.reshape(k, out_per_group, *kernel_size)
+    return grad.transpose(0, 1).contiguous()

@@ -1,0 +1,58 @@
+"""``gather_channels``: a compact copy of the selected channels."""
+
+from __future__ import annotations
+
+import torch
+
+from trady_kernels.ops.backend import Operator, unavailable
+from trady_kernels.ops.gather_channels.reference import gather_channels as reference
+from trady_kernels.ops.layout import memory_format_of
+
+
+def _fake(input: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    shape = [input.shape[0], channels.shape[0], *input.shape[2:]]
+    return input.new_empty(shape).contiguous(memory_format=memory_format_of(input))
+
+
+def _validate(input: torch.Tensor, channels: torch.Tensor) -> None:
+    if input.dim() < 2:
+        raise ValueError(f"input: got {input.dim()} dimensions, expected at least 2, (N, C, ...)")
+    if channels.dim() != 1 or channels.dtype != torch.int64:
+        raise ValueError(
+            f"channels: got shape {tuple(channels.shape)} of {channels.dtype}, expected a 1-D int64 tensor"
+        )
+
+
+def _choose(input: torch.Tensor, channels: torch.Tensor) -> str:
+    name = "cuda" if input.is_cuda else "cpp"
+    return "reference" if unavailable(name) else name
+
+
+_operator = Operator(
+    "gather_channels(Tensor input, Tensor channels) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    kernels={},
+    choose=_choose,
+    validate=_validate,
+)
+
+
+def gather_channels(
+    input: torch.Tensor,  # (N, C, ...)
+    channels: torch.Tensor,  # (k,)
+) -> torch.Tensor:  # (N, k, ...)
+    """Copy of the selected channels of dimension 1, in the input's memory format.
+
+    Args:
+        input: ``(N, C, ...)``, any floating dtype, contiguous, channels_last or strided.
+        channels: ``(k,)`` int64 indices into dimension 1, ``0 <= k <= C``, on the input's device.
+
+    Returns:
+        ``(N, k, ...)`` in the input's dtype; a fresh tensor also where all channels are selected.
+
+    Raises:
+        ValueError: fewer than two dimensions, or ``channels`` not a 1-D int64 tensor.
+        IndexError: an index is out of range (on the CPU).
+    """
+    return _operator(input, channels)

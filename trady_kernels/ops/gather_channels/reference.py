@@ -1,0 +1,15 @@
+"""``gather_channels`` in plain PyTorch: what the operator means."""
+
+from __future__ import annotations
+
+import torch
+
+from trady_kernels.ops.layout import memory_format_of
+
+
+def gather_channels(
+    input: torch.Tensor,  # (N, C, ...)
+    channels: torch.Tensor,  # (k,)
+) -> torch.Tensor:  # (N, k, ...)
+    """Copy of the selected channels, in the input's memory format."""
+    return input.index_select(1, channels).contiguous(memory_format=memory_format_of(input))

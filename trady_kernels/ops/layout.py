@@ -1,0 +1,17 @@
+"""The one rule by which an operator decides which memory format its result takes."""
+
+from __future__ import annotations
+
+import torch
+
+
+def memory_format_of(input: torch.Tensor) -> torch.memory_format:
+    """``channels_last`` for a 4-D tensor whose channels are adjacent and pixels are not, slices included.
+
+    Unlike ``is_contiguous`` the rule looks at two strides only, so a channel or row slice of a
+    channels_last tensor counts as channels_last, and a one-channel one as contiguous. The C++ kernels
+    apply the same rule.
+    """
+    if input.dim() == 4 and input.stride(1) == 1 and input.stride(3) != 1:
+        return torch.channels_last
+    return torch.contiguous_format

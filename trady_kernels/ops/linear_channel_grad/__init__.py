@@ -1,0 +1,62 @@
+"""``linear_channel_grad``: a linear layer's weight gradient at the selected input features."""
+
+from __future__ import annotations
+
+import torch
+
+from trady_kernels.ops.backend import Operator, unavailable
+from trady_kernels.ops.linear_channel_grad.aten import linear_channel_grad as aten
+from trady_kernels.ops.linear_channel_grad.reference import linear_channel_grad as reference
+
+
+def _fake(input_selected: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    shape = (input_selected.shape[-1], grad_output.shape[-1])
+    return grad_output.new_empty(shape, dtype=torch.promote_types(grad_output.dtype, torch.float32))
+
+
+def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
+    if input_selected.dim() < 2 or input_selected.shape[:-1] != grad_output.shape[:-1]:
+        raise ValueError(
+            f"grad_output: got shape {tuple(grad_output.shape)}, expected "
+            f"{(*input_selected.shape[:-1], 'out_features')} to match input_selected, at least 2-D"
+        )
+    if input_selected.dtype != grad_output.dtype:
+        raise ValueError(
+            f"grad_output: got {grad_output.dtype}, expected {input_selected.dtype}, the dtype of input_selected"
+        )
+
+
+def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
+    return "aten" if input_selected.is_cuda or unavailable("cpp") else "cpp"
+
+
+_operator = Operator(
+    "linear_channel_grad(Tensor input_selected, Tensor grad_output) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    kernels={"aten": aten},
+    choose=_choose,
+    validate=_validate,
+)
+
+
+def linear_channel_grad(
+    input_selected: torch.Tensor,  # (..., k)
+    grad_output: torch.Tensor,  # (..., O)
+) -> torch.Tensor:  # (k, O)
+    r"""Weight gradient of a linear layer at the selected input features, one row a feature.
+
+    .. math:: dW[c, o] = \sum_n x[n, c] \; dY[n, o]
+
+    Args:
+        input_selected: ``(..., k)``, the selected features of the layer's input.
+        grad_output: ``(..., O)``, same leading shape and dtype.
+
+    Returns:
+        ``(k, O)``, contiguous, accumulated and returned in float32 (float64 for float64 input). Note
+        that ``nn.Linear.weight`` is ``(O, in_features)``: this is its transpose's selected rows.
+
+    Raises:
+        ValueError: leading shapes or dtypes differ.
+    """
+    return _operator(input_selected, grad_output)
