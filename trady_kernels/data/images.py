@@ -1,0 +1,137 @@
+"""Labelled images in memory: resized once, kept as bytes, made into network input batch by batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+#: Images resized at a time; the float32 copy that resizing needs then stays below 200 MiB at 224x224.
+_RESIZE_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of each channel that a network was trained with, on a 0..1 scale."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images of one size with their class numbers.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``, C = 1 (grey) or 3.
+        labels: int64 ``(N,)``.
+    """
+
+    images: torch.Tensor  # (N, C, H, W) uint8
+    labels: torch.Tensor  # (N,) int64
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: torch.Tensor) -> LabelledImages:
+        """The images at ``indices`` (int64 ``(n,)``), in that order."""
+        return LabelledImages(self.images[indices], self.labels[indices])
+
+    def checksum(self) -> int:
+        """A number that changes when an image, a label or their order does."""
+        position = torch.arange(1, len(self) + 1)
+        brightness = self.images.flatten(1).sum(1, dtype=torch.int64)
+        return int(((brightness * 1009 + self.labels) * position).sum())
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set: the names of its classes, what to train on and what to test on."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: LabelledImages
+    test: LabelledImages
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize square-ish byte images to ``size`` x ``size`` pixels, bilinear with anti-aliasing.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+        size: side of the result in pixels.
+
+    Returns:
+        uint8 ``(N, C, size, size)``.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    return torch.cat(
+        [
+            F.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True)
+            .round_()
+            .clamp_(0, 255)
+            .to(torch.uint8)
+            for chunk in images.split(_RESIZE_CHUNK)
+        ]
+    )
+
+
+def to_network_input(
+    images: torch.Tensor, normalisation: Normalisation, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Turn byte images into the float32 three-channel input of a network.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``, C = 1 or 3.
+        normalisation: the network's own mean and standard deviation.
+        device: where the result lies.
+
+    Returns:
+        float32 ``(N, 3, H, W)``.
+    """
+    mean = torch.tensor(normalisation.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(normalisation.std, device=device).view(3, 1, 1)
+    return images.to(device).float().div_(255).sub(mean).div_(std)  # grey broadcasts to three channels
+
+
+def stratified_subset(labels: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw ``samples`` indices with the classes in the same proportions as in ``labels``.
+
+    Args:
+        labels: int64 ``(N,)``.
+        samples: how many to draw, at least one for each class, at most N.
+        generator: source of the draw.
+
+    Returns:
+        Sorted int64 ``(samples,)``.
+
+    Raises:
+        ValueError: ``samples`` is below the number of classes or above N.
+    """
+    sizes = torch.bincount(labels)
+    classes = int((sizes > 0).sum())
+    if not classes <= samples <= len(labels):
+        raise ValueError(
+            f"samples: got {samples}, expected {classes} (one for each class) to {len(labels)} (all there are)"
+        )
+    exact = sizes.double() * samples / len(labels)
+    taken = exact.floor().long().clamp(min=1).minimum(sizes)
+    while (missing := samples - int(taken.sum())) != 0:
+        if missing > 0:
+            taken[int((exact - taken).argmax())] += 1  # largest remainder first
+        else:  # small classes were lifted to one image: the largest class makes up for them
+            taken[int(taken.argmax())] -= 1
+    chosen = []
+    for label, count in enumerate(taken.tolist()):
+        members = (labels == label).nonzero().flatten()
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
+    return torch.cat(chosen).sort().values
+
+
+def complement(indices: torch.Tensor, total: int) -> torch.Tensor:
+    """The indices 0..total-1 that are not in ``indices``, sorted."""
+    keep = torch.ones(total, dtype=torch.bool)
+    keep[indices] = False
+    return keep.nonzero().flatten()
