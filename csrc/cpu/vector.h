@@ -1,0 +1,192 @@
+// Vectors of the instruction set that this file is compiled for, by the vector extension of GCC and clang.
+//
+// Only for *.isa.cpp. Everything lives in an anonymous namespace inside trady::TRADY_ISA: a function shared
+// between objects of different instruction sets would be merged by the linker into any one of them.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef TRADY_ISA
+#error "vector.h belongs into *.isa.cpp, which CMake compiles with -DTRADY_ISA=<instruction set>"
+#endif
+
+#define TRADY_INLINE inline __attribute__((always_inline))
+
+namespace trady::TRADY_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+constexpr int VECTOR_REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+constexpr int VECTOR_REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16;
+constexpr int VECTOR_REGISTERS = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+constexpr int VECTOR_REGISTERS = 16;
+#endif
+
+// Storage types of the half precisions.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// f32: float[LANES<float>], f64: double[LANES<double>]; +, -, *, / and broadcasting of scalars are built in.
+typedef float f32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+// The same in memory: any alignment, any declared type.
+typedef float f32_memory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef double f64_memory __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+typedef uint16_t u16_half_memory __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+// What a kernel over elements of T computes in: its scalar and its vector.
+template <class T>
+struct Accumulate {
+  using scalar = float;
+  using vector = f32;
+};
+template <>
+struct Accumulate<double> {
+  using scalar = double;
+  using vector = f64;
+};
+template <class T>
+using scalar_of = typename Accumulate<T>::scalar;
+template <class T>
+using vector_of = typename Accumulate<T>::vector;
+// Elements of T that one vector holds once widened.
+template <class T>
+constexpr int LANES = VECTOR_BYTES / static_cast<int>(sizeof(scalar_of<T>));
+
+// Keeps a value in a register: without it the compiler folds one load into several FMAs and loads it again each time.
+template <class V>
+TRADY_INLINE V keep(V value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
+TRADY_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
+
+// ---- widening -------------------------------------------------------------------------------------------
+
+TRADY_INLINE float widen(float x) { return x; }
+TRADY_INLINE double widen(double x) { return x; }
+TRADY_INLINE float widen(bfloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
+TRADY_INLINE float widen(float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  uint32_t bits;
+  if (magnitude < 0x0400u) {
+    // By integer, so that a CPU told to flush denormals gives the same.
+    bits = __builtin_bit_cast(uint32_t, static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  } else {
+    bits = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
+  }
+  return __builtin_bit_cast(float, bits | sign);
+}
+
+TRADY_INLINE f32 widen_bfloat16(u16_half bits) {
+#if defined(__AVX512F__)
+  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+  return (f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
+#else
+  return (f32)(__builtin_convertvector(bits, u32) << 16);
+#endif
+}
+
+TRADY_INLINE f32 widen_float16(u16_half bits) {
+#if defined(__AVX512F__)
+  return (f32)_mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return (f32)_mm256_cvtph_ps((__m128i)bits);
+#else
+  const u32 x = __builtin_convertvector(bits, u32);
+  const u32 magnitude = x & 0x7fffu;
+  const u32 denormal = (u32)(magnitude < 0x0400u);
+  const u32 special = (u32)(magnitude >= 0x7c00u);
+  const u32 small = (u32)(__builtin_convertvector((i32)magnitude, f32) * 0x1p-24f);
+  const u32 large = (magnitude << 13) + (112u << 23) + (special & (112u << 23));
+  return (f32)((denormal & small) | (~denormal & large) | ((x & 0x8000u) << 16));
+#endif
+}
+
+// ---- loads and stores -------------------------------------------------------------------------------------
+
+// LANES<T> elements from any address, widened.
+TRADY_INLINE f32 load(const float* p) { return *reinterpret_cast<const f32_memory*>(p); }
+TRADY_INLINE f64 load(const double* p) { return *reinterpret_cast<const f64_memory*>(p); }
+TRADY_INLINE f32 load(const bfloat16* p) { return widen_bfloat16(*reinterpret_cast<const u16_half_memory*>(p)); }
+TRADY_INLINE f32 load(const float16* p) { return widen_float16(*reinterpret_cast<const u16_half_memory*>(p)); }
+
+TRADY_INLINE void store(float* p, f32 value) { *reinterpret_cast<f32_memory*>(p) = value; }
+TRADY_INLINE void store(double* p, f64 value) { *reinterpret_cast<f64_memory*>(p) = value; }
+
+// The first `count` lanes (0 <= count <= LANES<T>); the others are zero, and their memory is not touched.
+#if defined(__AVX512F__)
+TRADY_INLINE f32 load_first(const float* p, int count) {
+  return (f32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+}
+TRADY_INLINE f64 load_first(const double* p, int count) {
+  return (f64)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), p);
+}
+TRADY_INLINE f32 load_first(const bfloat16* p, int count) {
+  return widen_bfloat16((u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p));
+}
+TRADY_INLINE f32 load_first(const float16* p, int count) {
+  return widen_float16((u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p));
+}
+TRADY_INLINE void store_first(float* p, f32 value, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)value);
+}
+TRADY_INLINE void store_first(double* p, f64 value, int count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), (__m512d)value);
+}
+#else
+template <class T>
+TRADY_INLINE vector_of<T> load_first(const T* p, int count) {
+  vector_of<T> value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = widen(p[lane]);
+  return value;
+}
+template <class T>
+TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
+  for (int lane = 0; lane < count; ++lane) p[lane] = value[lane];
+}
+#endif
+
+// ---- reductions -------------------------------------------------------------------------------------------
+
+template <class V>
+TRADY_INLINE auto sum(V value) {
+  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(value[0]));
+#if defined(__AVX512F__)
+  if constexpr (lanes == 16) return _mm512_reduce_add_ps((__m512)value);
+  if constexpr (lanes == 8) return _mm512_reduce_add_pd((__m512d)value);
+#endif
+  auto total = value[0];
+  for (int lane = 1; lane < lanes; ++lane) total += value[lane];
+  return total;
+}
+
+}  // namespace
+}  // namespace trady::TRADY_ISA
