@@ -1,0 +1,6 @@
+"""Functions with a lean backward: what is kept, and what is computed."""
+
+from trady_kernels.functional.conv2d import sparse_conv2d
+from trady_kernels.functional.linear import sparse_linear
+
+__all__ = ["sparse_conv2d", "sparse_linear"]

@@ -1,0 +1,268 @@
+"""``sparse_conv2d``: a convolution that trains, and keeps for backward, only selected input channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from trady_kernels.functional.autocast import cast_input
+from trady_kernels.functional.first_order import first_order_only, refuse_vmap
+from trady_kernels.ops import conv2d_channel_grad, gather_channels
+from trady_kernels.ops.layout import memory_format_of
+
+#: Zeros around the input: (left, right, top, bottom), the order that ``F.pad`` takes.
+Margins = tuple[int, int, int, int]
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _margins(padding: str | tuple[int, int], kernel_size: Sequence[int], dilation: Sequence[int]) -> Margins:
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":  # an odd total puts the extra element behind, as torch does
+        height, width = (dilation[i] * (kernel_size[i] - 1) for i in (0, 1))
+        return (width // 2, width - width // 2, height // 2, height - height // 2)
+    return (padding[1], padding[1], padding[0], padding[0])  # type: ignore[return-value]
+
+
+def _convolve(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: str | tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    padding_mode: str,
+) -> torch.Tensor:
+    """The very calls of ``nn.Conv2d.forward``, so that the output is bit-equal to it."""
+    if padding_mode != "zeros":
+        input = F.pad(input, _margins(padding, weight.shape[2:], dilation), mode=padding_mode)
+        padding = (0, 0)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def _unpad_reflect(grad: torch.Tensor, shape: Sequence[int], margins: Margins) -> torch.Tensor:
+    return torch.ops.aten.reflection_pad2d_backward(grad, grad.new_empty(1).expand(shape), list(margins))
+
+
+def _unpad_replicate(grad: torch.Tensor, shape: Sequence[int], margins: Margins) -> torch.Tensor:
+    return torch.ops.aten.replication_pad2d_backward(grad, grad.new_empty(1).expand(shape), list(margins))
+
+
+def _unpad_circular(grad: torch.Tensor, shape: Sequence[int], margins: Margins) -> torch.Tensor:
+    for dim, before, after in ((2, *margins[2:]), (3, *margins[:2])):
+        size = shape[dim]
+        inner = grad.narrow(dim, before, size).clone()
+        inner.narrow(dim, size - before, before).add_(grad.narrow(dim, 0, before))
+        inner.narrow(dim, 0, after).add_(grad.narrow(dim, before + size, after))
+        grad = inner
+    return grad
+
+
+#: The adjoint of ``F.pad`` by mode: gradient of the padded input -> gradient of the input.
+_UNPAD = {"reflect": _unpad_reflect, "replicate": _unpad_replicate, "circular": _unpad_circular}
+
+
+def _empty_like_input(
+    grad_output: torch.Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int] | None,
+    channels_last: bool,
+) -> torch.Tensor:
+    """Stand-in for the input that ``convolution_backward`` asks for its shape and layout only.
+
+    Never written or read. One element expanded would be smaller, but ``convolution_backward`` calls
+    ``.contiguous()`` on it, a full-size copy: 3 to 4 times the time of a depthwise channels_last layer.
+    """
+    if stride is not None:
+        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+        if extent == shape[0] * shape[1] * shape[2] * shape[3]:
+            return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
+
+
+class _SparseConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: torch.Tensor,  # (N, C, H, W)
+        weight: torch.Tensor,  # (C', C/groups, kh, kw)
+        bias: torch.Tensor | None,  # (C',)
+        channel_weight: torch.Tensor | None,  # (k, C'/groups, kh, kw)
+        channels: torch.Tensor,  # (k,)
+        stride: tuple[int, int],
+        padding: str | tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        padding_mode: str,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        if channel_weight is None or channels.shape[0] == input.shape[1]:
+            return output, None
+        return output, gather_channels(input, channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        input, weight, bias, channel_weight, channels, *ctx.convolution = inputs
+        _, selected = output
+        if selected is not None:
+            ctx.mark_non_differentiable(selected)
+        elif channel_weight is not None:
+            selected = input  # every channel is selected: keep the input itself, as nn.Conv2d does
+        ctx.set_materialize_grads(False)
+        # A change of `channels` before backward is noticed by autograd's version check.
+        ctx.save_for_backward(
+            selected,
+            weight if ctx.needs_input_grad[0] else None,
+            channels if channel_weight is not None else None,
+        )
+        ctx.kernel_size = tuple(weight.shape[2:])
+        ctx.input_shape = tuple(input.shape)
+        ctx.input_stride = input.stride()
+        ctx.channels_last = memory_format_of(input) == torch.channels_last
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rows_dtype = None if channel_weight is None else channel_weight.dtype
+
+    @staticmethod
+    @first_order_only("sparse_conv2d")
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if grad_output is None:
+            return (None,) * 10
+        selected, weight, channels = ctx.saved_tensors
+        stride, padding, dilation, groups, padding_mode = ctx.convolution
+        shape = ctx.input_shape
+        margins = _margins(padding, ctx.kernel_size, dilation)
+        left, right, top, bottom = margins
+        if padding_mode == "zeros":
+            # convolutions pad both sides alike; what 'same' adds behind is padded by hand
+            symmetric, by_hand = [top, left], (0, right - left, 0, bottom - top)
+        else:
+            symmetric, by_hand = [0, 0], margins
+        padded = any(by_hand)
+        mode = "constant" if padding_mode == "zeros" else padding_mode
+
+        grad_input = grad_bias = grad_rows = None
+        if ctx.needs_input_grad[3]:
+            grad_rows = conv2d_channel_grad(
+                F.pad(selected, by_hand, mode=mode) if padded else selected,
+                grad_output,
+                channels,
+                shape[1],
+                ctx.kernel_size,
+                stride,
+                symmetric,
+                dilation,
+                groups,
+            ).to(ctx.rows_dtype)
+        if ctx.needs_input_grad[0]:
+            if padded:
+                size = (*shape[:2], shape[2] + by_hand[2] + by_hand[3], shape[3] + by_hand[0] + by_hand[1])
+                like = _empty_like_input(grad_output, size, None, ctx.channels_last)
+            else:
+                like = _empty_like_input(grad_output, shape, ctx.input_stride, ctx.channels_last)
+            grad_input = torch.ops.aten.convolution_backward(
+                grad_output,
+                like,
+                weight.to(grad_output.dtype),
+                None,
+                stride,
+                symmetric,
+                dilation,
+                False,
+                [0, 0],
+                groups,
+                [True, False, False],
+            )[0]
+            if padded and padding_mode == "zeros":
+                grad_input = grad_input[:, :, : shape[2], : shape[3]].clone(
+                    memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format
+                )
+            elif padded:
+                grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_output.sum((0, 2, 3)).to(ctx.bias_dtype)
+        return grad_input, None, grad_bias, grad_rows, *(None,) * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        refuse_vmap("sparse_conv2d")
+
+
+def sparse_conv2d(
+    input: torch.Tensor,  # (N, C, H, W) or (C, H, W)
+    weight: torch.Tensor,  # (C', C/groups, kh, kw)
+    bias: torch.Tensor | None,  # (C',)
+    channel_weight: torch.Tensor | None,  # (k, C'/groups, kh, kw)
+    channels: torch.Tensor,  # (k,)
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+) -> torch.Tensor:  # (N, C', H', W') or (C', H', W')
+    r"""``F.conv2d`` whose weight gradient goes to the rows of the selected input channels alone.
+
+    .. math:: dW[c, o, i, j] = \sum_{n, h, w} x_{pad}[n, c, h s_h + i d_h, w s_w + j d_w] \; dY[n, o, h, w]
+
+    Kept for backward: the selected channels of the input where ``channel_weight`` requires grad, and a
+    reference to ``weight`` where the input does (TraDy, arXiv 2510.19675, section 3).
+
+    Args:
+        input: ``(N, C, H, W)`` or ``(C, H, W)``.
+        weight: ``(C', C/groups, kh, kw)``, the whole weight. It must already hold the values of
+            ``channel_weight`` at ``channels``; it gets no gradient itself.
+        bias: ``(C',)`` or None.
+        channel_weight: ``(k, C'/groups, kh, kw)``, what the gradient of the selected channels goes to, one
+            row an input channel; None where nothing but the input and the bias gets a gradient. Its
+            values are not read.
+        channels: ``(k,)`` int64, sorted and unique, the input channel of each row.
+        stride, padding, dilation, groups: as ``F.conv2d`` takes them, ``'same'`` and ``'valid'`` included.
+        padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+
+    Returns:
+        ``(N, C', H', W')`` or ``(C', H', W')``, bit-equal to ``nn.Conv2d``'s.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        ValueError: ``input`` does not have the weight's number of channels, or not 3 or 4 dimensions.
+        RuntimeError: when a gradient of the gradient is asked for.
+        NotImplementedError: under ``torch.vmap`` while something requires grad.
+    """
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(f"input: got {type(input).__name__}, expected a tensor (N, C, H, W) or (C, H, W)")
+    dim = input.dim()
+    in_channels = weight.shape[1] * groups
+    if dim not in (3, 4) or input.shape[-3] != in_channels:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, expected (N, {in_channels}, H, W) or "
+            f"({in_channels}, H, W), since the layer has {in_channels} input channels"
+        )
+    stride, dilation = _pair(stride), _pair(dilation)
+    if not isinstance(padding, str):
+        padding = _pair(padding)
+    if channel_weight is not None and not channel_weight.requires_grad:
+        channel_weight = None
+    if not torch.is_grad_enabled() or not (
+        channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+    input = cast_input(input)
+    output, _ = _SparseConv2d.apply(
+        input if dim == 4 else input.unsqueeze(0),
+        weight,
+        bias,
+        channel_weight,
+        channels,
+        stride,
+        padding,
+        dilation,
+        groups,
+        padding_mode,
+    )
+    return output if dim == 4 else output.squeeze(0)

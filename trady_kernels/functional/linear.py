@@ -1,0 +1,123 @@
+"""``sparse_linear``: a linear layer that trains, and keeps for backward, only selected input features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from trady_kernels.functional.autocast import cast_input
+from trady_kernels.functional.first_order import first_order_only, refuse_vmap
+from trady_kernels.ops import gather_channels, linear_channel_grad
+
+
+def _gather_features(input: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:  # (..., I) -> (..., k)
+    if input.dim() > 1 and input.is_contiguous():
+        flat = gather_channels(input.flatten(0, -2), channels)
+        return flat.view(*input.shape[:-1], channels.shape[0])
+    return input.index_select(-1, channels)  # flattening a strided input would copy all of it
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: torch.Tensor,  # (..., I)
+        weight: torch.Tensor,  # (O, I)
+        bias: torch.Tensor | None,  # (O,)
+        channel_weight: torch.Tensor | None,  # (k, O)
+        channels: torch.Tensor,  # (k,)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = F.linear(input, weight, bias)
+        if channel_weight is None or channels.shape[0] == input.shape[-1]:
+            return output, None
+        return output, _gather_features(input, channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        input, weight, bias, channel_weight, channels = inputs
+        _, selected = output
+        if selected is not None:
+            ctx.mark_non_differentiable(selected)
+        elif channel_weight is not None:
+            selected = input  # every feature is selected: keep the input itself, as nn.Linear does
+        ctx.set_materialize_grads(False)
+        # A change of `channels` before backward is noticed by autograd's version check.
+        ctx.save_for_backward(
+            selected,
+            weight if ctx.needs_input_grad[0] else None,
+            channels if channel_weight is not None else None,
+        )
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.rows_dtype = None if channel_weight is None else channel_weight.dtype
+
+    @staticmethod
+    @first_order_only("sparse_linear")
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if grad_output is None:
+            return (None,) * 5
+        selected, weight, _channels = ctx.saved_tensors
+        grad_input = grad_bias = grad_rows = None
+        rows_of_output = grad_output.flatten(0, -2) if grad_output.dim() > 1 else grad_output[None]  # (N, O)
+        if ctx.needs_input_grad[3]:
+            rows_of_input = selected.flatten(0, -2) if selected.dim() > 1 else selected[None]
+            grad_rows = linear_channel_grad(rows_of_input, rows_of_output).to(ctx.rows_dtype)
+        if ctx.needs_input_grad[0]:
+            grad_input = torch.matmul(grad_output, weight.to(grad_output.dtype))
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows_of_output.sum(0).to(ctx.bias_dtype)
+        return grad_input, None, grad_bias, grad_rows, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        refuse_vmap("sparse_linear")
+
+
+def sparse_linear(
+    input: torch.Tensor,  # (..., I)
+    weight: torch.Tensor,  # (O, I)
+    bias: torch.Tensor | None,  # (O,)
+    channel_weight: torch.Tensor | None,  # (k, O)
+    channels: torch.Tensor,  # (k,)
+) -> torch.Tensor:  # (..., O)
+    r"""``F.linear`` whose weight gradient goes to the rows of the selected input features alone.
+
+    .. math:: dW[c, o] = \sum_n x[n, c] \; dY[n, o]
+
+    Kept for backward: the selected features of the input where ``channel_weight`` requires grad, and a
+    reference to ``weight`` where the input does (TraDy, arXiv 2510.19675, section 3).
+
+    Args:
+        input: ``(..., I)``.
+        weight: ``(O, I)``, the whole weight. It must already hold the values of ``channel_weight`` at
+            ``channels``; it gets no gradient itself.
+        bias: ``(O,)`` or None.
+        channel_weight: ``(k, O)``, what the gradient of the selected features goes to, one row an input
+            feature; None where nothing but the input and the bias gets a gradient. Its values are not
+            read.
+        channels: ``(k,)`` int64, sorted and unique, the input feature of each row.
+
+    Returns:
+        ``(..., O)``, bit-equal to ``nn.Linear``'s.
+
+    Raises:
+        TypeError: ``input`` is not a tensor.
+        ValueError: the last dimension of ``input`` is not the weight's.
+        RuntimeError: when a gradient of the gradient is asked for.
+        NotImplementedError: under ``torch.vmap`` while something requires grad.
+    """
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(f"input: got {type(input).__name__}, expected a tensor (..., {weight.shape[1]})")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input: got shape {tuple(input.shape)}, expected (..., {weight.shape[1]}), since the layer has "
+            f"{weight.shape[1]} input features"
+        )
+    if channel_weight is not None and not channel_weight.requires_grad:
+        channel_weight = None
+    if not torch.is_grad_enabled() or not (
+        channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return F.linear(input, weight, bias)
+    output, _ = _SparseLinear.apply(cast_input(input), weight, bias, channel_weight, channels)
+    return output

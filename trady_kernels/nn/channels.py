@@ -1,0 +1,354 @@
+"""What the sparse layers have in common: the rows that train, and the weight that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trady_kernels.nn import optimizer_state
+
+#: What `channels=` takes: None = all, an int = that many at random, or indices.
+Channels = int | torch.Tensor | Sequence[int] | None
+
+
+def as_channels(channels: Channels, count: int, device: torch.device) -> torch.Tensor:
+    """Sorted int64 indices for what a user may pass as ``channels``.
+
+    Args:
+        channels: None for all, an int for that many at random (torch's global generator), or a 1-D
+            tensor or sequence of indices. A tensor on an accelerator is checked by a device assertion,
+            without synchronisation.
+        count: input channels of the layer.
+        device: where the result goes.
+
+    Raises:
+        TypeError: not an int, an integer tensor or a sequence of ints.
+        ValueError: an int out of range, duplicates, or not one-dimensional.
+        IndexError: an index out of range.
+    """
+    expected = f"None, an int from 0 to {count}, or a 1-D tensor or sequence of indices below {count}"
+    if channels is None:
+        return torch.arange(count, device=device)
+    if isinstance(channels, bool) or isinstance(channels, str):
+        raise TypeError(f"channels: got {channels!r}, expected {expected}")
+    if isinstance(channels, Integral):
+        if not 0 <= channels <= count:
+            raise ValueError(f"channels: got {channels}, expected {expected}")
+        return torch.randperm(count)[: int(channels)].sort().values.to(device)
+    if isinstance(channels, Sequence):
+        for index in channels:
+            if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
+                continue
+            if not isinstance(index, Integral) or isinstance(index, bool):
+                raise TypeError(f"channels: got {index!r} among the indices, expected {expected}")
+        channels = torch.tensor([int(index) for index in channels], dtype=torch.int64)
+    elif not isinstance(channels, torch.Tensor):
+        if not hasattr(channels, "__array__"):
+            raise TypeError(f"channels: got {type(channels).__name__}, expected {expected}")
+        channels = torch.as_tensor(channels)
+    if channels.dtype == torch.bool or channels.is_floating_point() or channels.is_complex():
+        raise TypeError(f"channels: got a tensor of {channels.dtype}, expected {expected}")
+    if channels.dim() != 1:
+        raise ValueError(f"channels: got a tensor of shape {tuple(channels.shape)}, expected {expected}")
+    indices = channels.detach().to(torch.int64).sort().values
+    if indices.device.type == "cpu":
+        if indices.numel() and (indices[0] < 0 or indices[-1] >= count):
+            wrong = int(indices[0]) if indices[0] < 0 else int(indices[-1])
+            raise IndexError(f"channels: got index {wrong}, expected {expected}")
+        repeated = indices[1:][indices[1:] == indices[:-1]]
+        if repeated.numel():
+            raise ValueError(f"channels: got index {int(repeated[0])} more than once, expected {expected}")
+    elif indices.numel():
+        torch._assert_async((indices[0] >= 0) & (indices[-1] < count), f"channels: expected {expected}")
+        torch._assert_async((indices[1:] > indices[:-1]).all(), "channels: expected each index once")
+    return indices.to(device)
+
+
+class _Stamp(NamedTuple):
+    """What changes when somebody writes to a tensor: its version in place, its address when replaced."""
+
+    version: int
+    address: int
+
+
+def _stamp(tensor: torch.Tensor) -> _Stamp:
+    # Inference tensors have no version counter.
+    return _Stamp(-1 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
+
+
+_Dense = TypeVar("_Dense", bound=nn.Module)
+_Sparse = TypeVar("_Sparse", bound="SparseChannels")
+
+
+def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    for name in ("weight", "bias"):
+        parameter = getattr(source, name)
+        if parameter is not None:
+            copy = parameter.detach().clone()
+            setattr(target, name, nn.Parameter(copy, requires_grad=name == "weight" or parameter.requires_grad))
+    target.train(source.training)
+
+
+class SparseChannels(nn.Module):
+    """Base of the sparse layers: the trainable rows of a frozen weight, kept equal to each other.
+
+    ``weight`` is the dense layer's parameter, frozen, whole and in ``state_dict()``. ``channel_weight`` is the
+    trainable parameter, one row per selected input channel. Whichever of the two was written last is copied
+    to the other: rows after every ``optimizer.step()``, everything else at the next eager forward,
+    ``state_dict()``, ``select()`` or ``synchronize()``. Writes are seen by version counter and address, so
+    in-place writes through ``.data`` are not seen, except those before the first use.
+    """
+
+    weight: nn.Parameter
+    channel_weight: nn.Parameter
+    channels: torch.Tensor
+
+    # -- what a concrete layer defines -------------------------------------------------------------
+
+    @property
+    def channel_count(self) -> int:
+        """Input channels that can be selected."""
+        raise NotImplementedError
+
+    def read_rows(self, weight: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        """Contiguous copy of ``weight`` at ``channels``, in the shape of ``channel_weight``."""
+        raise NotImplementedError
+
+    def write_rows(self, weight: torch.Tensor, channels: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write ``rows``, shaped as ``channel_weight``, into ``weight`` at ``channels``, in place."""
+        raise NotImplementedError
+
+    # -- construction ------------------------------------------------------------------------------
+
+    def _register_rows(self, channels: Channels) -> None:
+        # An index tensor on the meta device would forget which channels it means.
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        indices = as_channels(channels, self.channel_count, device)
+        self.weight.requires_grad_(False)
+        self.register_buffer("channels", indices, persistent=False)
+        rows = self.read_rows(self.weight.detach(), indices)
+        self.register_parameter("channel_weight", nn.Parameter(rows, requires_grad=len(indices) > 0))
+        self._adopt()
+
+    def _copy_from(self: _Sparse, module: nn.Module, channels: Channels) -> _Sparse:
+        """Fill a layer made on the meta device with copies of a dense one's values."""
+        if isinstance(module, SparseChannels):
+            module.synchronize()
+        indices = as_channels(channels, self.channel_count, torch.device("cpu"))
+        _copy_parameters(module, self)
+        self.select(indices)
+        return self
+
+    def _copy_to(self, dense: _Dense) -> _Dense:
+        if self._holds_own():
+            self.synchronize()
+        _copy_parameters(self, dense)
+        return dense
+
+    def _adopt(self) -> None:
+        """Take the parameters that the module holds now as its own, rows and weight being equal."""
+        self._own = (self.weight, self.channel_weight)
+        optimizer_state.register(self)
+        self._settle()
+        # Somebody may still initialise `weight` through `.data`, which no version counter sees.
+        self._unread = True
+
+    def _settle(self) -> None:
+        weight, rows = self._own
+        self._settled = (_stamp(weight), _stamp(rows))
+        self._unread = False
+
+    def is_own_rows(self, parameter: torch.Tensor) -> bool:
+        """Whether ``parameter`` is this layer's ``channel_weight`` (not one lent by ``functional_call``)."""
+        return self._own[1] is parameter
+
+    # -- rows and weight ---------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Copy the rows into ``weight`` if they were written, or ``weight`` into the rows if it was.
+
+        Raises:
+            RuntimeError: both were written, and they differ.
+        """
+        weight_written, rows_written = self._written()
+        if weight_written:
+            if rows_written and not self._rows_equal_weight():
+                raise RuntimeError(
+                    "weight and channel_weight were both written since they last agreed, expected one of "
+                    "them: load_state_dict() takes the weight, and equal rows are accepted"
+                )
+            self._pull()
+        elif rows_written:
+            self._push()
+        elif self._unread:
+            self._pull()
+
+    def _written(self) -> tuple[bool, bool]:
+        """Which of weight and rows somebody wrote to since they last agreed."""
+        weight, rows = self._own
+        weight_stamp, rows_stamp = self._settled
+        return _stamp(weight) != weight_stamp, _stamp(rows) != rows_stamp
+
+    def _rows_equal_weight(self) -> bool:
+        weight, rows = (tensor.detach() for tensor in self._own)
+        from_weight = self.read_rows(weight, self.channels)
+        if from_weight.shape != rows.shape:
+            return False
+        # Equal up to rounding: an averaged copy of both is not bit-equal.
+        tolerance = 8 * torch.finfo(rows.dtype).eps
+        return torch.allclose(from_weight, rows, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    @torch.no_grad()
+    def _pull(self) -> None:
+        weight, rows = self._own
+        rows.copy_(self.read_rows(weight.detach(), self.channels))
+        self._settle()
+
+    @torch.no_grad()
+    def _push(self) -> None:
+        weight, rows = self._own
+        self.write_rows(weight, self.channels, rows)
+        self._settle()
+
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``weight`` and ``channel_weight`` for a forward, equal at the selected channels.
+
+        A channel_weight that is not the layer's own (``torch.func.functional_call``) is written into a copy
+        of the weight, for this call.
+        """
+        weight, rows = self.weight, self.channel_weight
+        own_weight, own_rows = self._own
+        if rows is own_rows:
+            if weight is own_weight and not torch.compiler.is_compiling():
+                self.synchronize()
+            return weight, rows
+        weight = weight.detach().clone()
+        self.write_rows(weight, self.channels, rows.detach())
+        return weight, rows
+
+    # -- selection ---------------------------------------------------------------------------------
+
+    def select(self, channels: Channels, optimizer: Optimizer | None = None) -> None:
+        """Train these input channels from now on, and no others.
+
+        ``channel_weight`` stays the same object and takes the rows of the new channels; its ``.grad`` is
+        cleared. State that an optimiser keeps for channels that stay is carried over, that of channels that
+        leave is dropped, and entering channels start as in a fresh optimiser.
+
+        Args:
+            channels: None for all, an int for that many at random, or a 1-D tensor or sequence of indices.
+            optimizer: one that holds ``channel_weight``: its state is rearranged now instead of at its
+                next step.
+
+        Raises:
+            TypeError, ValueError, IndexError: bad ``channels``; nothing has changed then.
+            NotImplementedError: ``optimizer`` keeps state that cannot be rearranged; nothing has changed.
+        """
+        device = torch.device("cpu") if self.weight.is_meta else self.weight.device
+        indices = as_channels(channels, self.channel_count, device)
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer or None"
+            )
+        if optimizer is not None:
+            optimizer_state.check_supported(optimizer, self.channel_weight)
+        self.synchronize()
+        rows, previous = self.channel_weight, len(self.channels)
+        selected = self.read_rows(self.weight.detach(), indices)
+        rows.grad = None
+        with torch.no_grad():
+            if selected.shape == rows.shape:
+                # In place: addresses, DDP's hooks and compiled graphs stay valid.
+                rows.copy_(selected)
+                self.channels.copy_(indices)
+            else:
+                # A live graph keeps a gradient accumulator with the old shape; a change of dtype renews it.
+                other = torch.float64 if rows.dtype != torch.float64 else torch.float32
+                rows.data = torch.empty(0, dtype=other, device=rows.device)
+                rows.data = selected
+                self.channels = indices
+                if not len(indices) or not previous:  # otherwise as the user set it
+                    rows.requires_grad_(len(indices) > 0)
+        self._settle()
+        if optimizer is not None:
+            optimizer_state.rearrange(optimizer, self)
+
+    # -- what nn.Module does with parameters -------------------------------------------------------
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not torch.compiler.is_compiling() and self._holds_own():
+            self.synchronize()
+        rows = self._parameters.pop("channel_weight")
+        try:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+        finally:
+            self._parameters["channel_weight"] = rows
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight_written, rows_written = self._written()
+        if rows_written and not weight_written:
+            self._push()
+        before = _stamp(self.weight)
+        rows = self._parameters.pop("channel_weight")
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        finally:
+            self._parameters["channel_weight"] = rows
+        if self.weight is not self._own[0] or _stamp(self.weight) != before:
+            self._take_weight()
+
+    def _take_weight(self) -> None:
+        """The weight as it is now wins, whatever was written to the rows."""
+        if self.channel_weight.is_meta and not self.weight.is_meta:
+            rows = self.channel_weight
+            self.channels = self.channels.to(self.weight.device)
+            self._parameters["channel_weight"] = nn.Parameter(
+                self.read_rows(self.weight.detach(), self.channels), requires_grad=rows.requires_grad
+            )
+        self._adopt()
+        self._pull()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        if self._holds_own():
+            self.synchronize()
+        # `to_empty` and the like would leave indices that point anywhere.
+        indices = self._buffers.pop("channels")
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            assert indices is not None
+            self._buffers["channels"] = indices if self.weight.is_meta else indices.to(self.weight.device)
+        self._adopt()
+        return self
+
+    def _holds_own(self) -> bool:
+        return self.weight is self._own[0] and self.channel_weight is self._own[1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        adopts = name == "weight" and "_own" in self.__dict__ and isinstance(value, nn.Parameter)
+        if adopts and value.shape != self.weight.shape:
+            raise ValueError(f"weight: got shape {tuple(value.shape)}, expected {tuple(self.weight.shape)}")
+        super().__setattr__(name, value)
+        if adopts:
+            value.requires_grad_(False)
+            self._take_weight()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._holds_own():
+            self.synchronize()
+        state = self.__dict__.copy()
+        for name in ("_own", "_settled", "_unread"):  # identities and addresses of this process
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._adopt()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selected={len(self.channels)}"

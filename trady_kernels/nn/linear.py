@@ -1,0 +1,90 @@
+"""``SparseLinear``: ``nn.Linear`` that trains selected input features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from trady_kernels.functional import sparse_linear
+from trady_kernels.nn.channels import Channels, SparseChannels
+
+
+class SparseLinear(SparseChannels, nn.Linear):
+    r"""``nn.Linear`` that trains the weights of selected input features and keeps only those for backward.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear`` takes them.
+        channels: the input features to train: None for all, an int for that many at random, or a 1-D index
+            tensor or sequence.
+
+    Attributes:
+        weight: ``(O, I)``, the whole weight, frozen, always up to date.
+        channel_weight: ``(k, O)``, the trainable rows, one a selected input feature; the same object for the
+            life of the module, and not in ``state_dict()``.
+        channels: ``(k,)`` int64, sorted, the input feature of each row.
+
+    Raises:
+        TypeError, ValueError, IndexError: bad ``channels``, or what ``nn.Linear`` raises.
+
+    Source: TraDy, arXiv 2510.19675, section 3; PaCA, arXiv 2503.01905.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        channels: Channels = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._register_rows(channels)
+
+    @classmethod
+    def from_dense(cls, module: nn.Linear, channels: Channels = None) -> SparseLinear:
+        """A sparse layer with copies of a dense one's values, in its mode and on its device.
+
+        Args:
+            module: an ``nn.Linear``, left as it is.
+            channels: as for the constructor.
+
+        Raises:
+            TypeError: ``module`` is not an ``nn.Linear``.
+            TypeError, ValueError, IndexError: bad ``channels``.
+        """
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: got {type(module).__name__}, expected an nn.Linear")
+        sparse = cls(**_arguments(module), channels=0)
+        return sparse._copy_from(module, channels)
+
+    def to_dense(self) -> nn.Linear:
+        """An ``nn.Linear`` with copies of this layer's values, in its mode and on its device."""
+        return self._copy_to(nn.Linear(**_arguments(self)))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # (..., I) -> (..., O)
+        weight, rows = self._operands()
+        return sparse_linear(input, weight, self.bias, rows, self.channels)
+
+    @property
+    def channel_count(self) -> int:
+        return self.in_features
+
+    def read_rows(self, weight: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        return weight.t().index_select(0, channels).contiguous()
+
+    def write_rows(self, weight: torch.Tensor, channels: torch.Tensor, rows: torch.Tensor) -> None:
+        weight.t().index_copy_(0, channels, rows)
+
+
+def _arguments(module: nn.Linear) -> dict[str, Any]:
+    return {
+        "in_features": module.in_features,
+        "out_features": module.out_features,
+        "bias": module.bias is not None,
+        "device": "meta",
+        "dtype": module.weight.dtype,
+    }
