@@ -14,6 +14,11 @@ triton      Triton
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +47,10 @@ class Operator:
         reference: plain PyTorch implementation; also what ``torch.ops.trady.<name>`` runs on a device
             that has no compiled kernel.
         fake: shape, dtype and strides of the result, for ``torch.compile``.
-        kernels: further implementations, by backend name.
+        kernels: further implementations in Python, by backend name; the compiled ones, ``cpp`` and
+            ``cuda``, join them when the libraries are loaded.
         choose: takes the operator's arguments and returns the backend that ``auto`` uses for them.
+            Where it has no kernel here, ATen's is taken, and where there is none, the reference.
         validate: takes the operator's arguments; raises ``ValueError`` / ``TypeError`` on bad ones.
     """
 
@@ -69,16 +76,26 @@ class Operator:
 
     def __call__(self, *args: Any) -> torch.Tensor:
         self.validate(*args)
-        name = _forced or self.choose(*args)
-        kernel = self.kernels.get(name)
-        if kernel is None:
-            raise NotImplementedError(
-                f"{self.name}: backend {name!r} has no kernel for this operator, "
-                f"expected one of {', '.join(self.kernels)}"
-            )
+        if _forced is None:
+            name = self.choose(*args)
+            if name not in self.kernels:
+                name = "aten" if "aten" in self.kernels else "reference"
+        else:
+            name = _forced
+            if name not in self.kernels:
+                raise NotImplementedError(
+                    f"{self.name}: backend {name!r} has no kernel for this operator, "
+                    f"expected one of {', '.join(self.kernels)}"
+                )
+            device = _DEVICES.get(name)
+            if device is not None and args[0].device.type != device:
+                raise ValueError(
+                    f"{self.name}: backend {name!r} runs on {device} tensors, got one on {args[0].device}; "
+                    f"move it or force another backend"
+                )
         if not torch.compiler.is_compiling():
             _last_kernel[self.name] = name
-        return kernel(*args)
+        return self.kernels[name](*args)
 
 
 @contextlib.contextmanager
@@ -110,27 +127,88 @@ def last_kernel(operator: str) -> str | None:
     return _last_kernel.get(operator)
 
 
+# ---- what exists here -----------------------------------------------------------------------------------
+
+#: Device type that a compiled backend works on, which is also its dispatch key.
+_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 _LIBRARIES = Path(__file__).parent.parent / "_lib"
 _reasons: dict[str, str] = {}
 
 
+def build_record() -> dict[str, str]:
+    """What ``setup.py`` wrote down at installation: compiler, torch, nvcc, or why there is none.
+
+    Returns:
+        ``compiler``, ``torch``, ``python``, and ``nvcc`` with ``cuda_archs`` or ``cuda_missing``;
+        ``missing`` alone where there was no compiler; empty in a source folder never installed.
+    """
+    try:
+        return json.loads((_LIBRARIES / "build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+def _load_library(name: str) -> str | None:
+    path = _LIBRARIES / f"libtrady_{_DEVICES[name]}.so"
+    if not path.exists():
+        record = build_record()
+        why = record.get("missing") or (record.get("cuda_missing") if name == "cuda" else None)
+        mend = "a C++ compiler" if "missing" in record else "the CUDA toolkit" if why else None
+        return (
+            f"{why}: install {mend} and install the package again"
+            if why
+            else f"{path.name} was never built: run pip install -e . --no-build-isolation in the source folder"
+        )
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load ({error}): install the package again with this torch, {torch.__version__}"
+    return None
+
+
 def load_compiled() -> None:
-    """Load the compiled operator libraries that belong to this torch; note why one is missing."""
-    for name, file, runs in (
-        ("cpp", "libtrady_cpu.so", True),
-        ("cuda", "libtrady_cuda.so", torch.version.cuda is not None),
-    ):
-        path = _LIBRARIES / file
-        if not runs:
-            _reasons[name] = "this build of torch has no CUDA"
-        elif not path.exists():
-            _reasons[name] = f"{path.name} was not built"
-        else:
-            torch.ops.load_library(path)
+    """Load the compiled libraries that belong to this torch; note, and say once, why one is missing.
+
+    Raises:
+        ValueError: ``TRADY_ISA`` names an instruction set that this CPU does not have.
+    """
+    missing = _load_library("cpp")
+    if missing:
+        _reasons["cpp"] = missing
+        warnings.warn(
+            f"trady_kernels runs without compiled code, on ATen and the plain PyTorch reference: {missing}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    elif "TRADY_ISA" in os.environ:
+        compiled = importlib.import_module("trady_kernels._C")
+        try:
+            compiled.set_isa(os.environ["TRADY_ISA"])
+        except ValueError as error:
+            raise ValueError(f"TRADY_ISA: {error}") from None
+    # A CPU build of torch lacks symbols that the CUDA library names: loading it there would fail.
+    cuda_missing = (
+        "torch.version.cuda is None: install a CUDA build of torch"
+        if torch.version.cuda is None
+        else _load_library("cuda")
+    )
+    if cuda_missing is None and not torch.cuda.is_available():
+        cuda_missing = "torch.cuda.is_available() is False: torch finds no NVIDIA GPU or driver, see nvidia-smi"
+    if cuda_missing:
+        _reasons["cuda"] = cuda_missing
+    if importlib.util.find_spec("triton") is None:
+        _reasons["triton"] = "triton is not installed: install a CUDA build of torch, which brings it"
+    for operator in OPERATORS.values():
+        for name, device in _DEVICES.items():
+            key = device.upper()
+            if name not in _reasons and torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"trady::{operator.name}", key
+            ):
+                operator.kernels[name] = operator.overload
 
 
 def unavailable(name: str) -> str | None:
-    """Why backend ``name`` cannot run on this machine; None when it can.
+    """Why backend ``name`` cannot run on this machine and how to mend it; None when it can.
 
     Raises:
         ValueError: no such backend.
@@ -138,3 +216,8 @@ def unavailable(name: str) -> str | None:
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(BACKENDS)}")
     return _reasons.get(name)
+
+
+def available() -> dict[str, str | None]:
+    """Every backend, with None where it runs here and otherwise the reason and the mend."""
+    return {name: unavailable(name) for name in BACKENDS}

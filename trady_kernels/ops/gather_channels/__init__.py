@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator, unavailable
+from trady_kernels.ops.backend import Operator
 from trady_kernels.ops.gather_channels.reference import gather_channels as reference
 from trady_kernels.ops.layout import memory_format_of
 
@@ -24,8 +24,7 @@ def _validate(input: torch.Tensor, channels: torch.Tensor) -> None:
 
 
 def _choose(input: torch.Tensor, channels: torch.Tensor) -> str:
-    name = "cuda" if input.is_cuda else "cpp"
-    return "reference" if unavailable(name) else name
+    return "cuda" if input.is_cuda else "cpp"
 
 
 _operator = Operator(
@@ -55,4 +54,13 @@ def gather_channels(
         ValueError: fewer than two dimensions, or ``channels`` not a 1-D int64 tensor.
         IndexError: an index is out of range (on the CPU).
     """
-    return _operator(input, channels)
+    try:
+        return _operator(input, channels)
+    except (IndexError, RuntimeError):
+        # Looked at only once something has failed: a check before every call costs more than the copy.
+        wrong = [] if channels.is_cuda else [c for c in channels.tolist() if not 0 <= c < input.shape[1]]
+        if wrong:
+            raise IndexError(
+                f"channels: got index {wrong[0]}, expected 0 <= index < {input.shape[1]}, the channels of input"
+            ) from None
+        raise
