@@ -1,0 +1,207 @@
+// conv2d_channel_grad: checks, how the work is cut, allocation, registration.
+#include "conv2d_channel_grad.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+namespace trady {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, "conv2d_channel_grad: input_selected has an unsupported dtype, expected float32, float64, ",
+                      "bfloat16 or float16");
+  }
+}
+
+// Kept for the life of the thread: a fresh block for each call would be returned to the system and faulted in again.
+void* scratch(size_t bytes) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> block;
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    block.reset(std::aligned_alloc(64, bytes));
+    size = bytes;
+  }
+  return block.get();
+}
+
+std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t selected, int64_t in_channels, int64_t groups) {
+  const int64_t in_per_group = in_channels / groups;
+  std::vector<ChannelRun> runs;
+  for (int64_t i = 0; i < selected; i++) {
+    STD_TORCH_CHECK(channels[i] >= 0 && channels[i] < in_channels, "channels: got index ", channels[i],
+                    ", expected 0 <= index < in_channels = ", in_channels);
+    const int64_t group = channels[i] / in_per_group;
+    if (runs.empty() || runs.back().group != group) runs.push_back({i, i, group});
+    runs.back().end = i + 1;
+  }
+  return runs;
+}
+
+// Fills in how the work is cut, from the shape alone.
+void cut(Conv2dChannelGrad& q) {
+  constexpr int64_t kPixels = kPlane - kSlack;
+  const int64_t pixels = q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
+  // Where lanes are pixels every tile ends in a reduction of its register blocks, which wants long tiles; where lanes
+  // are outputs short ones keep grad_output in the first-level cache.
+  const int64_t target = q.outputs_last ? 512 : taps == 1 ? 2048 : 1024;
+  const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
+  if (pixels <= target && pixels + reach <= kPixels) {
+    const int64_t images = std::clamp<int64_t>(std::min(kPixels / (pixels + reach), target / pixels), 1, q.batch);
+    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
+    q.tile_pixels = pixels;
+  } else {
+    const int64_t most = std::min(target, reach + 512 <= kPixels ? kPixels - reach : kPixels) / 16 * 16;
+    q.tile_images = 1;
+    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), 16) * 16;
+  }
+  q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
+
+  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 64;
+  const int64_t cost = q.batch * pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
+  const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
+  const int64_t elements = q.selected * q.out_per_group * taps;
+  q.slices = std::clamp<int64_t>(std::min(tasks, kPartialElements / elements), 1, q.tiles);
+  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / kRangeOutputs));
+  q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
+  q.ranges = ceil_div(q.out_per_group, q.range_outputs);
+}
+
+// Adds up the slices, in order, into (k, C'/groups, kh, kw).
+template <class T>
+void add_slices(const Conv2dChannelGrad& q, const T* partial, T* out) {
+  const int64_t taps = q.kernel[0] * q.kernel[1], outputs = q.out_per_group;
+  const int64_t elements = q.selected * outputs * taps;
+  const bool transpose = q.outputs_last && taps > 1;
+  parallel_for(q.selected, outputs * taps * q.slices, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++) {
+      T* to = out + c * outputs * taps;
+      std::memset(to, 0, outputs * taps * sizeof(T));
+      for (int64_t slice = 0; slice < q.slices; slice++) {
+        const T* from = partial + slice * elements + c * outputs * taps;
+        if (!transpose)
+          for (int64_t i = 0; i < outputs * taps; i++) to[i] += from[i];
+        else
+          for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t o = 0; o < outputs; o++) to[o * taps + tap] += from[tap * outputs + o];
+      }
+    }
+  });
+}
+
+Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, int64_t in_channels,
+                           std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                           std::vector<int64_t> dilation, int64_t groups) {
+  STD_TORCH_CHECK(input_selected.dim() == 4 && grad_output.dim() == 4,
+                  "conv2d_channel_grad: input_selected and grad_output have ", input_selected.dim(), " and ",
+                  grad_output.dim(), " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
+  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long &&
+                      channels.size(0) == input_selected.size(1),
+                  "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ",
+                  input_selected.size(1), " channels of input_selected");
+  STD_TORCH_CHECK(input_selected.scalar_type() == grad_output.scalar_type(),
+                  "conv2d_channel_grad: grad_output must have the dtype of input_selected");
+  STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "conv2d_channel_grad: kernel_size, stride, padding and dilation must be pairs (height, width)");
+  STD_TORCH_CHECK(groups > 0 && in_channels % groups == 0 && grad_output.size(1) % groups == 0,
+                  "conv2d_channel_grad: groups = ", groups, " must divide in_channels = ", in_channels,
+                  " and grad_output's channels = ", grad_output.size(1));
+  for (int axis = 0; axis < 2; axis++) {
+    STD_TORCH_CHECK(kernel_size[axis] > 0 && stride[axis] > 0 && dilation[axis] > 0 && padding[axis] >= 0,
+                    "conv2d_channel_grad: kernel_size, stride and dilation must be positive, padding not negative");
+    const int64_t room = input_selected.size(axis + 2) + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1;
+    STD_TORCH_CHECK(input_selected.size(0) == grad_output.size(0) && room >= 0 &&
+                        grad_output.size(axis + 2) == room / stride[axis] + 1,
+                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ", grad_output.size(axis + 2),
+                    ", which is not what this convolution gives for input_selected, batch ", input_selected.size(0));
+  }
+
+  Conv2dChannelGrad q{};
+  q.dtype = dtype_of(input_selected);
+  const bool wide = q.dtype == Dtype::float64;
+  q.selected = input_selected.size(1);
+  q.out_per_group = grad_output.size(1) / groups;
+  const std::vector<int64_t> shape{q.selected, q.out_per_group, kernel_size[0], kernel_size[1]};
+  const auto accumulate = wide ? ScalarType::Double : ScalarType::Float;
+  if (q.selected == 0 || grad_output.numel() == 0) return torch::stable::new_zeros(grad_output, shape, accumulate);
+  Tensor out = torch::stable::new_empty(grad_output, shape, accumulate);
+
+  std::vector<int64_t> indices(q.selected);
+  for (int64_t i = 0; i < q.selected; i++)
+    indices[i] = static_cast<const int64_t*>(channels.const_data_ptr())[i * channels.stride(0)];
+  const std::vector<ChannelRun> runs = runs_of(indices.data(), q.selected, in_channels, groups);
+  q.runs = runs.data();
+  q.run_count = static_cast<int64_t>(runs.size());
+  q.input = input_selected.const_data_ptr();
+  q.grad_output = grad_output.const_data_ptr();
+  q.batch = input_selected.size(0);
+  q.height = input_selected.size(2);
+  q.width = input_selected.size(3);
+  q.out_height = grad_output.size(2);
+  q.out_width = grad_output.size(3);
+  for (int axis = 0; axis < 4; axis++) {
+    q.input_stride[axis] = input_selected.stride(axis);
+    q.grad_stride[axis] = grad_output.stride(axis);
+  }
+  for (int axis = 0; axis < 2; axis++) {
+    q.kernel[axis] = kernel_size[axis];
+    q.stride[axis] = stride[axis];
+    q.padding[axis] = padding[axis];
+    q.dilation[axis] = dilation[axis];
+  }
+  // With a few outputs a group (depthwise) lanes over outputs would be empty.
+  q.outputs_last = q.grad_stride[1] == 1 && q.out_per_group >= 4 &&
+                   (q.grad_stride[3] != 1 || q.out_height * q.out_width == 1);
+  // The stride of a dimension of one element means nothing: give it the one that makes pixels follow each other.
+  if (q.out_width == 1) q.grad_stride[3] = q.out_height == 1 ? 1 : q.grad_stride[2];
+  if (q.out_height == 1) q.grad_stride[2] = q.out_width * q.grad_stride[3];
+  cut(q);
+
+  const size_t size = wide ? sizeof(double) : sizeof(float);
+  const bool whole = q.slices == 1 && !(q.outputs_last && kernel_size[0] * kernel_size[1] > 1);
+  Tensor partial =
+      whole ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, q.selected * q.out_per_group * kernel_size[0] * kernel_size[1]}, accumulate);
+  void* sums = partial.mutable_data_ptr();
+  const auto kernel = TRADY_KERNEL(conv2d_channel_grad);
+  const int64_t tasks = task_count(q);
+  const int64_t cost = q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / tasks;
+  parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
+    void* room = scratch(kScratch * size);
+    for (int64_t task = begin; task < end; task++) kernel(q, task, sums, room);
+  });
+  if (!whole) {
+    if (wide)
+      add_slices(q, static_cast<const double*>(sums), static_cast<double*>(out.mutable_data_ptr()));
+    else
+      add_slices(q, static_cast<const float*>(sums), static_cast<float*>(out.mutable_data_ptr()));
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) { m.impl("conv2d_channel_grad", TORCH_BOX(&conv2d_channel_grad)); }
+
+}  // namespace trady
