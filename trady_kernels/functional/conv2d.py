@@ -200,9 +200,9 @@ def sparse_conv2d(
     bias: torch.Tensor | None,  # (C',)
     channel_weight: torch.Tensor | None,  # (k, C'/groups, kh, kw)
     channels: torch.Tensor,  # (k,)
-    stride: int | tuple[int, int] = 1,
-    padding: str | int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> torch.Tensor:  # (N, C', H', W') or (C', H', W')

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from trady_kernels.nn import optimizer_state
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: What `channels=` takes: None = all, an int = that many at random, or indices.
 Channels = int | torch.Tensor | Sequence[int] | None
@@ -34,12 +37,13 @@ def as_channels(channels: Channels, count: int, device: torch.device) -> torch.T
     expected = f"None, an int from 0 to {count}, or a 1-D tensor or sequence of indices below {count}"
     if channels is None:
         return torch.arange(count, device=device)
-    if isinstance(channels, bool) or isinstance(channels, str):
+    if isinstance(channels, bool | str):
         raise TypeError(f"channels: got {channels!r}, expected {expected}")
     if isinstance(channels, Integral):
-        if not 0 <= channels <= count:
-            raise ValueError(f"channels: got {channels}, expected {expected}")
-        return torch.randperm(count)[: int(channels)].sort().values.to(device)
+        number = int(channels)
+        if not 0 <= number <= count:
+            raise ValueError(f"channels: got {number}, expected {expected}")
+        return torch.randperm(count)[:number].sort().values.to(device)
     if isinstance(channels, Sequence):
         for index in channels:
             if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
@@ -82,7 +86,6 @@ def _stamp(tensor: torch.Tensor) -> _Stamp:
 
 
 _Dense = TypeVar("_Dense", bound=nn.Module)
-_Sparse = TypeVar("_Sparse", bound="SparseChannels")
 
 
 def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
@@ -104,7 +107,7 @@ class SparseChannels(nn.Module):
     in-place writes through ``.data`` are not seen, except those before the first use.
     """
 
-    weight: nn.Parameter
+    weight: torch.Tensor
     channel_weight: nn.Parameter
     channels: torch.Tensor
 
@@ -135,7 +138,7 @@ class SparseChannels(nn.Module):
         self.register_parameter("channel_weight", nn.Parameter(rows, requires_grad=len(indices) > 0))
         self._adopt()
 
-    def _copy_from(self: _Sparse, module: nn.Module, channels: Channels) -> _Sparse:
+    def _copy_from(self, module: nn.Module, channels: Channels) -> Self:
         """Fill a layer made on the meta device with copies of a dense one's values."""
         if isinstance(module, SparseChannels):
             module.synchronize()
@@ -154,6 +157,7 @@ class SparseChannels(nn.Module):
         """Take the parameters that the module holds now as its own, rows and weight being equal."""
         self._own = (self.weight, self.channel_weight)
         optimizer_state.register(self)
+        self._selection: tuple[int, tuple[int, ...]] | None = None
         self._settle()
         # Somebody may still initialise `weight` through `.data`, which no version counter sees.
         self._unread = True
@@ -187,6 +191,21 @@ class SparseChannels(nn.Module):
             self._push()
         elif self._unread:
             self._pull()
+
+    def push_rows(self) -> None:
+        """Copy the rows into ``weight``, also if nothing shows that they were written."""
+        if self._written()[0]:
+            self.synchronize()
+        else:
+            self._push()
+
+    @property
+    def selection(self) -> tuple[int, ...]:
+        """``channels`` as ints; read from the device once a selection."""
+        version = self.channels._version
+        if self._selection is None or self._selection[0] != version:
+            self._selection = (version, tuple(self.channels.tolist()))
+        return self._selection[1]
 
     def _written(self) -> tuple[bool, bool]:
         """Which of weight and rows somebody wrote to since they last agreed."""
@@ -227,9 +246,9 @@ class SparseChannels(nn.Module):
             if weight is own_weight and not torch.compiler.is_compiling():
                 self.synchronize()
             return weight, rows
-        weight = weight.detach().clone()
-        self.write_rows(weight, self.channels, rows.detach())
-        return weight, rows
+        merged = weight.detach().clone()
+        self.write_rows(merged, self.channels, rows.detach())
+        return merged, rows
 
     # -- selection ---------------------------------------------------------------------------------
 
@@ -256,7 +275,7 @@ class SparseChannels(nn.Module):
                 f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer or None"
             )
         if optimizer is not None:
-            optimizer_state.check_supported(optimizer, self.channel_weight)
+            optimizer_state.check(optimizer, self)
         self.synchronize()
         rows, previous = self.channel_weight, len(self.channels)
         selected = self.read_rows(self.weight.detach(), indices)
@@ -272,6 +291,7 @@ class SparseChannels(nn.Module):
                 rows.data = torch.empty(0, dtype=other, device=rows.device)
                 rows.data = selected
                 self.channels = indices
+                self._selection = None
                 if not len(indices) or not previous:  # otherwise as the user set it
                     rows.requires_grad_(len(indices) > 0)
         self._settle()
@@ -342,7 +362,7 @@ class SparseChannels(nn.Module):
         if self._holds_own():
             self.synchronize()
         state = self.__dict__.copy()
-        for name in ("_own", "_settled", "_unread"):  # identities and addresses of this process
+        for name in ("_own", "_settled", "_unread", "_selection"):  # identities and addresses of this process
             del state[name]
         return state
 
