@@ -1,0 +1,169 @@
+"""``conv2d_channel_grad``: every kernel against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CONV_CASES, ConvCase
+from tolerances import sum_tolerance
+
+from trady_kernels import _C
+from trady_kernels.ops import backend, conv2d_channel_grad, last_kernel
+from trady_kernels.ops.conv2d_channel_grad import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN, so an element that a kernel leaves out fails."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield
+    _C.set_isa(before)
+
+
+def inside_nan(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """The same values as a slice of a larger tensor that is NaN everywhere else."""
+    n, c, h, w = tensor.shape
+    rows = 0 if memory_format is torch.channels_last else 1
+    outer = torch.full((n, c + 2, h + 2 * rows, w + 3 * rows), torch.nan, dtype=tensor.dtype)
+    outer = outer.contiguous(memory_format=memory_format)
+    inner = outer[:, 1:-1, rows : h + rows, rows : w + rows]
+    inner.copy_(tensor)
+    return inner
+
+
+LAYOUTS = {
+    "contiguous": lambda x, dy: (x, dy),
+    "channels_last": lambda x, dy: tuple(t.contiguous(memory_format=torch.channels_last) for t in (x, dy)),
+    "mixed": lambda x, dy: (x, dy.contiguous(memory_format=torch.channels_last)),
+    "slices": lambda x, dy: tuple(inside_nan(t, torch.contiguous_format) for t in (x, dy)),
+    "channels_last slices": lambda x, dy: tuple(inside_nan(t, torch.channels_last) for t in (x, dy)),
+    "transposed": lambda x, dy: tuple(t.transpose(2, 3).contiguous().transpose(2, 3) for t in (x, dy)),
+}
+
+
+def arguments(case: ConvCase, dtype: torch.dtype, seed: int = 0) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    # The permutation is left unsorted: the operator promises nothing about the order.
+    channels = torch.randperm(case.in_channels, generator=generator)[: case.selected]
+    x = torch.randn(case.batch, case.selected, *case.size, generator=generator, dtype=torch.float64)
+    dy = torch.randn(case.batch, case.out_channels, *case.out_size, generator=generator, dtype=torch.float64)
+    geometry = (case.kernel_size, case.stride, case.padding, case.dilation, case.groups)
+    return x.to(dtype), dy.to(dtype), channels, case.in_channels, *geometry
+
+
+class Exact:
+    """The reference in float64 and how far from it a sum in the kernel's precision may be."""
+
+    def __init__(self, case: ConvCase, args: tuple) -> None:
+        x, dy, *rest = args
+        self.expected = reference(x.double(), dy.double(), *rest)
+        length = case.batch * case.out_size[0] * case.out_size[1]
+        self.allowed = sum_tolerance(x.dtype, length) * reference(x.double().abs(), dy.double().abs(), *rest)
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+
+    def check(self, actual: torch.Tensor) -> None:
+        assert actual.dtype == self.dtype
+        assert actual.shape == self.expected.shape
+        assert actual.is_contiguous()
+        error = (actual.double() - self.expected).abs()
+        assert bool((error <= self.allowed).all()), f"{(error / self.allowed).max()} times the tolerance"
+
+
+@pytest.mark.parametrize("isa", _C.available_isas(), indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_cpp_matches_reference(case: ConvCase, dtype: torch.dtype, isa: None) -> None:
+    args = arguments(case, dtype)
+    exact = Exact(case, args)
+    for layout in LAYOUTS.values():
+        with backend("cpp"):
+            actual = conv2d_channel_grad(*layout(*args[:2]), *args[2:])
+        assert last_kernel("conv2d_channel_grad") == "cpp"
+        exact.check(actual)
+
+
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_chosen_kernel_matches_reference(case: ConvCase, layout: str) -> None:
+    args = arguments(case, torch.float32)
+    Exact(case, args).check(conv2d_channel_grad(*LAYOUTS[layout](*args[:2]), *args[2:]))
+
+
+LARGE = (
+    ConvCase("1x1", 4, 16, 200, (28, 28), 6, kernel_size=(1, 1)),
+    ConvCase("3x3", 4, 16, 70, (30, 31), 3, padding=(1, 1)),
+    ConvCase("7x7 map", 8, 16, 300, (7, 7), 12, kernel_size=(1, 1)),
+    ConvCase("depthwise", 4, 32, 32, (56, 56), 2, padding=(1, 1), groups=32),
+)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_bits_do_not_depend_on_threads(case: ConvCase, layout: str) -> None:
+    x, dy, *rest = arguments(case, torch.float32)
+    x, dy = LAYOUTS[layout](x, dy)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with backend("cpp"):
+                results.append(conv2d_channel_grad(x, dy, *rest))
+    finally:
+        torch.set_num_threads(before)
+    Exact(case, (x, dy, *rest)).check(results[0])
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+def test_values_beyond_the_map_do_not_reach_the_sum() -> None:
+    """An infinite pixel belongs to the taps that touch it and to no other, at vector tails too."""
+    case = ConvCase("3x3", 2, 4, 17, (7, 7), 2, padding=(1, 1))
+    for layout in ("contiguous", "channels_last"):
+        x, dy, *rest = arguments(case, torch.float32)
+        x[0, 0, 0, 0] = torch.inf
+        dy[1, 3, 0, 0] = torch.inf
+        expected = reference(x, dy, *rest).isfinite()
+        assert 0 < int(expected.sum()) < expected.numel()
+        with backend("cpp"):
+            actual = conv2d_channel_grad(*LAYOUTS[layout](x, dy), *rest)
+        assert torch.equal(actual.isfinite(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({0: torch.zeros(2, 3, 7)}, "input_selected, grad_output: got 3 and 4 dimensions"),
+        ({0: torch.zeros(2, 4, 7, 7)}, r"channels: got shape \(3,\), expected \(4,\)"),
+        ({0: torch.zeros(2, 3, 7, 7, dtype=torch.float64)}, "grad_output: got torch.float32"),
+        ({0: torch.zeros(2, 3, 8, 7)}, "grad_output: got shape"),
+        ({0: torch.zeros(1, 3, 7, 7)}, "grad_output: got shape"),
+        ({8: 3}, "groups: got 3, expected a divisor"),
+    ),
+)
+def test_bad_arguments_are_named(change: dict[int, object], message: str) -> None:
+    args = list(arguments(ConvCase("", 2, 8, 12, (7, 7), 3, padding=(1, 1)), torch.float32))
+    for index, value in change.items():
+        args[index] = value
+    with pytest.raises(ValueError, match=message):
+        conv2d_channel_grad(*args)
+
+
+@pytest.mark.parametrize("index", (-1, 8))
+def test_index_out_of_range(index: int) -> None:
+    args = list(arguments(ConvCase("", 2, 8, 12, (7, 7), 3, padding=(1, 1)), torch.float32))
+    args[2] = torch.tensor([0, 1, index])
+    with backend("cpp"), pytest.raises(RuntimeError, match=f"got index {index}, expected 0 <= index < in_channels = 8"):
+        conv2d_channel_grad(*args)

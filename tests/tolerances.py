@@ -1,0 +1,22 @@
+"""The one table of tolerances."""
+
+from __future__ import annotations
+
+import torch
+
+# Unit roundoff of what a kernel accumulates in, by dtype of its inputs.
+ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.bfloat16: 2.0**-24,
+    torch.float16: 2.0**-24,
+}
+
+
+def sum_tolerance(dtype: torch.dtype, length: int) -> float:
+    """Bound on a sum of ``length`` products, relative to the sum of their magnitudes.
+
+    Rounding errors of products with random signs add up like a random walk: a few roundoffs, and slowly
+    more for long sums.
+    """
+    return ROUNDOFF[dtype] * (4 + length**0.5 / 8)
