@@ -1,0 +1,125 @@
+"""How an example or a training batch is fed to a network, and a run that leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+#: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+Example = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
+    """Every tensor in nested tuples, lists, mappings and objects with attributes, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(vars(value))
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """The network's output for an example.
+
+    Raises:
+        TypeError: ``example`` is not a tensor, a tuple or a mapping.
+    """
+    if isinstance(example, torch.Tensor):
+        return model(example)
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, tuple | list):
+        return model(*example)
+    raise TypeError(
+        f"example_input: got {type(example).__name__}, expected a tensor, a tuple of positional arguments or a "
+        "dict of keyword arguments"
+    )
+
+
+def input_of(batch: Example) -> Example:
+    """What of a training batch the network is called with: all but the target of a pair."""
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+def loss_of(model: nn.Module, batch: Example, loss_fn: Callable[..., torch.Tensor] | None) -> torch.Tensor:
+    """Loss of one batch.
+
+    Args:
+        model: the network.
+        batch: a tensor, a pair ``(input, target)`` whose input is a tensor, tuple or dict, or a dict of
+            keyword arguments.
+        loss_fn: called with the output, and with the target where the batch is a pair; without it the
+            output's ``loss``, else the sum of the output's floating-point tensors.
+
+    Raises:
+        TypeError: a batch of another kind, or an output without a floating-point tensor.
+        ValueError: a tuple that is not a pair.
+    """
+    if isinstance(batch, tuple | list):
+        if len(batch) != 2:
+            raise ValueError(f"batch: got a tuple of {len(batch)}, expected a pair (input, target)")
+        output = call(model, batch[0])
+        if loss_fn is not None:
+            return loss_fn(output, batch[1])
+    elif isinstance(batch, torch.Tensor | Mapping):
+        output = call(model, batch)
+        if loss_fn is not None:
+            return loss_fn(output)
+    else:
+        raise TypeError(
+            f"batch: got {type(batch).__name__}, expected a tensor, a pair (input, target) or a dict of keyword "
+            "arguments"
+        )
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, torch.Tensor):
+        return loss
+    sums = [tensor.sum() for tensor in tensors_in(output) if tensor.is_floating_point()]
+    if not sums:
+        raise TypeError(
+            f"model: got an output of {type(output).__name__} without a floating-point tensor, expected one, or "
+            "a loss_fn that makes a loss of it"
+        )
+    return torch.stack([part.float() for part in sums]).sum()
+
+
+@contextmanager
+def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """Leave modes, buffers, gradients and random numbers as they were, whatever runs inside.
+
+    Args:
+        model: the network that runs inside.
+        training: mode of every module inside; None leaves each as it is.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    # The fused inference path of attention layers does not call the linears that training calls.
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for parameter, _ in gradients:
+                parameter.grad = None
+            if training is not None:
+                model.train(training)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not buffer.is_inference() and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
