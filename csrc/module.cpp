@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/roofline.h"
 
 namespace py = pybind11;
 
@@ -34,6 +35,17 @@ void set_isa(const std::string& name) {
   throw py::value_error("instruction set: got '" + name + "', expected one that this CPU has: " + joined(names(true)));
 }
 
+// A probe that holds no Python lock while it measures, and refuses what it cannot measure.
+template <class F>
+auto measured(F probe) {
+  return [probe](int64_t bytes, int threads) {
+    if (bytes < 1) throw py::value_error("bytes: got " + std::to_string(bytes) + ", expected at least 1");
+    if (threads < 1) throw py::value_error("threads: got " + std::to_string(threads) + ", expected at least 1");
+    py::gil_scoped_release release;
+    return probe(bytes, threads);
+  };
+}
+
 py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = __VERSION__;
@@ -48,4 +60,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", [] { return names(true); });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("build_facts", &build_facts);
+  m.def("read_bandwidth", measured(&trady::read_bandwidth), py::arg("bytes"), py::arg("threads") = 1);
+  m.def("copy_bandwidth", measured(&trady::copy_bandwidth), py::arg("bytes"), py::arg("threads") = 1);
+  m.def("fma_peak", [probe = measured([](int64_t, int threads) { return trady::fma_peak(threads); })](int threads) {
+    return probe(1, threads);
+  }, py::arg("threads") = 1);
 }

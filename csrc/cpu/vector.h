@@ -104,9 +104,14 @@ TRADY_INLINE float widen(float16 x) {
   return __builtin_bit_cast(float, bits | sign);
 }
 
+#if defined(__AVX512F__)
+// Masked with every lane set, which costs nothing: GCC warns about its own unmasked forms.
+constexpr __mmask16 ALL = 0xffff;
+#endif
+
 TRADY_INLINE f32 widen_bfloat16(u16_half bits) {
 #if defined(__AVX512F__)
-  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+  return (f32)_mm512_maskz_slli_epi32(ALL, _mm512_maskz_cvtepu16_epi32(ALL, (__m256i)bits), 16);
 #elif defined(__AVX2__)
   return (f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
 #else
@@ -116,7 +121,7 @@ TRADY_INLINE f32 widen_bfloat16(u16_half bits) {
 
 TRADY_INLINE f32 widen_float16(u16_half bits) {
 #if defined(__AVX512F__)
-  return (f32)_mm512_cvtph_ps((__m256i)bits);
+  return (f32)_mm512_maskz_cvtph_ps(ALL, (__m256i)bits);
 #elif defined(__F16C__)
   return (f32)_mm256_cvtph_ps((__m128i)bits);
 #else
