@@ -2,5 +2,6 @@
 
 from trady_kernels.nn.conv2d import SparseConv2d
 from trady_kernels.nn.linear import SparseLinear
+from trady_kernels.nn.norm import FrozenBatchNorm2d
 
-__all__ = ["SparseConv2d", "SparseLinear"]
+__all__ = ["FrozenBatchNorm2d", "SparseConv2d", "SparseLinear"]

@@ -1,0 +1,77 @@
+"""``frozen_batch_norm``: batch norm with fixed statistics, whose backward keeps no activation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def _scale_and_shift(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, True)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: torch.Tensor,  # (N, C, ...)
+        weight: torch.Tensor | None,  # (C,)
+        bias: torch.Tensor | None,  # (C,)
+        running_mean: torch.Tensor,  # (C,)
+        running_var: torch.Tensor,  # (C,)
+        eps: float,
+    ) -> torch.Tensor:
+        return _scale_and_shift(input, weight, bias, running_mean, running_var, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, weight, _, _, running_var, ctx.eps = inputs
+        ctx.save_for_backward(weight, running_var)  # references, no copies
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        weight, running_var = ctx.saved_tensors
+        # The same affine without the shift: one pass, accumulated as the forward is, in its memory format.
+        mean = torch.zeros_like(running_var)
+        grad_input = _scale_and_shift(grad_output, weight, None, mean, running_var, ctx.eps)
+        return grad_input, None, None, None, None, None
+
+
+def frozen_batch_norm(
+    input: torch.Tensor,  # (N, C, ...)
+    weight: torch.Tensor | None,  # (C,)
+    bias: torch.Tensor | None,  # (C,)
+    running_mean: torch.Tensor,  # (C,)
+    running_var: torch.Tensor,  # (C,)
+    eps: float = 1e-5,
+) -> torch.Tensor:  # (N, C, ...)
+    r"""Batch norm in evaluation mode as a fixed affine; only the input gets a gradient.
+
+    .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta, \qquad
+              dX = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} dY
+
+    Kept for backward: references to ``weight`` and ``running_var``.
+
+    Args:
+        input: ``(N, C, ...)``.
+        weight, bias: ``(C,)`` or None, gamma and beta; they get no gradient.
+        running_mean, running_var: ``(C,)``.
+        eps: added to the variance.
+
+    Returns:
+        ``(N, C, ...)``, what ``F.batch_norm(..., training=False)`` returns.
+
+    Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 2.
+    """
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return _scale_and_shift(input, weight, bias, running_mean, running_var, eps)
+    return _FrozenBatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
