@@ -85,6 +85,9 @@ def _stamp(tensor: torch.Tensor) -> _Stamp:
     return _Stamp(-1 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
 
 
+#: Attributes of a sparse layer that hold identities and addresses of this process.
+_IDENTITIES = ("_own", "_settled", "_unread", "_selection")
+
 _Dense = TypeVar("_Dense", bound=nn.Module)
 
 
@@ -137,6 +140,27 @@ class SparseChannels(nn.Module):
         rows = self.read_rows(self.weight.detach(), indices)
         self.register_parameter("channel_weight", nn.Parameter(rows, requires_grad=len(indices) > 0))
         self._adopt()
+
+    @classmethod
+    def take_over(cls, module: nn.Module, channels: Channels = None) -> None:
+        """Turn a dense layer into this class in place: the object, its weight, hooks and attributes stay.
+
+        Args:
+            module: a layer of the dense class.
+            channels: as for the constructor.
+        """
+        module.__class__ = cls
+        assert isinstance(module, SparseChannels)
+        module._register_rows(channels)
+
+    def hand_back(self, dense: type[nn.Module]) -> None:
+        """Turn this layer into the class ``dense`` in place, its values kept: ``take_over`` undone."""
+        self.synchronize()
+        optimizer_state.unregister(self)
+        del self.channel_weight, self.channels
+        for name in _IDENTITIES:
+            del self.__dict__[name]
+        self.__class__ = dense  # type: ignore[assignment]
 
     def _copy_from(self, module: nn.Module, channels: Channels) -> Self:
         """Fill a layer made on the meta device with copies of a dense one's values."""
@@ -362,7 +386,7 @@ class SparseChannels(nn.Module):
         if self._holds_own():
             self.synchronize()
         state = self.__dict__.copy()
-        for name in ("_own", "_settled", "_unread", "_selection"):  # identities and addresses of this process
+        for name in _IDENTITIES:
             del state[name]
         return state
 

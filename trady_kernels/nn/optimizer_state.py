@@ -53,6 +53,11 @@ def register(layer: Layer) -> None:
     _layers[id(layer.channel_weight)] = layer
 
 
+def unregister(layer: Layer) -> None:
+    """Forget a layer that is sparse no longer."""
+    _layers.pop(id(layer.channel_weight), None)
+
+
 def layer_of(parameter: torch.Tensor) -> Layer | None:
     """The sparse layer that has ``parameter`` as its ``channel_weight``, or None."""
     layer = _layers.get(id(parameter))
