@@ -1,9 +1,27 @@
 """Sparse-channel fine-tuning whose memory saving is real."""
 
+from trady_kernels.convert import (
+    conversion_report,
+    densify,
+    select_fraction,
+    sparsify,
+    trainable_parameters,
+)
 from trady_kernels.functional import sparse_conv2d, sparse_linear
 from trady_kernels.nn import SparseConv2d, SparseLinear
 from trady_kernels.ops import backend
 
 __version__ = "0.1.0"
 
-__all__ = ["SparseConv2d", "SparseLinear", "backend", "sparse_conv2d", "sparse_linear"]
+__all__ = [
+    "SparseConv2d",
+    "SparseLinear",
+    "backend",
+    "conversion_report",
+    "densify",
+    "select_fraction",
+    "sparse_conv2d",
+    "sparse_linear",
+    "sparsify",
+    "trainable_parameters",
+]

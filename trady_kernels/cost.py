@@ -48,7 +48,10 @@ class Cost:
 
     def __mul__(self, count: int) -> Cost:
         return Cost(
-            self.weight_elements * count, self.activation_elements * count, self.bytes * count, self.macs * count
+            self.weight_elements * count,
+            self.activation_elements * count,
+            self.bytes * count,
+            self.macs * count,
         )
 
 

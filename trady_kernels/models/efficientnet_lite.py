@@ -37,7 +37,9 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 class InvertedResidual(nn.Module):
     """Pointwise expansion, depthwise convolution, pointwise projection, and a skip where shapes allow."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expansion: int):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, expansion: int
+    ) -> None:
         super().__init__()
         hidden = in_channels * expansion
         if expansion != 1:
@@ -76,7 +78,7 @@ class EfficientNetLite0(nn.Module):
     Source: Tan and Le, arXiv 1905.11946, and the Lite variants of the TPU repository.
     """
 
-    def __init__(self, num_classes: int = 1000, in_channels: int = 3, dropout: float = 0.2):
+    def __init__(self, num_classes: int = 1000, in_channels: int = 3, dropout: float = 0.2) -> None:
         super().__init__()
         self._conv_stem = nn.Conv2d(in_channels, 32, 3, stride=2, padding=1, bias=False)
         self._bn0 = _norm(32)
@@ -86,9 +88,7 @@ class EfficientNetLite0(nn.Module):
             for repeat in range(stage.repeats):
                 stride = stage.stride if repeat == 0 else 1
                 blocks.append(
-                    InvertedResidual(
-                        channels, stage.out_channels, stage.kernel_size, stride, stage.expansion
-                    )
+                    InvertedResidual(channels, stage.out_channels, stage.kernel_size, stride, stage.expansion)
                 )
                 channels = stage.out_channels
         self._blocks = nn.ModuleList(blocks)

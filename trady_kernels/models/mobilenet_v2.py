@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import nn
@@ -40,7 +39,9 @@ def _scaled(channels: int, width: float) -> int:
 class ConvNormReLU(nn.Sequential):
     """Convolution with 'half' padding, batch norm, ReLU6."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+    ) -> None:
         super().__init__(
             nn.Conv2d(
                 in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
@@ -53,7 +54,7 @@ class ConvNormReLU(nn.Sequential):
 class InvertedResidual(nn.Module):
     """Pointwise expansion, depthwise 3x3, pointwise projection, and a skip where shapes allow."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.expand = ConvNormReLU(in_channels, hidden, 1) if expansion != 1 else nn.Identity()
@@ -87,9 +88,9 @@ class MobileNetV2(nn.Module):
 
     def __init__(
         self, num_classes: int = 1000, width: float = 1.0, in_channels: int = 3, dropout: float = 0.2
-    ):
+    ) -> None:
         super().__init__()
-        if isinstance(width, bool) or not isinstance(width, Real) or not 0 < width < float("inf"):
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < float("inf"):
             raise ValueError(f"width: got {width!r}, expected a positive number such as 0.35")
         channels = _scaled(32, width)
         self.stem = ConvNormReLU(in_channels, channels, 3, stride=2)
