@@ -2,7 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import torch
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in another memory layout.
+
+    Args:
+        tensor: at least 2-D; 4-D for the channels_last ones.
+        layout: ``contiguous``; ``channels_last``; ``slice`` and ``channels_last slice``, a window in every
+            dimension of a larger tensor that is NaN elsewhere; ``transposed``, the last two dimensions
+            swapped in memory.
+    """
+    if layout == "transposed":
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    memory_format = torch.channels_last if layout.startswith("channels_last") else torch.contiguous_format
+    if not layout.endswith("slice"):
+        return tensor.contiguous(memory_format=memory_format)
+    poison = torch.nan if tensor.dtype.is_floating_point or tensor.dtype.is_complex else 99
+    larger = tensor.new_full([size + 3 for size in tensor.shape], poison)
+    window = larger.contiguous(memory_format=memory_format)
+    for dimension, size in enumerate(tensor.shape):
+        window = window.narrow(dimension, 2, size)
+    return window.copy_(tensor)
 
 
 @dataclass(frozen=True)
@@ -71,4 +98,35 @@ CONV_CASES = (
     ConvCase("depthwise 5x5, stride 2", 2, 10, 10, (14, 13), 4, (5, 5), (2, 2), (2, 2), (1, 1), 10),
     ConvCase("depthwise, dilation 2", 2, 8, 8, (12, 13), 3, padding=(2, 2), dilation=(2, 2), groups=8),
     ConvCase("depthwise, multiplier 2", 2, 8, 16, (10, 11), 5, padding=SAME, groups=8),
+)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """A linear layer and the numbers of its input features to select."""
+
+    name: str
+    leading: tuple[int, ...]
+    in_features: int
+    out_features: int
+    selected: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Products in one element of the weight gradient."""
+        return math.prod(self.leading)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LINEAR_CASES = (
+    LinearCase("plain", (8,), 20, 33, selected=(0, 1, 5, 20)),
+    LinearCase("one row", (1,), 7, 10, selected=(1, 7)),
+    LinearCase("one output", (9,), 7, 1, selected=(1, 7)),
+    LinearCase("tokens", (3, 11), 31, 64, selected=(1, 13, 31)),
+    LinearCase("four dimensions", (2, 3, 5), 9, 17, selected=(4, 9)),
+    LinearCase("many rows few outputs", (700,), 26, 10, selected=(1, 26)),
+    LinearCase("many outputs", (65,), 14, 515, selected=(2, 14)),
+    LinearCase("empty batch", (0,), 6, 5, selected=(0, 3, 6)),
 )

@@ -11,7 +11,7 @@ from trady_kernels.ops.layout import memory_format_of
 
 def _fake(input: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
     shape = [input.shape[0], channels.shape[0], *input.shape[2:]]
-    return input.new_empty(shape).contiguous(memory_format=memory_format_of(input))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def _validate(input: torch.Tensor, channels: torch.Tensor) -> None:

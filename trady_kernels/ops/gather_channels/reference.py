@@ -12,4 +12,5 @@ def gather_channels(
     channels: torch.Tensor,  # (k,)
 ) -> torch.Tensor:  # (N, k, ...)
     """Copy of the selected channels, in the input's memory format."""
-    return input.index_select(1, channels).contiguous(memory_format=memory_format_of(input))
+    # clone, not contiguous: with one channel or one pixel both formats hold, and only clone gives the strides asked for.
+    return input.index_select(1, channels).clone(memory_format=memory_format_of(input))

@@ -1,0 +1,58 @@
+"""Fixtures and markers of the whole suite."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from trady_kernels.ops.backend import unavailable
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN (the largest integer for integers), so that an element nobody wrote fails its test.
+
+    Holds for tensors that C++ kernels allocate too; tests/test_operators.py has the proof.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random numbers in every test, whatever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def _instruction_sets() -> list[str]:
+    if unavailable("cpp"):
+        return []
+    from trady_kernels import _C
+
+    return _C.available_isas()
+
+
+@pytest.fixture(params=_instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on every instruction set of this CPU."""
+    from trady_kernels import _C
+
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` need one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False: this test needs a GPU"))

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from cases import CONV_CASES, FLOATING, ConvCase, laid_out
+
+from trady_kernels.ops import backend, gather_channels, last_kernel
+from trady_kernels.ops.layout import memory_format_of
+
+
+def check(input: torch.Tensor, channels: torch.Tensor) -> None:
+    """Against plain indexing: bit for bit, dense in the input's memory format, in memory of its own."""
+    output = gather_channels(input, channels)
+    assert last_kernel("gather_channels") == "cpp"
+    expected = input[:, channels]
+    assert output.dtype == input.dtype and torch.equal(output, expected)
+    assert output.stride() == torch.empty(output.shape, memory_format=memory_format_of(input)).stride()
+    assert output.untyped_storage().data_ptr() != input.untyped_storage().data_ptr() or output.numel() == 0
+    assert output.untyped_storage().nbytes() == output.numel() * output.element_size()
+
+
+LAYOUTS = ("contiguous", "channels_last", "slice", "channels_last slice", "transposed")
+
+
+def arguments(case: ConvCase, dtype: torch.dtype, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    input = torch.randn(case.batch, case.in_channels, *case.size, dtype=dtype)
+    return laid_out(input, layout), torch.randperm(case.in_channels)[: case.selected]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CONV_CASES, ids=str)
+def test_convolution_inputs(case: ConvCase, layout: str) -> None:
+    with backend("cpp"):
+        for dtype in FLOATING:
+            check(*arguments(case, dtype, layout))
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    shape: tuple[int, ...]
+    layout: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+SHAPES = (
+    Shape("rows and features", (37, 19), "contiguous"),
+    Shape("sliced rows", (37, 19), "slice"),
+    Shape("transposed features", (37, 19), "transposed"),
+    Shape("sequences", (3, 10, 21), "contiguous"),
+    Shape("transposed sequences", (3, 10, 21), "transposed"),
+    Shape("volumes", (2, 6, 3, 4, 5), "contiguous"),
+    Shape("sliced volumes", (2, 6, 3, 4, 5), "slice"),
+    Shape("transposed volumes", (2, 6, 3, 4, 5), "transposed"),
+)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_other_ranks(case: Shape, isa: str) -> None:
+    for dtype in (*FLOATING, torch.int8, torch.complex128):
+        values = torch.randn(case.shape, dtype=torch.float64).mul(10).to(dtype)
+        check(laid_out(values, case.layout), torch.tensor([0, 3, 5]))
+
+
+def test_batch_expanded_from_one() -> None:
+    check(torch.randn(1, 6, 5, 7).expand(4, 6, 5, 7), torch.tensor([1, 4]))
+
+
+def test_order_and_repetition_are_the_callers() -> None:
+    check(torch.randn(2, 5, 3, 3), torch.tensor([4, 0, 4]))
+
+
+def test_channels_may_be_strided() -> None:
+    check(torch.randn(2, 9, 3, 3), torch.arange(9)[::2])
+
+
+def test_large_enough_for_threads() -> None:
+    channels = torch.randperm(64)[:31].sort().values
+    for layout in ("contiguous", "channels_last"):
+        check(laid_out(torch.randn(5, 64, 33, 31), layout), channels)
+    check(torch.randn(5000, 64), channels)
+
+
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+@pytest.mark.parametrize("index", [5, -1, 1 << 40])
+def test_index_out_of_range(name: str, index: int) -> None:
+    with backend(name), pytest.raises(IndexError, match=rf"channels: got index {index}, expected 0 <= index < 5"):
+        gather_channels(torch.randn(2, 5, 3, 3), torch.tensor([0, index]))
+
+
+def test_bad_arguments() -> None:
+    x = torch.randn(2, 5, 3, 3)
+    with pytest.raises(ValueError, match="input: got 1 dimensions, expected at least 2"):
+        gather_channels(torch.randn(5), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"channels: got shape \(1, 1\) of torch.int64, expected a 1-D int64"):
+        gather_channels(x, torch.tensor([[0]]))
+    with pytest.raises(ValueError, match=r"channels: got shape \(1,\) of torch.int32"):
+        gather_channels(x, torch.tensor([0], dtype=torch.int32))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    compiled = torch.compile(gather_channels, fullgraph=True, backend="aot_eager")
+    x, channels = torch.randn(2, 5, 3, 3), torch.tensor([1, 4])
+    assert torch.equal(compiled(x, channels), x[:, channels])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cuda(layout: str) -> None:
+    for case in CONV_CASES:
+        for dtype in FLOATING:
+            x, channels = (tensor.cuda() for tensor in arguments(case, dtype, layout))
+            with backend("cuda"):
+                output = gather_channels(x, channels)
+            assert torch.equal(output, x[:, channels]), case
+            assert output.stride() == torch.empty(output.shape, memory_format=memory_format_of(x)).stride(), case

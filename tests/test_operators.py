@@ -1,0 +1,163 @@
+"""What holds for every registered operator: opcheck, the fake, the backends and which kernel ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+import trady_kernels
+from trady_kernels.ops import available, backend, last_kernel
+from trady_kernels.ops.backend import BACKENDS, OPERATORS, unavailable
+
+
+def _images(*shape: int, channels_last: bool = False) -> torch.Tensor:
+    images = torch.randn(shape)
+    return images.contiguous(memory_format=torch.channels_last) if channels_last else images
+
+
+def _convolution(channels_last: bool = False, groups: int = 1) -> tuple[Any, ...]:
+    x = _images(2, 3, 7, 6, channels_last=channels_last)
+    dy = _images(2, 8, 4, 3, channels_last=channels_last)
+    return (x, dy, torch.tensor([0, 2, 3]), 4, [3, 3], [2, 2], [1, 1], [1, 1], groups)
+
+
+#: Arguments for each operator; a new operator gets a row here.
+SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "gather_channels": (
+        (_images(2, 5, 3, 4), torch.tensor([1, 3])),
+        (_images(2, 5, 3, 4, channels_last=True), torch.tensor([0, 4])),
+        (_images(2, 5, 3, 4, channels_last=True), torch.tensor([3])),
+        (_images(2, 5, 1, 1, channels_last=True), torch.tensor([3, 4])),
+        (_images(2, 1, 3, 4, channels_last=True), torch.tensor([0])),
+        (_images(2, 5, 3, 4), torch.arange(0)),
+        (torch.randn(6, 5), torch.tensor([2, 3])),
+        (torch.randn(2, 5, 3, 4, 2), torch.tensor([2, 3])),
+    ),
+    "conv2d_channel_grad": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
+    "linear_channel_grad": (
+        (torch.randn(6, 3), torch.randn(6, 5)),
+        (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),
+        (torch.randn(6, 0), torch.randn(6, 5)),
+    ),
+}
+
+
+def test_every_operator_has_samples() -> None:
+    assert set(SAMPLES) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    for arguments in SAMPLES[name]:
+        torch.library.opcheck(OPERATORS[name].overload, arguments)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_fake_has_the_strides_of_every_kernel(name: str) -> None:
+    operator = OPERATORS[name]
+    for arguments in SAMPLES[name]:
+        with FakeTensorMode() as mode:
+            fake = operator.overload(
+                *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+            )
+        for kernel_name, kernel in operator.kernels.items():
+            output = kernel(*arguments)
+            assert output.shape == fake.shape and output.dtype == fake.dtype, kernel_name
+            assert output.stride() == fake.stride(), kernel_name
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_forced_backend_runs(name: str) -> None:
+    operator = OPERATORS[name]
+    for arguments in SAMPLES[name]:
+        expected = operator.kernels["reference"](*arguments)
+        for kernel in operator.kernels:
+            if kernel == "cuda":
+                continue
+            with backend(kernel):
+                torch.testing.assert_close(operator(*arguments), expected)
+            assert last_kernel(name) == kernel
+
+
+def _events(name: str, arguments: tuple[Any, ...]) -> set[str]:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        OPERATORS[name](*arguments)
+    return {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_compiled_operator_ran_and_not_the_reference(name: str) -> None:
+    """On a CPU build of torch: the dispatcher has our kernel, and none of the reference's ATen calls happen."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"trady::{name}", "CPU")
+    arguments = SAMPLES[name][0]
+    with backend("reference"):
+        reference = _events(name, arguments)
+    with backend("cpp"):
+        compiled = _events(name, arguments)
+    assert f"trady::{name}" in compiled
+    traces = {"aten::index_select", "aten::einsum"}
+    assert reference & traces and not compiled & traces
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_memory_of_compiled_operators_is_poisoned(name: str) -> None:
+    """What the fixture ``poisoned_memory`` relies on: allocations through the stable ABI are filled too."""
+    with backend("cpp"):
+        assert "aten::fill_" in _events(name, SAMPLES[name][0])
+        torch.use_deterministic_algorithms(False)
+        assert "aten::fill_" not in _events(name, SAMPLES[name][0])
+
+
+def test_backends_are_reported() -> None:
+    reasons = available()
+    assert tuple(reasons) == BACKENDS
+    assert reasons["reference"] is None and reasons["aten"] is None and reasons["cpp"] is None
+    if torch.version.cuda is None:
+        assert reasons["cuda"] == "torch.version.cuda is None: install a CUDA build of torch"
+
+
+def test_backend_that_cannot_run_is_refused() -> None:
+    for name in BACKENDS:
+        reason = unavailable(name)
+        if reason is not None:
+            with pytest.raises(RuntimeError) as error, backend(name):
+                pass
+            assert str(error.value) == f"backend {name!r} cannot run here: {reason}"
+    with pytest.raises(ValueError, match="backend: got 'opencl', expected 'auto' or one of reference"), backend("opencl"):
+        pass
+
+
+def test_backend_without_a_kernel_is_refused() -> None:
+    with backend("aten"), pytest.raises(NotImplementedError, match="gather_channels: backend 'aten' has no kernel"):
+        OPERATORS["gather_channels"](*SAMPLES["gather_channels"][0])
+
+
+def test_backend_of_another_device_is_refused() -> None:
+    arguments = [a.to("meta") for a in SAMPLES["gather_channels"][0]]
+    with backend("cpp"), pytest.raises(ValueError, match="backend 'cpp' runs on cpu tensors, got one on meta"):
+        OPERATORS["gather_channels"](*arguments)
+
+
+def test_backend_blocks_nest_and_end_on_errors() -> None:
+    operator, arguments = OPERATORS["linear_channel_grad"], SAMPLES["linear_channel_grad"][0]
+
+    def ran() -> str | None:
+        operator(*arguments)
+        return last_kernel("linear_channel_grad")
+
+    with pytest.raises(ZeroDivisionError), backend("reference"):
+        with backend("aten"):
+            assert ran() == "aten"
+            with backend("auto"):
+                assert ran() == "cpp"
+        assert ran() == "reference"
+        raise ZeroDivisionError
+    assert ran() == "cpp"
+
+
+def test_public_name() -> None:
+    assert trady_kernels.backend is backend
