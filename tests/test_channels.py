@@ -446,3 +446,22 @@ def test_torch_func_grad(dense: Any) -> None:
     torch.testing.assert_close(grads["channel_weight"], layer.channel_weight.grad)
     torch.testing.assert_close(grad_x, x.grad)
     assert grads["weight"].abs().sum() == 0
+
+
+def test_second_derivatives_through_torch_func_are_refused(dense: Any) -> None:
+    layer = sparse_of(dense)
+    x = input_of(layer)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return layer(x).square().sum()
+
+    layer.requires_grad_(False)
+    grad = torch.func.grad(loss)(x)
+    assert not grad.requires_grad  # nothing outside asked for a graph
+    with pytest.raises(RuntimeError, match="has no double backward"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(x)
+    x.requires_grad_()
+    outer = torch.func.grad(loss)(x)
+    torch.testing.assert_close(outer, grad)
+    with pytest.raises(RuntimeError, match="has no double backward"):
+        outer.sum().backward()

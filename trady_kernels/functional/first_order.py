@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 _Gradients = tuple[torch.Tensor | None, ...]
 
@@ -29,27 +32,36 @@ def first_order_only(name: str) -> Callable[[Callable[..., _Gradients]], Callabl
                 gradients = backward(ctx, *grad_outputs)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return gradients
-            nested = any(grad is not None and grad.requires_grad for grad in grad_outputs)
-            # torch.func.grad always runs with create_graph=True: there only a nested transform is an error.
-            if any(_is_transformed(grad) for grad in gradients):
-                if nested:
-                    raise RuntimeError(sentence)
+            transforms = retrieve_all_functorch_interpreters()
+            if not transforms:
+                return _refusing(gradients, sentence)
+            if len(transforms) > 1:
+                raise RuntimeError(sentence)
+            # torch.func.grad always asks for a graph; what counts is whether the tensors it wraps have one.
+            level = transforms[0].level()
+            if not any(
+                grad is not None and _unwrap_for_grad(grad, level).requires_grad for grad in grad_outputs
+            ):
                 return gradients
-            present = [i for i, grad in enumerate(gradients) if grad is not None]
-            refuse = torch._C._functions.DelayedError(sentence.encode(), len(present))
-            refused = refuse(*(gradients[i].detach().requires_grad_() for i in present))  # type: ignore[union-attr]
-            result = list(gradients)
-            for i, grad in zip(present, refused if isinstance(refused, tuple) else (refused,), strict=True):
-                result[i] = grad
-            return tuple(result)
+            plain = tuple(grad if grad is None else _unwrap_for_grad(grad, level) for grad in gradients)
+            with torch._C._DisableFuncTorch(), enable_inplace_requires_grad(True):
+                plain = _refusing(plain, sentence)
+            return tuple(grad if grad is None else _wrap_for_grad(grad, level) for grad in plain)
 
         return wrapper
 
     return decorate
 
 
-def _is_transformed(grad: torch.Tensor | None) -> bool:
-    return grad is not None and torch._C._functorch.is_functorch_wrapped_tensor(grad)
+def _refusing(gradients: _Gradients, sentence: str) -> _Gradients:
+    """The same values, raising ``sentence`` when somebody differentiates them."""
+    present = [i for i, grad in enumerate(gradients) if grad is not None]
+    refuse = torch._C._functions.DelayedError(sentence.encode(), len(present))
+    refused = refuse(*(gradients[i].detach().requires_grad_() for i in present))  # type: ignore[union-attr]
+    result = list(gradients)
+    for i, grad in zip(present, refused if isinstance(refused, tuple) else (refused,), strict=True):
+        result[i] = grad
+    return tuple(result)
 
 
 def refuse_vmap(name: str) -> NoReturn:

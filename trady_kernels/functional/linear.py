@@ -12,6 +12,18 @@ from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.ops import gather_channels, linear_channel_grad
 
 
+def _multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``F.linear``, bit-equal to what ``nn.Linear`` gives for a weight that requires grad."""
+    if input.dim() < 3 or input.is_contiguous():
+        return F.linear(input, weight, bias)
+    # torch folds the leading dimensions of a strided input only if the weight requires grad, and this one
+    # does not; unfolded products round differently
+    input = cast_input(input)
+    output = torch.mm(input.reshape(-1, input.shape[-1]), weight.to(input.dtype).t())
+    output = output.view(*input.shape[:-1], weight.shape[0])
+    return output if bias is None else output.add_(bias.to(input.dtype))
+
+
 def _gather_features(input: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:  # (..., I) -> (..., k)
     if input.dim() > 1 and input.is_contiguous():
         flat = gather_channels(input.flatten(0, -2), channels)
@@ -28,7 +40,7 @@ class _SparseLinear(torch.autograd.Function):
         channel_weight: torch.Tensor | None,  # (k, O)
         channels: torch.Tensor,  # (k,)
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output = F.linear(input, weight, bias)
+        output = _multiply(input, weight, bias)
         if channel_weight is None or channels.shape[0] == input.shape[-1]:
             return output, None
         return output, _gather_features(input, channels)
@@ -118,6 +130,6 @@ def sparse_linear(
     if not torch.is_grad_enabled() or not (
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return F.linear(input, weight, bias)
+        return _multiply(input, weight, bias)
     output, _ = _SparseLinear.apply(cast_input(input), weight, bias, channel_weight, channels)
     return output

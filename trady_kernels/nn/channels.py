@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -88,6 +89,13 @@ def _stamp(tensor: torch.Tensor) -> _Stamp:
 #: Attributes of a sparse layer that hold identities and addresses of this process.
 _IDENTITIES = ("_own", "_settled", "_unread", "_selection")
 
+@contextlib.contextmanager
+def _outside_autograd() -> Iterator[None]:
+    # The layer's own tensors are never wrapped by torch.func, which forbids writing to them all the same.
+    with torch.no_grad(), torch._C._DisableFuncTorch():
+        yield
+
+
 _Dense = TypeVar("_Dense", bound=nn.Module)
 
 
@@ -169,6 +177,7 @@ class SparseChannels(nn.Module):
         indices = as_channels(channels, self.channel_count, torch.device("cpu"))
         _copy_parameters(module, self)
         self.select(indices)
+        self._unread = True
         return self
 
     def _copy_to(self, dense: _Dense) -> _Dense:
@@ -246,16 +255,16 @@ class SparseChannels(nn.Module):
         tolerance = 8 * torch.finfo(rows.dtype).eps
         return torch.allclose(from_weight, rows, rtol=tolerance, atol=tolerance, equal_nan=True)
 
-    @torch.no_grad()
     def _pull(self) -> None:
         weight, rows = self._own
-        rows.copy_(self.read_rows(weight.detach(), self.channels))
+        with _outside_autograd():
+            rows.copy_(self.read_rows(weight, self.channels))
         self._settle()
 
-    @torch.no_grad()
     def _push(self) -> None:
         weight, rows = self._own
-        self.write_rows(weight, self.channels, rows)
+        with _outside_autograd():
+            self.write_rows(weight, self.channels, rows)
         self._settle()
 
     def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -374,7 +383,9 @@ class SparseChannels(nn.Module):
         return self.weight is self._own[0] and self.channel_weight is self._own[1]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        adopts = name == "weight" and "_own" in self.__dict__ and isinstance(value, nn.Parameter)
+        # While a state_dict is being loaded the rows are hidden, and it takes the weight itself afterwards.
+        known = self.__dict__.get("_parameters", {})
+        adopts = name == "weight" and "channel_weight" in known and isinstance(value, nn.Parameter)
         if adopts and value.shape != self.weight.shape:
             raise ValueError(f"weight: got shape {tuple(value.shape)}, expected {tuple(self.weight.shape)}")
         super().__setattr__(name, value)
