@@ -10,15 +10,19 @@ from trady_kernels.convert import (
 from trady_kernels.functional import sparse_conv2d, sparse_linear
 from trady_kernels.nn import SparseConv2d, SparseLinear
 from trady_kernels.ops import backend
+from trady_kernels.selection import ChannelSampler, LayerRanking, rank_layers
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelSampler",
+    "LayerRanking",
     "SparseConv2d",
     "SparseLinear",
     "backend",
     "conversion_report",
     "densify",
+    "rank_layers",
     "select_fraction",
     "sparse_conv2d",
     "sparse_linear",

@@ -11,19 +11,19 @@ from trady_kernels.nn.norm import FrozenBatchNorm2d
 class FrozenBatchNorm1d(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` with fixed statistics and affine, under ``train()`` too; keeps no activation."""
 
-    forward = FrozenBatchNorm2d.forward  # type: ignore[assignment]
+    forward = FrozenBatchNorm2d.forward
 
 
 class FrozenBatchNorm3d(nn.BatchNorm3d):
     """``nn.BatchNorm3d`` with fixed statistics and affine, under ``train()`` too; keeps no activation."""
 
-    forward = FrozenBatchNorm2d.forward  # type: ignore[assignment]
+    forward = FrozenBatchNorm2d.forward
 
 
 class FrozenSyncBatchNorm(nn.SyncBatchNorm):
     """``nn.SyncBatchNorm`` with fixed statistics and affine: nothing is left to synchronise."""
 
-    forward = FrozenBatchNorm2d.forward  # type: ignore[assignment]
+    forward = FrozenBatchNorm2d.forward
 
 
 class FrozenBatchNormAct2d(FrozenBatchNorm2d):

@@ -1,0 +1,333 @@
+"""``ChannelSampler``: which channels train now, inside a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from trady_kernels.batch import Example
+from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
+from trady_kernels.cost import Budget, Cost, LayerCost, measure_layers, total
+from trady_kernels.selection.ranking import LayerRanking
+from trady_kernels.selection.schemes import find_scheme
+
+Counts = Literal["free", "fixed"]
+_VERSION = 1
+
+
+class ChannelSampler:
+    """Draws the input channels that train, layer by layer, without ever exceeding the budget.
+
+    The scheme orders the pool's channels; each one that still fits is taken, one that would overflow is
+    skipped, and the rest goes on: what is left of the budget is less than the cheapest channel left. The
+    constructor makes the first draw and selects it in the model's layers. Draws are made on the CPU with a
+    generator of the sampler's own: the same seed gives the same channels on any device and rank.
+
+    Args:
+        model: a network that ``sparsify`` has converted.
+        example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments, of the batch
+            size, resolution and dtype that training uses.
+        budget: an int counts elements of one sample; a string with a unit ("256KiB", "1 MB") the bytes of
+            selected weight gradients and stored inputs of the example batch; "5%" is a share of the full cost
+            in elements. None is for the schemes without a budget, "head-only" and "full", which ignore it.
+        scheme: one of ``trady_kernels.selection.SCHEMES``.
+        ranking: of the model's layers, for the schemes whose pool are the top layers; None makes the pool
+            every sparse layer.
+        counts: "free" draws anew how many channels each layer trains; "fixed" keeps every layer's number
+            from the first draw and changes only which channels, so that nothing that depends on shapes is
+            rebuilt.
+        seed: of the draws.
+
+    Attributes:
+        budget: the parsed ``Budget``, or None.
+        layers: ``{layer name: LayerCost}`` of every sparse layer.
+        pool: names of the layers that take part.
+        full_cost: ``Cost`` of all channels of all sparse layers.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or a model without sparse layers. Nothing is selected then.
+
+    Source: TraDy, arXiv 2510.19675, section 4.2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Example,
+        *,
+        budget: int | str | Budget | None,
+        scheme: str = "trady",
+        ranking: LayerRanking | None = None,
+        counts: Counts = "free",
+        seed: int = 0,
+    ) -> None:
+        self._scheme = find_scheme(scheme)
+        if counts not in ("free", "fixed"):
+            raise ValueError(f"counts: got {counts!r}, expected 'free' or 'fixed'")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: got {seed!r}, expected an int")
+        if ranking is not None and not isinstance(ranking, LayerRanking):
+            raise TypeError(f"ranking: got {type(ranking).__name__}, expected a LayerRanking or None")
+        if budget is None and not self._scheme.budgeted:
+            self.budget = None
+        else:
+            self.budget = Budget.parse(budget)  # type: ignore[arg-type]
+        modules = sparse_layers(model)
+        if ranking is not None:
+            _check_ranking(ranking, modules, model)
+        costs = measure_layers(model, example_input)
+        uncalled = [name for name in modules if name not in costs]
+        if uncalled:
+            raise ValueError(
+                f"example_input: the run does not call the sparse layer {uncalled[0]!r}, expected one that "
+                "calls every sparse layer: give sparsify the same example"
+            )
+        self.layers: dict[str, LayerCost] = {name: costs[name] for name in modules}
+        self.pool: list[str] = self._scheme.pool(self.layers, ranking)
+        self.full_cost: Cost = total(cost.full for cost in self.layers.values())
+        self._modules = modules
+        self._ranking = ranking
+        self._counts = counts
+        self._conversion = _report_or_none(model)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._fixed: dict[str, int] | None = None
+        self._select(self._draw(), None)
+        if counts == "fixed":
+            self._fixed = {name: len(channels) for name, channels in self._selection.items()}
+
+    # -- what is selected --------------------------------------------------------------------------
+
+    @property
+    def selection(self) -> dict[str, torch.Tensor]:
+        """``{layer name: (k,) int64, sorted}`` of every sparse layer, on the CPU."""
+        return dict(self._selection)
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the current selection."""
+        return total(self.layers[name].channel * len(channels) for name, channels in self._selection.items())
+
+    def resample(self, optimizer: Optimizer | None = None) -> None:
+        """Draw again, if the scheme does, and select the new channels in the model's layers.
+
+        Args:
+            optimizer: one that holds the layers' ``channel_weight``s: its state is rearranged now instead
+                of at its next step.
+
+        Raises:
+            TypeError, NotImplementedError: what the layers' ``select()`` raises; nothing is drawn then.
+        """
+        if not self._scheme.every_epoch:
+            return
+        before = self._generator.get_state()
+        try:
+            self._select(self._draw(), optimizer)
+        except BaseException:
+            self._generator.set_state(before)
+            raise
+
+    def _select(self, selection: dict[str, torch.Tensor], optimizer: Optimizer | None) -> None:
+        for name, module in self._modules.items():
+            module.select(selection[name], optimizer)
+        self._selection = selection
+
+    def _draw(self) -> dict[str, torch.Tensor]:
+        sizes = [self.layers[name].channels for name in self.pool]
+        starts = [0, *accumulate(sizes)]
+        order = self._scheme.order(starts[-1], self._generator)
+        if self._fixed is not None:
+            taken = self._fill_counts(order, sizes)
+        elif self._limit is None:
+            taken = order
+        else:
+            taken = self._fill_budget(order, sizes, self._limit)
+        selection = {name: torch.empty(0, dtype=torch.int64) for name in self.layers}
+        ordered = taken.sort().values
+        edges = torch.searchsorted(ordered, torch.tensor(starts)).tolist()
+        for index, name in enumerate(self.pool):
+            selection[name] = ordered[edges[index] : edges[index + 1]] - starts[index]
+        return selection
+
+    @property
+    def _limit(self) -> int | None:
+        return self.budget.limit(self.full_cost) if self.budget and self._scheme.budgeted else None
+
+    def _fill_budget(self, order: torch.Tensor, sizes: list[int], limit: int) -> torch.Tensor:
+        """The channels of ``order`` that fit, each in its turn."""
+        assert self.budget is not None
+        if not sizes:
+            return order
+        prices = [self.budget.of(self.layers[name].channel) for name in self.pool]
+        cheapest = min(prices)
+        price_of = torch.tensor(prices).repeat_interleave(torch.tensor(sizes))
+        taken, left = [], limit
+        for channel, price in zip(order.tolist(), price_of[order].tolist(), strict=True):
+            if price <= left:
+                taken.append(channel)
+                left -= price
+                if left < cheapest:
+                    break
+        return torch.tensor(taken, dtype=torch.int64)
+
+    def _fill_counts(self, order: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """The first k channels of ``order`` in each layer, k being the layer's fixed count."""
+        assert self._fixed is not None
+        if not sizes:
+            return order
+        layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        by_layer = order[layer_of[order].sort(stable=True).indices]
+        parts = by_layer.split(sizes)
+        return torch.cat([part[: self._fixed[name]] for part, name in zip(parts, self.pool, strict=True)])
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The current selection and the state of the generator: what the next draws depend on."""
+        return {
+            "version": _VERSION,
+            "scheme": self._scheme.name,
+            "counts": self._counts,
+            "budget": str(self.budget),
+            "pool": list(self.pool),
+            "generator": self._generator.get_state(),
+            "selection": {name: channels.clone() for name, channels in self._selection.items()},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Select what the saved sampler had selected, and go on drawing as it would have.
+
+        Load the model before, and the optimiser after: the state it saved belongs to these channels.
+
+        Raises:
+            ValueError: the state is of another version, scheme, budget, pool or network. Nothing has
+                changed then.
+        """
+        ours = self.state_dict()
+        if not isinstance(state_dict, Mapping) or set(state_dict) != set(ours):
+            raise ValueError(
+                f"state_dict: got {type(state_dict).__name__} with other entries, expected what "
+                "ChannelSampler.state_dict() returned"
+            )
+        for key in ("version", "scheme", "counts", "budget", "pool"):
+            if state_dict[key] != ours[key]:
+                raise ValueError(
+                    f"state_dict: got {key} {_short(state_dict[key])}, expected {_short(ours[key])}, that of "
+                    "this sampler"
+                )
+        selection = {name: torch.as_tensor(state_dict["selection"][name]) for name in state_dict["selection"]}
+        if {
+            name: _fits(channels, self.layers.get(name)) for name, channels in selection.items()
+        } != dict.fromkeys(self.layers, True):
+            raise ValueError("state_dict: got a selection of other layers, expected one of this network's")
+        self._generator.set_state(state_dict["generator"])
+        self._select(selection, None)
+        if self._fixed is not None:
+            self._fixed = {name: len(channels) for name, channels in selection.items()}
+
+    # -- for readers -------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        """The selection as a table: per layer k of C channels, cost of one and of all k; totals and notes."""
+        header = ("layer", "channels", "of", "elements each", "elements", "bytes", "MACs", "pool")
+        members = set(self.pool)
+        rows = []
+        for name, layer in self.layers.items():
+            count = len(self._selection[name])
+            cost = layer.channel * count
+            rows.append(
+                _row(name, count, layer.channels, layer.channel, cost, "yes" if name in members else "")
+            )
+        count = sum(len(channels) for channels in self._selection.values())
+        channels = sum(layer.channels for layer in self.layers.values())
+        rows.append(_row("total", count, channels, None, self.cost, f"{len(members)} of {len(self.layers)}"))
+        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column in (0, 7) else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (header, *rows)
+        ]
+        return "\n".join([*lines, "", *self._notes()])
+
+    def _notes(self) -> list[str]:
+        full, cost, limit = self.full_cost, self.cost, self._limit
+        notes = [f"scheme {self._scheme.name}, counts {self._counts}"]
+        if self.budget is None or limit is None:
+            notes.append(f"the scheme {self._scheme.name} has no budget")
+        else:
+            unit = "bytes" if self.budget.kind == "bytes" else "elements"
+            notes.append(f"budget {self.budget}: {self.budget.of(cost):,} of {limit:,} {unit} used")
+            cheapest = min((self.budget.of(self.layers[name].channel) for name in self.pool), default=0)
+            if limit >= self.budget.of(total(self.layers[name].full for name in self.pool)):
+                whole = "everything" if len(self.pool) == len(self.layers) else "the whole pool"
+                notes.append(f"the budget is above the full cost of the pool: {whole} is selected")
+            elif limit < cheapest:
+                notes.append(
+                    f"the budget is below the cheapest channel ({cheapest:,} {unit}): nothing is selected"
+                )
+        notes.append(
+            f"{cost.elements / full.elements:.2%} of the full cost ({full.elements:,} elements), "
+            f"{cost.macs / max(full.macs, 1):.2%} of its weight-gradient multiply-accumulates"
+        )
+        if self._scheme.ranked and self._ranking is None:
+            notes.append("no ranking given: the pool is every sparse layer")
+        if self._conversion is not None:
+            head = self._conversion.head
+            notes.append(
+                f"head (dense, trains, not in the budget): {head}" if head is not None else "no head"
+            )
+            notes += [
+                f"stays dense and frozen: {name}, {why}" for name, why in self._conversion.dense.items()
+            ]
+        return notes
+
+
+def _row(name: str, count: int, channels: int, each: Cost | None, cost: Cost, pool: str) -> tuple[str, ...]:
+    return (
+        name,
+        str(count),
+        str(channels),
+        f"{each.elements:,}" if each else "",
+        f"{cost.elements:,}",
+        f"{cost.bytes:,}",
+        f"{cost.macs:,}",
+        pool,
+    )
+
+
+def _report_or_none(model: nn.Module) -> ConversionReport | None:
+    try:
+        return conversion_report(model)
+    except ValueError:  # sparse layers put there by hand
+        return None
+
+
+def _check_ranking(ranking: LayerRanking, layers: Mapping[str, nn.Module], model: nn.Module) -> None:
+    known = {name for name, _ in model.named_modules()}
+    foreign = [name for name in ranking if name not in known]
+    missing = [name for name in layers if name not in ranking]
+    if foreign or missing:
+        wrong = f"names {foreign[0]!r}" if foreign else f"lacks {missing[0]!r}"
+        raise ValueError(
+            f"ranking: got one that {wrong}, expected a score for each sparse layer of this network: "
+            "rank_layers(model, ...) makes one"
+        )
+
+
+def _fits(channels: torch.Tensor, layer: LayerCost | None) -> bool:
+    if layer is None or channels.dim() != 1 or channels.dtype != torch.int64:
+        return False
+    return not len(channels) or bool(
+        channels[0] >= 0 and channels[-1] < layer.channels and (channels[1:] > channels[:-1]).all()
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,28 @@
+"""The selection schemes: one file each, one registry."""
+
+from __future__ import annotations
+
+from trady_kernels.selection.schemes.d_full_random import DFullRandom
+from trady_kernels.selection.schemes.full import Full
+from trady_kernels.selection.schemes.head_only import HeadOnly
+from trady_kernels.selection.schemes.s_topk_random import STopKRandom
+from trady_kernels.selection.schemes.scheme import Scheme
+from trady_kernels.selection.schemes.trady import Trady
+
+SCHEMES: dict[str, type[Scheme]] = {
+    scheme.name: scheme for scheme in (Trady, STopKRandom, DFullRandom, HeadOnly, Full)
+}
+
+
+def find_scheme(name: str) -> Scheme:
+    """The scheme of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]()
+
+
+__all__ = ["SCHEMES", "Scheme", "find_scheme"]

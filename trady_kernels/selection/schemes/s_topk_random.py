@@ -1,0 +1,23 @@
+"""``s-topk-random``: one uniform draw from the top layers' channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trady_kernels.cost import LayerCost
+from trady_kernels.selection.ranking import LayerRanking
+from trady_kernels.selection.schemes.scheme import Scheme, ranked_pool
+
+
+class STopKRandom(Scheme):
+    """As ``trady``, drawn once.
+
+    Source: TraDy (S-TopK Random), arXiv 2510.19675, section 4.3.
+    """
+
+    name = "s-topk-random"
+    every_epoch = False
+    ranked = True
+
+    def pool(self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None) -> list[str]:
+        return ranked_pool(layers, ranking)
