@@ -15,7 +15,6 @@ from trady_kernels.data.image_folder import find_classes, read_images
 from trady_kernels.data.images import (
     ImageData,
     LabelledImages,
-    Normalisation,
     complement,
     resize,
     stratified_subset,
@@ -23,7 +22,7 @@ from trady_kernels.data.images import (
 )
 from trady_kernels.data.mnist import find_mnist, read_mnist
 
-__all__ = ["DATA_SETS", "ImageData", "LabelledImages", "Normalisation", "load_data", "to_network_input"]
+__all__ = ["DATA_SETS", "ImageData", "LabelledImages", "load_data", "to_network_input"]
 
 #: Share of the images tested on where a data set brings no test set of its own.
 TEST_SHARE = 0.2
@@ -43,7 +42,9 @@ class _Parts:
 
 def _mnist(size: int) -> _Parts:
     digits = read_mnist(find_mnist())
-    return _Parts("mnist", tuple("0123456789"), LabelledImages(resize(digits.images, size), digits.labels), None)
+    return _Parts(
+        "mnist", tuple("0123456789"), LabelledImages(resize(digits.images, size), digits.labels), None
+    )
 
 
 def _idx_folder(folder: Path, size: int, name: str, classes: tuple[str, ...] | None) -> _Parts:
@@ -137,7 +138,9 @@ def load_data(
         raise ValueError(f"validation_share: got {validation_share}, expected 0 to below 1")
     parts = _read(data, image_size)
     train, test = parts.train, parts.test
-    for share in ([] if test is not None else [TEST_SHARE]) + ([validation_share] if validation_share else []):
+    for share in ([] if test is not None else [TEST_SHARE]) + (
+        [validation_share] if validation_share else []
+    ):
         count = max(round(share * len(train)), len(parts.classes))
         if int(torch.bincount(train.labels, minlength=len(parts.classes)).min()) < 2:
             smallest = parts.classes[int(torch.bincount(train.labels, minlength=len(parts.classes)).argmin())]

@@ -78,7 +78,9 @@ def read_idx(path: Path) -> torch.Tensor:
         zeros, kind, dimensions = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{dimensions}I", content, 4)
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"data: {path} could not be read as an IDX file ({error}); fetch it again") from error
+        raise ValueError(
+            f"data: {path} could not be read as an IDX file ({error}); fetch it again"
+        ) from error
     start = 4 + 4 * dimensions
     if zeros != 0 or kind != _UNSIGNED_BYTE or len(content) != start + math.prod(shape):
         raise ValueError(

@@ -12,14 +12,6 @@ _RESIZE_CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """Mean and standard deviation of each channel that a network was trained with, on a 0..1 scale."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
 class LabelledImages:
     """Images of one size with their class numbers.
 
@@ -79,21 +71,25 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def to_network_input(
-    images: torch.Tensor, normalisation: Normalisation, device: torch.device | str = "cpu"
+    images: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Turn byte images into the float32 three-channel input of a network.
 
     Args:
         images: uint8 ``(N, C, H, W)``, C = 1 or 3.
-        normalisation: the network's own mean and standard deviation.
+        mean: of each of the three channels, as the network was trained with, on a 0..1 scale.
+        std: standard deviation, likewise.
         device: where the result lies.
 
     Returns:
         float32 ``(N, 3, H, W)``.
     """
-    mean = torch.tensor(normalisation.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(normalisation.std, device=device).view(3, 1, 1)
-    return images.to(device).float().div_(255).sub(mean).div_(std)  # grey broadcasts to three channels
+    shift = torch.tensor(mean, device=device).view(3, 1, 1)
+    scale = torch.tensor(std, device=device).view(3, 1, 1)
+    return images.to(device).float().div_(255).sub(shift).div_(scale)  # grey broadcasts to three channels
 
 
 def stratified_subset(labels: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:

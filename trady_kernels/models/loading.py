@@ -81,10 +81,15 @@ EMBEDDED: dict[str, _Embedded] = {
         (127 / 255,) * 3,
         (128 / 255,) * 3,
     ),
+    "mobilenet_v2_w035": _Embedded(
+        "trady_kernels.models.mobilenet_v2", "MobileNetV2", {"width": 0.35}, None, _IMAGENET_MEAN, _IMAGENET_STD
+    ),
 }
 
 
-def load_model(name: str, num_classes: int, *, weights: str | Path | None = None, seed: int = 0) -> LoadedModel:
+def load_model(
+    name: str, num_classes: int, *, weights: str | Path | None = None, seed: int = 0
+) -> LoadedModel:
     """Build a network by name, load its pretrained weights and give it a new classifier.
 
     Args:
@@ -161,7 +166,9 @@ def load_weights(model: nn.Module, path: str | Path, num_classes: int) -> None:
         ValueError: the file is no checkpoint, or one of another network.
     """
     content = read_checkpoint(path)
-    state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
+    state = next(
+        (content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content
+    )
     _load_tensors(model, state, num_classes, str(path))
 
 
@@ -209,9 +216,11 @@ def _import(library: str) -> ModuleType:
     # Torchvision registers a fake for an operator that its unloadable binary would have defined. No
     # network here calls it, so a bare definition is enough. The library object must stay alive.
     global _torchvision_operators
-    _torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+    _torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        _torchvision_operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _torchvision_operators.define(
+            f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
     return importlib.import_module(library)
 
 
@@ -231,11 +240,12 @@ def _library_of(bare: str) -> str:
     for library, names in known.items():
         if bare in names:
             return library
-    close = difflib.get_close_matches(bare, [*EMBEDDED, *(name for names in known.values() for name in names)], n=4)
+    everything = dict.fromkeys([*EMBEDDED, *(name for names in known.values() for name in names)])
+    close = difflib.get_close_matches(bare, everything, n=4)
     missing = [library for library, names in known.items() if not names]
     raise ValueError(
         f"model: got {bare!r}, expected "
-        + (f"a known name, such as {', '.join(close)}" if close else f"a known name, such as {', '.join(EMBEDDED)}")
+        + f"a known name, such as {', '.join(close or EMBEDDED)}"
         + (f"; for more names: pip install {' '.join(missing)}" if missing else "")
     )
 
@@ -245,7 +255,8 @@ def _check_name(library: str, bare: str, names: Iterable[str]) -> None:
     if bare not in names:
         close = difflib.get_close_matches(bare, names, n=4)
         raise ValueError(
-            f"model: {library} has no {bare!r}" + (f", expected one such as {', '.join(close)}" if close else "")
+            f"model: {library} has no {bare!r}"
+            + (f", expected one such as {', '.join(close)}" if close else "")
         )
 
 
@@ -262,7 +273,7 @@ def _load_timm(bare: str, num_classes: int, pretrained: bool) -> LoadedModel:
             words = _not_downloaded(error)
     if model is None:
         model = timm.create_model(bare, pretrained=False, num_classes=num_classes)
-    cfg = model.pretrained_cfg
+    cfg: Any = model.pretrained_cfg
     return LoadedModel(model, f"timm:{bare}", tuple(cfg["mean"]), tuple(cfg["std"]), words)
 
 
