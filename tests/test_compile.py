@@ -1,0 +1,144 @@
+"""Sparse layers under ``torch.compile(fullgraph=True)``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trady_kernels import SparseConv2d, SparseLinear
+from trady_kernels.nn import FrozenBatchNorm2d
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> nn.Sequential:
+    norm = FrozenBatchNorm2d(6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.running_mean)
+    return nn.Sequential(
+        SparseConv2d(4, 6, 3, padding=1, channels=[0, 2]),
+        norm,
+        nn.ReLU(),
+        SparseConv2d(6, 6, 3, padding="same", padding_mode="reflect", groups=2, channels=[]),
+        SparseConv2d(6, 4, 2, padding="same", channels=3),
+        nn.Flatten(),
+        SparseLinear(4 * 25, 5, channels=7),
+    )
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return (model(x).square().sum() + model(-x).square().sum()) / 10
+
+
+def train(model: nn.Module, inner: nn.Sequential, steps: int) -> list[torch.Tensor]:
+    optimizer = torch.optim.AdamW([p for p in inner.parameters() if p.requires_grad], lr=0.01)
+    generator = torch.Generator().manual_seed(5)
+    losses = []
+    for _ in range(steps):
+        for layer, count in ((inner[0], 2), (inner[4], 3), (inner[6], 7)):
+            assert isinstance(layer, SparseConv2d | SparseLinear)
+            layer.select(torch.randperm(layer.channel_count, generator=generator)[:count], optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = loss_of(model, torch.randn(2, 4, 5, 5, generator=generator))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_twelve_resamples_in_one_graph() -> None:
+    eager = network()
+    inner = copy.deepcopy(eager)
+    compiled = torch.compile(inner, fullgraph=True, backend="aot_eager")
+    losses = train(compiled, inner, 12)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(torch.stack(losses), torch.stack(train(eager, eager, 12)), rtol=1e-4, atol=1e-4)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(inner.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_inductor() -> None:
+    eager = network()
+    inner = copy.deepcopy(eager)
+    losses = train(torch.compile(inner, fullgraph=True), inner, 3)
+    torch.testing.assert_close(torch.stack(losses), torch.stack(train(eager, eager, 3)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    (SparseConv2d(4, 6, 3, padding=1, stride=2, channels=[0, 2]), SparseLinear(5, 3, channels=[1, 4])),
+    ids=("conv", "linear"),
+)
+@pytest.mark.parametrize("autocast", (False, True))
+def test_gradients(layer: Any, autocast: bool) -> None:
+    layer = copy.deepcopy(layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    grads = []
+    for module in (layer, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = module(x)
+        layer.zero_grad()
+        x.grad = None
+        output.float().square().sum().backward()
+        grads.append((output, x.grad, layer.channel_weight.grad.clone(), layer.bias.grad.clone()))
+    for eager, other in zip(*grads, strict=True):
+        assert eager.dtype == other.dtype and eager.stride() == other.stride()
+        torch.testing.assert_close(other, eager)
+
+
+def test_channels_last_and_no_grad() -> None:
+    layer = SparseConv2d(4, 6, 3, padding=1, channels=[0, 2])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grads = []
+    for module in (layer, compiled):
+        (grad,) = torch.autograd.grad(module(x).square().sum(), x)
+        grads.append(grad)
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_traced_graph_writes_nothing() -> None:
+    layer = SparseConv2d(4, 6, 3, channels=[0, 2])
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 5, 5)
+    layer(x)
+    version = layer.weight._version
+    with torch.no_grad():
+        layer.channel_weight.add_(1)
+    before = layer.weight.detach().clone()
+    compiled(x)
+    assert layer.weight._version == version and torch.equal(layer.weight, before)
+    layer.synchronize()
+    assert torch.equal(compiled(x), layer(x)) and not torch.equal(layer.weight, before)
+
+
+def test_functional_call() -> None:
+    layer = SparseConv2d(4, 6, 3, channels=[0, 2])
+    x = torch.randn(2, 4, 5, 5)
+    rows = torch.randn_like(layer.channel_weight).requires_grad_()
+
+    def call(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"channel_weight": rows}, (x,)).square().sum()
+
+    (expected,) = torch.autograd.grad(call(rows, x), rows)
+    (grad,) = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(rows, x), rows)
+    torch.testing.assert_close(grad, expected)

@@ -1,0 +1,143 @@
+"""``FrozenBatchNorm2d`` against ``nn.BatchNorm2d`` in evaluation mode."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from saved import saved_bytes
+from tolerances import ROUNDING
+from torch import nn
+
+from trady_kernels.functional import frozen_batch_norm
+from trady_kernels.nn import FrozenBatchNorm2d
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def dense_norm(affine: bool = True, dtype: torch.dtype = torch.float64) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(5, eps=1e-3, momentum=0.2, affine=affine, dtype=dtype)
+    state = {name: torch.randn_like(value) for name, value in norm.state_dict().items() if value.is_floating_point()}
+    state["running_var"] = state["running_var"].square() + 0.1
+    if affine:
+        state["weight"][2] = 0  # a folded or divided scale loses this channel
+    norm.load_state_dict({**state, "num_batches_tracked": torch.tensor(7)})
+    return norm
+
+
+@pytest.mark.parametrize("training", (False, True))
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("affine", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_equals_dense_in_evaluation(
+    affine: bool, training: bool, memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    dense = dense_norm(affine, dtype).eval()
+    frozen = FrozenBatchNorm2d.from_dense(dense).train(training)
+    x = torch.randn(3, 5, 4, 7, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    x_frozen = x.detach().clone().requires_grad_()
+    output, output_frozen = dense(x), frozen(x_frozen)
+    assert torch.equal(output_frozen, output) and output_frozen.stride() == output.stride()
+    grad_output = torch.randn_like(output)
+    output.backward(grad_output)
+    output_frozen.backward(grad_output)
+    assert x.grad is not None and x_frozen.grad is not None
+    bound = ROUNDING[dtype] * float(x.grad.abs().max())
+    torch.testing.assert_close(x_frozen.grad, x.grad, rtol=0, atol=bound)
+    assert x_frozen.grad.stride() == x.grad.stride()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen.parameters())
+    for name, value in dense.state_dict().items():
+        assert torch.equal(frozen.state_dict()[name], value), name
+
+
+def test_bfloat16_activations_with_float32_statistics() -> None:
+    dense = dense_norm(dtype=torch.float32).eval()
+    frozen = FrozenBatchNorm2d.from_dense(dense)
+    x = torch.randn(3, 5, 4, 7, dtype=torch.bfloat16, requires_grad=True)
+    x_frozen = x.detach().clone().requires_grad_()
+    with torch.autocast("cpu"):
+        output, output_frozen = dense(x), frozen(x_frozen)
+    assert torch.equal(output, output_frozen) and output_frozen.dtype == torch.bfloat16
+    grad_output = torch.randn_like(output)
+    output.backward(grad_output)
+    output_frozen.backward(grad_output)
+    bound = ROUNDING[torch.bfloat16] * float(x.grad.abs().max())  # type: ignore[union-attr]
+    torch.testing.assert_close(x_frozen.grad, x.grad, rtol=0, atol=bound)
+
+
+def test_saves_nothing() -> None:
+    frozen = FrozenBatchNorm2d.from_dense(dense_norm()).train()
+    x = torch.randn(3, 5, 4, 7, dtype=torch.float64, requires_grad=True)
+    assert saved_bytes(frozen, lambda: frozen(x)) == 0
+
+
+def test_gradcheck_and_transforms() -> None:
+    frozen = FrozenBatchNorm2d.from_dense(dense_norm())
+    x = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(frozen, (x,)) and torch.autograd.gradgradcheck(frozen, (x,))
+    grad = torch.func.grad(lambda x: frozen(x).square().sum())(x.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(frozen(x).square().sum(), x)[0])
+    batched = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.vmap(frozen)(batched), torch.stack([frozen(x), frozen(2 * x)]))
+
+
+def test_round_trip_and_state_dict() -> None:
+    dense = dense_norm().eval()
+    frozen = FrozenBatchNorm2d.from_dense(dense)
+    assert isinstance(frozen, nn.BatchNorm2d) and not frozen.training and dense.weight.requires_grad
+    back = frozen.to_dense()
+    assert type(back) is nn.BatchNorm2d and str(back) == str(dense) and not back.training
+    assert back.weight.requires_grad
+    for name, value in dense.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value)
+    other = dense_norm().eval()
+    frozen.load_state_dict(other.state_dict())
+    x = torch.randn(3, 5, 4, 7, dtype=torch.float64)
+    assert torch.equal(frozen.train()(x), other(x))
+    for copied in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert torch.equal(copied(x), other(x))
+
+
+def test_unfrozen_affine_trains() -> None:
+    frozen = FrozenBatchNorm2d.from_dense(dense_norm()).train()
+    frozen.bias.requires_grad_(True)
+    frozen(torch.randn(3, 5, 4, 7, dtype=torch.float64)).sum().backward()
+    assert frozen.bias.grad is not None and frozen.weight.grad is None
+
+
+def test_compiles() -> None:
+    frozen = FrozenBatchNorm2d.from_dense(dense_norm())
+    x = torch.randn(3, 5, 4, 7, dtype=torch.float64, requires_grad=True)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    (grad,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(frozen(x).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    (
+        (lambda: FrozenBatchNorm2d.from_dense(nn.ReLU()), TypeError, "module: got ReLU, expected an nn.BatchNorm2d"),  # type: ignore[arg-type]
+        (
+            lambda: FrozenBatchNorm2d.from_dense(nn.BatchNorm2d(3, track_running_stats=False)),
+            ValueError,
+            "module: got track_running_stats=False",
+        ),
+        (lambda: FrozenBatchNorm2d(3)(torch.ones(3, 4)), ValueError, "expected 4D input"),
+    ),
+)
+def test_bad_input(make: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_function_without_module() -> None:
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    mean, variance = torch.randn(2, dtype=torch.float64), torch.rand(2, dtype=torch.float64)
+    expected = (x - mean[:, None]) / (variance[:, None] + 0.5).sqrt()
+    torch.testing.assert_close(frozen_batch_norm(x, None, None, mean, variance, 0.5), expected)
