@@ -8,6 +8,7 @@ from trady_kernels.convert import (
     trainable_parameters,
 )
 from trady_kernels.functional import sparse_conv2d, sparse_linear
+from trady_kernels.memory import MemoryReport, measure_memory
 from trady_kernels.nn import SparseConv2d, SparseLinear
 from trady_kernels.ops import backend
 from trady_kernels.selection import ChannelSampler, LayerRanking, rank_layers
@@ -17,11 +18,13 @@ __version__ = "0.1.0"
 __all__ = [
     "ChannelSampler",
     "LayerRanking",
+    "MemoryReport",
     "SparseConv2d",
     "SparseLinear",
     "backend",
     "conversion_report",
     "densify",
+    "measure_memory",
     "rank_layers",
     "select_fraction",
     "sparse_conv2d",

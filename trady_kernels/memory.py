@@ -1,0 +1,244 @@
+"""Measured memory: what a training step keeps for backward, and how much it needs at its peak."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, normalization, pooling
+from torch.profiler import ProfilerActivity, profile
+
+from trady_kernels.batch import Example, loss_of, tensors_in, without_trace
+
+#: Kind of what a module keeps, by its class; the first row that fits counts.
+_KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
+    ("conv input", (conv._ConvNd,)),
+    ("linear input", (nn.Linear, nn.Bilinear)),
+    ("attention", (nn.MultiheadAttention,)),
+    (
+        "norm",
+        (
+            batchnorm._BatchNorm,
+            instancenorm._InstanceNorm,
+            normalization.LayerNorm,
+            normalization.GroupNorm,
+            normalization.RMSNorm,
+            normalization.LocalResponseNorm,
+        ),
+    ),
+    ("dropout", (dropout._DropoutNd,)),
+    (
+        "pooling",
+        tuple(kind for kind in vars(pooling).values() if isinstance(kind, type) and "Pool" in kind.__name__),
+    ),
+    (
+        "activation",
+        tuple(
+            kind
+            for kind in vars(activation).values()
+            if isinstance(kind, type)
+            and issubclass(kind, nn.Module)
+            and kind.__module__ == activation.__name__
+            and kind is not nn.MultiheadAttention
+        ),
+    ),
+)
+KINDS = ("conv input", "linear input", "norm", "activation", "pooling", "dropout", "attention", "other")
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes that one training step keeps for backward.
+
+    Attributes:
+        saved_bytes: unique storages saved between forward and backward, without parameters, buffers and the
+            batch itself.
+        by_kind: ``saved_bytes`` by what keeps them; a storage that several keep counts for the first.
+        by_module: ``saved_bytes`` by module name; "" is the network's own forward and the loss.
+        parameter_bytes: saved storages that are parameters or buffers of the network: references.
+        batch_bytes: saved storages that belong to the batch: references.
+        peak_bytes: high-water mark of the allocator during the step, above what was allocated before it;
+            contains the gradients.
+        device: where it was measured.
+    """
+
+    saved_bytes: int
+    by_kind: Mapping[str, int]
+    by_module: Mapping[str, int]
+    parameter_bytes: int
+    batch_bytes: int
+    peak_bytes: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts and numbers, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [(kind, size) for kind, size in self.by_kind.items()]
+        rows += [
+            ("saved for backward", self.saved_bytes),
+            ("parameters referenced", self.parameter_bytes),
+            ("batch referenced", self.batch_bytes),
+            (f"peak of the step ({self.device})", self.peak_bytes),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {size:>15,} B  {size / 2**20:>9.2f} MiB" for name, size in rows)
+
+
+def measure_memory(
+    model: nn.Module, batch: Example, loss_fn: Callable[..., torch.Tensor] | None = None
+) -> MemoryReport:
+    """Run one forward and backward and measure what it keeps.
+
+    The model runs in the mode it is in. Modes, buffers, gradients and random numbers are left as they were;
+    no optimiser steps.
+
+    Args:
+        model: any network.
+        batch: a tensor, a pair ``(input, target)`` whose input is a tensor, a tuple or a dict, or a dict of
+            keyword arguments; on the model's device.
+        loss_fn: called with the output, and with the target where the batch is a pair; without it the
+            output's ``loss``, else the sum of the output.
+
+    Returns:
+        The measured bytes.
+
+    Raises:
+        TypeError, ValueError: ``batch`` is of another kind, or the loss depends on nothing that trains.
+    """
+    references = {
+        _storage(tensor): kind
+        for kind, tensors in (
+            ("batch", tensors_in(batch)),
+            ("parameter", (*model.parameters(), *model.buffers())),
+        )
+        for tensor in tensors
+    }
+    names = {module: name for name, module in model.named_modules()}
+    running: list[nn.Module] = []
+    seen: set[int] = set()
+    by_kind: Counter[str] = Counter()
+    by_module: Counter[str] = Counter()
+    referenced: Counter[str] = Counter()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        key = _storage(tensor)
+        if key not in seen:
+            seen.add(key)
+            size = tensor.untyped_storage().nbytes()
+            if key in references:
+                referenced[references[key]] += size
+            else:
+                by_kind[_kind(running[-1] if running else None, tensor)] += size
+                by_module[names[running[-1]] if running else ""] += size
+        return tensor.detach()  # the tensor itself would hold its own graph alive
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        running.pop()
+
+    handles = []
+    for module in names:
+        # First in, last out: what users hooked on a module counts as the module's.
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    peak = _peak(next((tensor.device for tensor in model.parameters()), torch.device("cpu")))
+    try:
+        with (
+            without_trace(model),
+            torch.enable_grad(),
+            peak,
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            loss = loss_of(model, batch, loss_fn)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "model: got a loss that depends on no parameter that requires a gradient, expected at least "
+                    "one that trains"
+                )
+            loss.backward()
+            del loss
+    finally:
+        for handle in handles:
+            handle.remove()
+    return MemoryReport(
+        saved_bytes=sum(by_kind.values()),
+        by_kind={kind: by_kind[kind] for kind in KINDS if by_kind[kind]},
+        by_module=dict(by_module),
+        parameter_bytes=referenced["parameter"],
+        batch_bytes=referenced["batch"],
+        peak_bytes=peak.bytes,
+        device=peak.name,
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _kind(module: nn.Module | None, tensor: torch.Tensor) -> str:
+    weight = getattr(module, "weight", None)
+    if (
+        isinstance(weight, torch.Tensor)
+        and weight.dim() > 1
+        and tensor.shape in (weight.shape, weight.mT.shape)
+    ):
+        return "other"  # a copy of the weight, as autocast makes
+    for kind, classes in _KINDS:
+        if isinstance(module, classes):
+            return kind
+    # Attention is written anew in every library; the scores are what such a module itself keeps.
+    return "attention" if module is not None and "Attention" in type(module).__name__ else "other"
+
+
+class _CudaPeak:
+    """The caching allocator's own high-water mark."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name, self.bytes, self._device = torch.cuda.get_device_name(device), 0, device
+
+    def __enter__(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.cuda.synchronize(self._device)
+        self.bytes = torch.cuda.max_memory_allocated(self._device) - self._before
+
+
+class _CpuPeak:
+    """Running sum of what the profiler sees the allocator hand out and take back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.name, self.bytes = device.type, 0
+
+    def __enter__(self) -> None:
+        # Kineto writes lines to stderr at its start and stop unless told otherwise before its first use.
+        level = os.environ.get("KINETO_LOG_LEVEL")
+        os.environ["KINETO_LOG_LEVEL"] = level or "99"
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        if level is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+
+    def __exit__(self, *exception: Any) -> None:
+        self._profile.__exit__(*exception)
+        profiler: Any = self._profile.profiler
+        events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        self.bytes = max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+def _peak(device: torch.device) -> _CpuPeak | _CudaPeak:
+    return _CudaPeak(device) if device.type == "cuda" else _CpuPeak(device)
