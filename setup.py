@@ -40,10 +40,11 @@ def compiler() -> str | None:
 
 
 def nvcc() -> str | None:
-    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    return shutil.which("nvcc") or next(
-        filter(None, (shutil.which("nvcc", path=str(Path(home, "bin"))) for home in homes if home)), None
-    )
+    """The one of CUDA_HOME where that is set; otherwise on PATH or in the toolkit's usual place."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def wanted_nvcc() -> str | None:
@@ -54,7 +55,7 @@ def wanted_nvcc() -> str | None:
     found = None if wanted == "0" else nvcc()
     if wanted == "1" and found is None:
         raise SystemExit(
-            "TRADY_CUDA: got 1, but there is no nvcc on PATH or under CUDA_HOME; install the CUDA toolkit "
+            "TRADY_CUDA: got 1, but there is no nvcc under CUDA_HOME or on PATH; install the CUDA toolkit "
             "or leave TRADY_CUDA unset"
         )
     return found
@@ -82,7 +83,9 @@ class BuildThroughCMake(build_ext):
     def build(self, package: Path, cxx: str) -> dict[str, str]:
         for tool in ("cmake", "ninja"):
             if program(tool) is None:
-                raise SystemExit(f"{tool}: not found; install the build requirements: pip install cmake ninja pybind11")
+                raise SystemExit(
+                    f"{tool}: not found; install the build requirements: pip install cmake ninja pybind11"
+                )
         import pybind11
         import torch
 
@@ -105,7 +108,9 @@ class BuildThroughCMake(build_ext):
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{Path(cxx).name}"
         folder = ROOT / "build" / f"cmake-{tag}"
         cmake = str(program("cmake"))
-        self.command([cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in settings.items())])
+        self.command(
+            [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in settings.items())]
+        )
         self.command([cmake, "--build", folder])
         self.clear(package)
         self.command([cmake, "--install", folder, "--prefix", package])
@@ -116,11 +121,14 @@ class BuildThroughCMake(build_ext):
         }
         if cuda_compiler:
             release = subprocess.run([cuda_compiler, "--version"], capture_output=True, text=True).stdout
-            facts |= {"nvcc": next((line for line in release.splitlines() if "release" in line), ""), "cuda_archs": archs}
+            facts |= {
+                "nvcc": next((line for line in release.splitlines() if "release" in line), ""),
+                "cuda_archs": archs,
+            }
         elif os.environ.get("TRADY_CUDA") == "0":
             facts["cuda_missing"] = "TRADY_CUDA was 0 at installation"
         else:
-            facts["cuda_missing"] = "no nvcc was found on PATH or under CUDA_HOME at installation"
+            facts["cuda_missing"] = "no nvcc was found under CUDA_HOME or on PATH at installation"
         return facts
 
     @staticmethod
@@ -133,7 +141,9 @@ class BuildThroughCMake(build_ext):
 
     @staticmethod
     def command(arguments: list[object]) -> None:
-        done = subprocess.run([str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         print(done.stdout, flush=True)
         if done.returncode:
             raise SystemExit(f"the build failed: {shlex.join(map(str, arguments))}\n{done.stdout}")

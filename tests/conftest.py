@@ -55,4 +55,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False: this test needs a GPU"))
+            item.add_marker(
+                pytest.mark.skip(reason="torch.cuda.is_available() is False: this test needs a GPU")
+            )

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
 from cases import CONV_CASES, FLOATING, ConvCase, laid_out
 
 from trady_kernels.ops import backend, gather_channels, last_kernel
@@ -89,7 +88,10 @@ def test_large_enough_for_threads() -> None:
 @pytest.mark.parametrize("name", ["cpp", "reference"])
 @pytest.mark.parametrize("index", [5, -1, 1 << 40])
 def test_index_out_of_range(name: str, index: int) -> None:
-    with backend(name), pytest.raises(IndexError, match=rf"channels: got index {index}, expected 0 <= index < 5"):
+    with (
+        backend(name),
+        pytest.raises(IndexError, match=rf"channels: got index {index}, expected 0 <= index < 5"),
+    ):
         gather_channels(torch.randn(2, 5, 3, 3), torch.tensor([0, index]))
 
 
@@ -97,7 +99,9 @@ def test_bad_arguments() -> None:
     x = torch.randn(2, 5, 3, 3)
     with pytest.raises(ValueError, match="input: got 1 dimensions, expected at least 2"):
         gather_channels(torch.randn(5), torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"channels: got shape \(1, 1\) of torch.int64, expected a 1-D int64"):
+    with pytest.raises(
+        ValueError, match=r"channels: got shape \(1, 1\) of torch.int64, expected a 1-D int64"
+    ):
         gather_channels(x, torch.tensor([[0]]))
     with pytest.raises(ValueError, match=r"channels: got shape \(1,\) of torch.int32"):
         gather_channels(x, torch.tensor([0], dtype=torch.int32))
@@ -118,4 +122,6 @@ def test_cuda(layout: str) -> None:
             with backend("cuda"):
                 output = gather_channels(x, channels)
             assert torch.equal(output, x[:, channels]), case
-            assert output.stride() == torch.empty(output.shape, memory_format=memory_format_of(x)).stride(), case
+            assert output.stride() == torch.empty(output.shape, memory_format=memory_format_of(x)).stride(), (
+                case
+            )

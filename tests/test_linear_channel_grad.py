@@ -79,13 +79,15 @@ def test_every_value_of_a_half_type(dtype: torch.dtype, isa: str) -> None:
     dy = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     with backend("cpp"):
         actual = linear_channel_grad(torch.ones(1, 1, dtype=dtype), dy)
-    assert torch.equal(actual[~actual.isnan()], dy.float()[~dy.isnan()]) and torch.equal(actual.isnan(), dy.isnan())
+    assert torch.equal(actual[~actual.isnan()], dy.float()[~dy.isnan()]) and torch.equal(
+        actual.isnan(), dy.isnan()
+    )
 
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"grad_output: got shape \(4, 3\), expected \(5, 'out_features'\)"):
         linear_channel_grad(torch.randn(5, 2), torch.randn(4, 3))
-    with pytest.raises(ValueError, match="grad_output: got torch.float64, expected torch.float32"):
+    with pytest.raises(ValueError, match=r"grad_output: got torch\.float64, expected torch\.float32"):
         linear_channel_grad(torch.randn(5, 2), torch.randn(5, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least 2-D"):
         linear_channel_grad(torch.randn(5), torch.randn(5))

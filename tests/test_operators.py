@@ -127,18 +127,27 @@ def test_backend_that_cannot_run_is_refused() -> None:
             with pytest.raises(RuntimeError) as error, backend(name):
                 pass
             assert str(error.value) == f"backend {name!r} cannot run here: {reason}"
-    with pytest.raises(ValueError, match="backend: got 'opencl', expected 'auto' or one of reference"), backend("opencl"):
+    with (
+        pytest.raises(ValueError, match="backend: got 'opencl', expected 'auto' or one of reference"),
+        backend("opencl"),
+    ):
         pass
 
 
 def test_backend_without_a_kernel_is_refused() -> None:
-    with backend("aten"), pytest.raises(NotImplementedError, match="gather_channels: backend 'aten' has no kernel"):
+    with (
+        backend("aten"),
+        pytest.raises(NotImplementedError, match="gather_channels: backend 'aten' has no kernel"),
+    ):
         OPERATORS["gather_channels"](*SAMPLES["gather_channels"][0])
 
 
 def test_backend_of_another_device_is_refused() -> None:
     arguments = [a.to("meta") for a in SAMPLES["gather_channels"][0]]
-    with backend("cpp"), pytest.raises(ValueError, match="backend 'cpp' runs on cpu tensors, got one on meta"):
+    with (
+        backend("cpp"),
+        pytest.raises(ValueError, match="backend 'cpp' runs on cpu tensors, got one on meta"),
+    ):
         OPERATORS["gather_channels"](*arguments)
 
 

@@ -29,7 +29,7 @@ BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 
 #: The one library object that owns the ``torch.ops.trady`` namespace: schemas and fakes live in
 #: Python, implementations may come from compiled code.
-LIBRARY = torch.library.Library("trady", "DEF")  # noqa: TOR901
+LIBRARY = torch.library.Library("trady", "DEF")
 
 #: Every operator by name; tests and benchmarks loop over it.
 OPERATORS: dict[str, Operator] = {}
@@ -193,7 +193,9 @@ def load_compiled() -> None:
         else _load_library("cuda")
     )
     if cuda_missing is None and not torch.cuda.is_available():
-        cuda_missing = "torch.cuda.is_available() is False: torch finds no NVIDIA GPU or driver, see nvidia-smi"
+        cuda_missing = (
+            "torch.cuda.is_available() is False: torch finds no NVIDIA GPU or driver, see nvidia-smi"
+        )
     if cuda_missing:
         _reasons["cuda"] = cuda_missing
     if importlib.util.find_spec("triton") is None:

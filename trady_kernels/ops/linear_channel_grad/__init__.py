@@ -35,7 +35,9 @@ _MOST_FEATURES = {torch.float32: 24, torch.float64: 24}
 
 def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
     most = _MOST_FEATURES.get(input_selected.dtype)
-    return "aten" if input_selected.is_cuda or (most is not None and input_selected.shape[-1] > most) else "cpp"
+    return (
+        "aten" if input_selected.is_cuda or (most is not None and input_selected.shape[-1] > most) else "cpp"
+    )
 
 
 _operator = Operator(

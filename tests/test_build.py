@@ -1,0 +1,219 @@
+"""What was built, and how building behaves where a tool is missing or fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trady_kernels import _C
+from trady_kernels.ops.backend import build_record
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(_C.__file__).parent
+SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "csrc", "trady_kernels")
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the source folder that nothing was ever built in."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("the tests run beside no setup.py")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("_lib", "*.so", "__pycache__")
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=source, **environment)
+
+
+# ---- what was built ---------------------------------------------------------------------------------------
+
+
+def test_record() -> None:
+    record = build_record()
+    assert {"compiler", "torch", "python"} <= set(record)
+    assert (
+        ("nvcc" in record) == (PACKAGE / "_lib" / "libtrady_cuda.so").exists() != ("cuda_missing" in record)
+    )
+    assert _C.build_facts()["isas"][0] == "baseline"
+
+
+def test_libraries_name_no_python_and_the_cpu_one_no_cuda() -> None:
+    nm = shutil.which("nm") or pytest.skip("nm (binutils) is not installed")
+    for library in (PACKAGE / "_lib").glob("*.so"):
+        undefined = run(nm, "-D", "--undefined-only", library).stdout
+        assert "aoti_torch" in undefined
+        assert not re.search(r"\b_?Py[A-Z_]", undefined), library
+        if library.name == "libtrady_cpu.so":
+            assert not re.search(r"cuda_stream|\bcuda[A-Z]", undefined)
+
+
+def test_hot_objects_export_no_weak_symbols() -> None:
+    """A weak function compiled for AVX-512 may replace the baseline's at link time."""
+    nm = shutil.which("nm") or pytest.skip("nm (binutils) is not installed")
+    folders = [max(ROOT.glob("build/cmake-*"), key=lambda folder: folder.stat().st_mtime, default=None)]
+    objects = [o for folder in folders if folder for o in folder.glob("CMakeFiles/trady_cpu_*.dir/**/*.o")]
+    if not objects:
+        pytest.skip("no build folder beside the tests: the package was not built here")
+    assert len(objects) == len(_C.build_facts()["isas"]) * len(list(ROOT.glob("csrc/cpu/*.isa.cpp")))
+    for path in objects:
+        isa = re.search(r"trady_cpu_(\w+)\.dir", str(path))
+        assert isa is not None
+        exported = run(nm, "-C", "--defined-only", "--extern-only", path).stdout.splitlines()
+        assert exported
+        for line in exported:
+            kind, name = line.split(maxsplit=2)[1:]
+            assert kind in "TRDB" and name.startswith(f"trady::{isa[1]}::"), f"{path.name}: {line}"
+
+
+def test_instruction_set_is_chosen_and_checked() -> None:
+    before = _C.isa()
+    try:
+        for isa in _C.available_isas():
+            _C.set_isa(isa)
+            assert _C.isa() == isa
+        with pytest.raises(
+            ValueError, match="instruction set: got 'sse9', expected one that this CPU has: baseline"
+        ):
+            _C.set_isa("sse9")
+    finally:
+        _C.set_isa(before)
+
+
+def test_instruction_set_from_the_environment() -> None:
+    code = "import trady_kernels.ops; from trady_kernels import _C; print(_C.isa())"
+    assert run(sys.executable, "-c", code, TRADY_ISA="baseline").stdout == "baseline\n"
+    failed = run(sys.executable, "-c", code, TRADY_ISA="sse9")
+    assert failed.returncode == 1
+    assert (
+        "ValueError: TRADY_ISA: instruction set: got 'sse9', expected one that this CPU has" in failed.stderr
+    )
+
+
+def test_roofline_probes() -> None:
+    assert _C.read_bandwidth(1 << 16) > 1e8
+    assert _C.copy_bandwidth(1 << 16, threads=2) > 1e8
+    assert _C.fma_peak() > 1e8
+    with pytest.raises(ValueError, match="threads: got 0, expected at least 1"):
+        _C.fma_peak(0)
+
+
+# ---- how building behaves ---------------------------------------------------------------------------------
+
+
+def test_without_a_compiler(source: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """It installs, says so once, and computes the same by other means; forcing C++ is refused."""
+    done = build(source, PATH=str(tmp_path_factory.mktemp("empty")), CXX="")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((source / "trady_kernels" / "_lib" / "build.json").read_text())
+    assert record == {"missing": "no C++ compiler (c++, g++ or clang++) was found on PATH at installation"}
+    code = """
+import torch, trady_kernels.ops as ops, trady_kernels.nn
+x, channels = torch.randn(2, 5, 3, 4), torch.tensor([1, 3])
+assert torch.equal(ops.gather_channels(x, channels), x[:, channels])
+assert ops.last_kernel("gather_channels") == "reference"
+ops.linear_channel_grad(torch.randn(4, 2), torch.randn(4, 3))
+assert ops.last_kernel("linear_channel_grad") == "aten"
+try:
+    with ops.backend("cpp"):
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+    ran = run(sys.executable, "-W", "always", "-c", code, cwd=source, PYTHONPATH=str(source))
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == (
+        "backend 'cpp' cannot run here: no C++ compiler (c++, g++ or clang++) was found on PATH at installation: "
+        "install a C++ compiler and install the package again\n"
+    )
+    assert ran.stderr.count("trady_kernels runs without compiled code") == 1
+
+
+def test_compiler_that_fails_stops_the_build(source: Path) -> None:
+    compiler = source / "broken-compiler"
+    compiler.write_text("#!/bin/sh\necho 'internal error: segmentation fault' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done = build(source, CXX=str(compiler), TRADY_CUDA="0")
+    assert done.returncode != 0
+    assert "the build failed: " in done.stderr and "internal error: segmentation fault" in done.stderr
+    assert not (source / "trady_kernels" / "_lib").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"TRADY_CUDA": "yes"}, "TRADY_CUDA: got 'yes', expected 0, 1, or unset"),
+        ({"CXX": "no-such-compiler"}, "CXX: got 'no-such-compiler', expected a C++ compiler on this machine"),
+    ],
+    ids=str,
+)
+def test_bad_settings(source: Path, environment: dict[str, str], sentence: str) -> None:
+    done = build(source, **environment)
+    assert done.returncode != 0 and sentence in done.stderr
+
+
+def test_cuda_asked_for_without_nvcc(source: Path) -> None:
+    done = build(source, TRADY_CUDA="1", CUDA_HOME=str(source))
+    assert done.returncode != 0 and "TRADY_CUDA: got 1, but there is no nvcc under CUDA_HOME" in done.stderr
+
+
+@pytest.mark.slow
+def test_wheel(source: Path, tmp_path: Path) -> None:
+    """A built wheel holds the libraries, and its operators run from where it is unpacked."""
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "-q")
+    done = run(sys.executable, "-m", "pip", "wheel", ".", *options, "-w", tmp_path / "wheels", cwd=source)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tmp_path / "wheels").glob("trady_kernels-*.whl")
+    site = tmp_path / "site"
+    done = run(sys.executable, "-m", "pip", "install", *options, "--target", site, wheel)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = """
+import torch, trady_kernels.ops as ops
+ops.gather_channels(torch.randn(2, 5, 3, 4), torch.tensor([1, 3]))
+print(ops.last_kernel("gather_channels"), ops.__file__)
+"""
+    ran = run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert ran.stdout == f"cpp {site / 'trady_kernels' / 'ops' / '__init__.py'}\n", ran.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
+def test_cuda_source_compiles_alone(file: str, tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not installed")
+    include = Path(torch.__file__).parent / "include"
+    definitions = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    options = (
+        "-std=c++20",
+        *definitions,
+        f"-I{include}",
+        "-I",
+        ROOT / "csrc",
+        "-c",
+        "-o",
+        tmp_path / "object.o",
+    )
+    done = run(nvcc, *options, ROOT / "csrc" / "cuda" / file)
+    assert done.returncode == 0, done.stderr
