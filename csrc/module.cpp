@@ -62,7 +62,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_facts", &build_facts);
   m.def("read_bandwidth", measured(&trady::read_bandwidth), py::arg("bytes"), py::arg("threads") = 1);
   m.def("copy_bandwidth", measured(&trady::copy_bandwidth), py::arg("bytes"), py::arg("threads") = 1);
-  m.def("fma_peak", [probe = measured([](int64_t, int threads) { return trady::fma_peak(threads); })](int threads) {
-    return probe(1, threads);
-  }, py::arg("threads") = 1);
+  m.def(
+      "fma_peak", [probe = measured([](int64_t, int threads) {
+                     return trady::fma_peak(threads);
+                   })](int threads) { return probe(1, threads); },
+      py::arg("threads") = 1);
 }

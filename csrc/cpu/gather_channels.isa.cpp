@@ -21,8 +21,8 @@ void rows_of(const T* __restrict source, int64_t step, T* __restrict target, int
 void gather_rows(const void* source, int64_t step, void* target, int64_t rows, const int64_t* offsets, int64_t count,
                  int element_size) {
   switch (element_size) {
-#define TRADY_CASE(T)                                                                                      \
-  case sizeof(T):                                                                                          \
+#define TRADY_CASE(T) \
+  case sizeof(T):     \
     return rows_of(static_cast<const T*>(source), step, static_cast<T*>(target), rows, offsets, count);
     TRADY_CASE(uint8_t)
     TRADY_CASE(uint16_t)

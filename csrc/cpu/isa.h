@@ -49,16 +49,24 @@ __attribute__((visibility("default"))) const char* isa_name(Isa isa);
 
 // Declares `result function(arguments)` in the namespace of every set. Use inside no namespace.
 #if defined(__x86_64__)
-#define TRADY_DECLARE_KERNEL(result, function, ...)                    \
-  namespace trady::baseline { result function(__VA_ARGS__); }          \
-  namespace trady::avx2 { result function(__VA_ARGS__); }              \
-  namespace trady::avx512 { result function(__VA_ARGS__); }
-#define TRADY_KERNEL(function)                                         \
+#define TRADY_DECLARE_KERNEL(result, function, ...) \
+  namespace trady::baseline {                       \
+  result function(__VA_ARGS__);                     \
+  }                                                 \
+  namespace trady::avx2 {                           \
+  result function(__VA_ARGS__);                     \
+  }                                                 \
+  namespace trady::avx512 {                         \
+  result function(__VA_ARGS__);                     \
+  }
+#define TRADY_KERNEL(function)                                                 \
   (::trady::current_isa() == ::trady::Isa::avx512 ? &::trady::avx512::function \
    : ::trady::current_isa() == ::trady::Isa::avx2 ? &::trady::avx2::function   \
                                                   : &::trady::baseline::function)
 #else
 #define TRADY_DECLARE_KERNEL(result, function, ...) \
-  namespace trady::baseline { result function(__VA_ARGS__); }
+  namespace trady::baseline {                       \
+  result function(__VA_ARGS__);                     \
+  }
 #define TRADY_KERNEL(function) (&::trady::baseline::function)
 #endif

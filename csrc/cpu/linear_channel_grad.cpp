@@ -20,8 +20,8 @@ Tensor as_rows(const Tensor& tensor) {
 }
 
 Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_output) {
-  STD_TORCH_CHECK(input_selected.dim() >= 2 && grad_output.dim() == input_selected.dim(),
-                  "grad_output: got ", grad_output.dim(), " dimensions, expected those of input_selected, at least 2");
+  STD_TORCH_CHECK(input_selected.dim() >= 2 && grad_output.dim() == input_selected.dim(), "grad_output: got ",
+                  grad_output.dim(), " dimensions, expected those of input_selected, at least 2");
   const auto dtype = dtype_of(grad_output, "grad_output");
   const auto accumulate = accumulate_type(grad_output);
   const Tensor dy = as_rows(grad_output);
@@ -42,8 +42,7 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
   const int64_t parts = reduction_parts(rows, cycles_per_row * columns, (WANTED + columns - 1) / columns);
   const Tensor sums = parts == 1 ? grad : empty({parts, k, out_features}, accumulate, grad_output.device());
 
-  const LinearChannelGrad a{x.const_data_ptr(), dy.const_data_ptr(), k,    out_features,
-                            x.stride(0),        dy.stride(0),        dtype};
+  const LinearChannelGrad a{x.const_data_ptr(), dy.const_data_ptr(), k, out_features, x.stride(0), dy.stride(0), dtype};
   const int64_t size = k * out_features;
   const bool float64 = dtype == Dtype::float64;
   auto* target = static_cast<char*>(sums.mutable_data_ptr());

@@ -17,7 +17,8 @@ struct LinearChannelGrad {
 
 }  // namespace trady
 
-// Sums the rows [row_begin, row_end) for the outputs [begin, end) into grad: (k, out_features), all of it overwritten there.
+// Sums the rows [row_begin, row_end) for the outputs [begin, end) into grad: (k, out_features), all of it overwritten
+// there.
 TRADY_DECLARE_KERNEL(void, linear_channel_grad, const LinearChannelGrad& a, void* grad, int64_t row_begin,
                      int64_t row_end, int64_t begin, int64_t end)
 

@@ -12,7 +12,8 @@ constexpr int64_t ROWS = 32;
 constexpr int FEATURES = 6;
 constexpr int VECTORS = VECTOR_REGISTERS == 32 ? 4 : 2;
 
-// grad[c, 0 .. V vectors) += x[:, c] . dy for F features; `count` < LANES is the width where V is 1 and the block is cut.
+// grad[c, 0 .. V vectors) += x[:, c] . dy for F features; `count` < LANES is the width where V is 1 and the block is
+// cut.
 template <class T, int F, int V, bool CUT>
 void block(const scalar_of<T>* __restrict x, int64_t x_stride, const T* __restrict dy, int64_t dy_stride, int64_t rows,
            scalar_of<T>* __restrict grad, int64_t grad_stride, int count) {
@@ -42,8 +43,8 @@ void block(const scalar_of<T>* __restrict x, int64_t x_stride, const T* __restri
 
 // F features, every output in [0, width).
 template <class T, int F>
-void features(const scalar_of<T>* x, int64_t x_stride, const T* dy, int64_t dy_stride, int64_t rows,
-              scalar_of<T>* grad, int64_t grad_stride, int64_t width) {
+void features(const scalar_of<T>* x, int64_t x_stride, const T* dy, int64_t dy_stride, int64_t rows, scalar_of<T>* grad,
+              int64_t grad_stride, int64_t width) {
   constexpr int64_t lanes = LANES<T>;
   // Few features leave registers free: more vectors of outputs hide the latency of the FMAs.
   constexpr int wide = F <= 2 ? 2 * VECTORS : VECTORS;

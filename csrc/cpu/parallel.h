@@ -28,7 +28,8 @@ void parallel_for(int64_t items, int64_t cost, const F& f) {
 // parts, the same rounding. Sum each part by itself, then the parts in order. Part p is
 // [part_begin(items, parts, p), part_begin(items, parts, p + 1)).
 inline int64_t reduction_parts(int64_t items, int64_t cost, int64_t most) {
-  return std::clamp<int64_t>(items * std::max<int64_t>(1, cost) / (4 * GRAIN), 1, std::min(most, std::max<int64_t>(1, items)));
+  return std::clamp<int64_t>(items * std::max<int64_t>(1, cost) / (4 * GRAIN), 1,
+                             std::min(most, std::max<int64_t>(1, items)));
 }
 
 inline int64_t part_begin(int64_t items, int64_t parts, int64_t part) {

@@ -97,10 +97,11 @@ void copy_elements_of(const Tensor& input, const Tensor& output, const Tensor& c
   const auto* index = static_cast<const int64_t*>(channels.const_data_ptr());
   // 32-bit division is several times cheaper; the offsets themselves are always 64 bits.
   if (count < (int64_t{1} << 31) - (int64_t{THREADS} << 20)) {
-    copy_elements<Element, uint32_t><<<blocks, THREADS, 0, stream>>>(source, target, index, input.size(1), layout,
-                                                                      static_cast<uint32_t>(count));
+    copy_elements<Element, uint32_t>
+        <<<blocks, THREADS, 0, stream>>>(source, target, index, input.size(1), layout, static_cast<uint32_t>(count));
   } else {
-    copy_elements<Element, int64_t><<<blocks, THREADS, 0, stream>>>(source, target, index, input.size(1), layout, count);
+    copy_elements<Element, int64_t>
+        <<<blocks, THREADS, 0, stream>>>(source, target, index, input.size(1), layout, count);
   }
 }
 
@@ -158,12 +159,23 @@ Tensor gather_channels(const Tensor& input, const Tensor& channels) {
   if (!done) {
     const Layout layout = layout_of(input, channels.size(0), channels_last);
     switch (input.element_size()) {
-      case 1: copy_elements_of<uint8_t>(input, output, index, layout, device.stream); break;
-      case 2: copy_elements_of<uint16_t>(input, output, index, layout, device.stream); break;
-      case 4: copy_elements_of<uint32_t>(input, output, index, layout, device.stream); break;
-      case 8: copy_elements_of<uint2>(input, output, index, layout, device.stream); break;
-      case 16: copy_elements_of<uint4>(input, output, index, layout, device.stream); break;
-      default: STD_TORCH_CHECK(false, "input: got elements of ", input.element_size(), " bytes, expected 1 to 16");
+      case 1:
+        copy_elements_of<uint8_t>(input, output, index, layout, device.stream);
+        break;
+      case 2:
+        copy_elements_of<uint16_t>(input, output, index, layout, device.stream);
+        break;
+      case 4:
+        copy_elements_of<uint32_t>(input, output, index, layout, device.stream);
+        break;
+      case 8:
+        copy_elements_of<uint2>(input, output, index, layout, device.stream);
+        break;
+      case 16:
+        copy_elements_of<uint4>(input, output, index, layout, device.stream);
+        break;
+      default:
+        STD_TORCH_CHECK(false, "input: got elements of ", input.element_size(), " bytes, expected 1 to 16");
     }
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
