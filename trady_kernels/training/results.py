@@ -1,0 +1,98 @@
+"""What a run yields: figures of every epoch and one row of the results table for each scheme."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class EpochFigures:
+    """One epoch of one scheme.
+
+    Args:
+        epoch: counted from 1.
+        train_loss: mean cross entropy over the epoch's steps.
+        train_accuracy: share of the training images classified right, while the weights moved.
+        test_loss: mean cross entropy over the test images, after the epoch.
+        top1: share of the test images classified right, after the epoch.
+        cost: elements of one sample that the epoch's channels took of the budget.
+        gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the
+            classifier's apart.
+        saved_bytes: bytes that a training step kept for its backward pass, measured on the first batch.
+        step_ms: median milliseconds of a training step, batch preparation included.
+        seconds: wall-clock time of the epoch, evaluation included.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    top1: float
+    cost: int
+    gradient_share: float
+    saved_bytes: int
+    step_ms: float
+    seconds: float
+
+
+@dataclass
+class SchemeResult:
+    """One row of the results table.
+
+    Args:
+        scheme: name of the channel selection scheme.
+        weights: where the network's first weights came from.
+        full_cost: elements of one sample that all channels of all layers take.
+        dense_saved_bytes: bytes that a step of full fine-tuning of the same network kept for its backward pass.
+        notes: what a reader of the row must know.
+        epochs: figures of the epochs so far.
+    """
+
+    scheme: str
+    weights: str
+    full_cost: int
+    dense_saved_bytes: int
+    notes: list[str] = field(default_factory=list)
+    epochs: list[EpochFigures] = field(default_factory=list)
+
+    @property
+    def top1(self) -> float:
+        """Top-1 accuracy after the last epoch (never the best one: that would choose on the test set)."""
+        return self.epochs[-1].top1
+
+    @property
+    def cost(self) -> int:
+        """The dearest epoch's elements of one sample."""
+        return max(epoch.cost for epoch in self.epochs)
+
+    @property
+    def gradient_share(self) -> float:
+        """The dearest epoch's share of the multiply-accumulates of all weight gradients."""
+        return max(epoch.gradient_share for epoch in self.epochs)
+
+    @property
+    def saved_bytes(self) -> int:
+        """The dearest epoch's bytes kept for backward."""
+        return max(epoch.saved_bytes for epoch in self.epochs)
+
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds of a step: the median over the epochs of their medians."""
+        ordered = sorted(epoch.step_ms for epoch in self.epochs)
+        return ordered[len(ordered) // 2]
+
+    def to_json(self) -> dict[str, Any]:
+        """The row's figures, and those of every epoch, as plain values."""
+        content = dataclasses.asdict(self)
+        if self.epochs:
+            summary = ("top1", "cost", "gradient_share", "saved_bytes", "step_ms")
+            content |= {name: getattr(self, name) for name in summary}
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> SchemeResult:
+        """The result that :meth:`to_json` gave."""
+        known = {name.name: content[name.name] for name in dataclasses.fields(cls)}
+        return cls(**{**known, "epochs": [EpochFigures(**figures) for figures in content["epochs"]]})

@@ -1,0 +1,211 @@
+"""A whole run: every scheme in turn, and the folder that keeps what came of it."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trady_kernels.cost import Budget
+from trady_kernels.data import ImageData, load_data
+from trady_kernels.models.loading import load_model, read_checkpoint
+from trady_kernels.selection import SCHEMES
+from trady_kernels.training.loop import Observer, train_scheme
+from trady_kernels.training.provenance import commit, machine, versions
+from trady_kernels.training.regimes import find_ranking
+from trady_kernels.training.results import EpochFigures, SchemeResult
+from trady_kernels.training.run_folder import RunFolder
+from trady_kernels.training.settings import Settings
+
+
+@dataclass
+class Run:
+    """A run whose settings, data and folder have been checked and whose training may start.
+
+    Args:
+        settings: of the run.
+        data: what it trains and tests on.
+        folder: where its files go.
+        provenance: command, versions, commit, machine, start.
+        results: of the schemes that have at least one epoch.
+    """
+
+    settings: Settings
+    data: ImageData
+    folder: RunFolder
+    provenance: dict[str, Any]
+    results: dict[str, SchemeResult]
+
+    def train(self, observer: Observer) -> list[SchemeResult]:
+        """Train every scheme, or what is left of it, and keep the folder up to date.
+
+        Raises:
+            Diverged: the loss became infinite or NaN.
+            OSError: a file could not be written; the files before are whole.
+            KeyboardInterrupt: the user interrupted; the last epoch's checkpoint is whole.
+        """
+        torch.set_num_threads(self.settings.threads)
+        self.write_results()
+        for scheme in self.settings.schemes:
+            self.results[scheme] = train_scheme(
+                scheme,
+                self.settings,
+                self.data,
+                self.folder.checkpoint(scheme),
+                _Recording(self, observer),
+                resume=True,
+            )
+            self.write_results()
+        return list(self.results.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything about the run as plain values: what ``results.json`` holds."""
+        return {
+            "settings": self.settings.to_json(),
+            "data": _data_facts(self.data),
+            **self.provenance,
+            "schemes": {scheme: result.to_json() for scheme, result in self.results.items() if result.epochs},
+        }
+
+    def write_results(self) -> None:
+        """Bring ``results.json`` up to date."""
+        self.folder.write(self.to_json())
+
+
+class _Recording:
+    """Passes on what an observer is told, and brings ``results.json`` up to date after every epoch."""
+
+    def __init__(self, run: Run, observer: Observer) -> None:
+        self._run = run
+        self._observer = observer
+
+    def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
+        self._run.results[scheme] = result
+        self._observer.on_scheme(scheme, result, steps_per_epoch)
+
+    def on_step(self, loss: float, accuracy: float) -> None:
+        self._observer.on_step(loss, accuracy)
+
+    def on_epoch(self, figures: EpochFigures) -> None:
+        self._run.write_results()
+        self._observer.on_epoch(figures)
+
+
+def start_run(settings: Settings, folder: Path) -> Run:
+    """Check everything that a new run needs, and make its folder.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: something is wrong or missing; nothing is left behind but
+            an empty folder.
+    """
+    data = _check(settings)
+    run_folder = RunFolder(folder)
+    run_folder.create()
+    provenance = {
+        "command": shlex.join(["trady", *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(torch.device(settings.device)) | {"threads": settings.threads},
+    }
+    return Run(settings, data, run_folder, provenance, {})
+
+
+def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
+    """Take up a run that was interrupted.
+
+    Args:
+        folder: of the run.
+        asked: settings that the user gave again; each must be the run's.
+
+    Raises:
+        ValueError: a setting, or the data, is not the run's, or a file is damaged.
+        FileNotFoundError: the folder holds no run.
+    """
+    run_folder = RunFolder(folder)
+    content = run_folder.read()
+    settings = Settings.from_json(content["settings"])
+    for name, value in asked.items():
+        if getattr(settings, name) != value:
+            raise ValueError(
+                f"{name}: got {_plain(value)}, but the run in {folder} has {_plain(getattr(settings, name))}; "
+                "leave the setting away to resume, or start another run"
+            )
+    data = _check(settings)
+    if (now := _data_facts(data)) != content["data"]:
+        raise ValueError(
+            f"data: {settings.data} is no longer what the run in {folder} was started with "
+            f"({now['train_samples']} training images now, {content['data']['train_samples']} then); "
+            "bring it back, or start another run"
+        )
+    for scheme in settings.schemes:
+        if (path := run_folder.checkpoint(scheme)).exists():
+            _check_checkpoint(path, settings)
+    provenance = {key: content[key] for key in ("command", "started", "versions", "commit", "machine")}
+    results = {scheme: SchemeResult.from_json(row) for scheme, row in content["schemes"].items()}
+    return Run(settings, data, run_folder, provenance, results)
+
+
+def _check(settings: Settings) -> ImageData:
+    """Find what is wrong with the settings before anything is written, the slow checks last."""
+    Budget.parse(settings.budget)
+    for scheme in settings.schemes:
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
+    _check_device(settings.device)
+    find_ranking(settings.ranking, settings.model)
+    data = load_data(
+        settings.data,
+        image_size=settings.image_size,
+        train_samples=settings.train_samples,
+        test_samples=settings.test_samples,
+        validation_share=settings.validation_share,
+    )
+    load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)
+    return data
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, expected 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, expected 'cpu' or 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: got {name!r}, but torch {torch.__version__} finds no NVIDIA GPU here; use cpu"
+        )
+
+
+def _check_checkpoint(path: Path, settings: Settings) -> None:
+    content = read_checkpoint(path)
+    try:
+        written_with = Settings.from_json(content["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"resume: {path} was not written by this version of trady finetune") from error
+    if (name := settings.difference(written_with)) is not None:
+        raise ValueError(
+            f"resume: {path} is of another run: its {name} is {_plain(getattr(written_with, name))}, "
+            f"expected {_plain(getattr(settings, name))}"
+        )
+
+
+def _data_facts(data: ImageData) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "classes": list(data.classes),
+        "train_samples": len(data.train),
+        "test_samples": len(data.test),
+        "train_checksum": data.train.checksum(),
+        "test_checksum": data.test.checksum(),
+    }
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)

@@ -1,0 +1,93 @@
+"""The settings of a fine-tuning run: everything that its numbers depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Schemes that set a run's floor and ceiling.
+BASELINES = ("head-only", "full")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to fine-tune, on what, and how.
+
+    Args:
+        model: as :func:`trady_kernels.models.loading.load_model` takes it.
+        weights: checkpoint file instead of the pretrained weights.
+        data: as :func:`trady_kernels.data.load_data` takes it.
+        image_size: side of the images in pixels.
+        train_samples: number of training images, None for all.
+        test_samples: number of test images, None for all.
+        validation_share: share of the training images to test on instead of the test images.
+        budget: elements of one sample, bytes of a batch (``"256KiB"``) or a share (``"5%"``).
+        schemes: names of channel selection schemes, trained one after the other from the same start.
+        ranking: file with a layer ranking; None takes the one that ships for the model, if any.
+        epochs: passes over the training images.
+        warmup_epochs: of them, the first in which the learning rate rises linearly from zero.
+        batch_size: images in a step.
+        learning_rate: peak of the cosine schedule.
+        seed: of the classifier's first values, the order of the images and the choice of channels.
+        device: as ``torch.device`` takes it.
+        threads: threads of a CPU operator; sums depend on it in their last bits.
+    """
+
+    model: str = "efficientnet_lite0"
+    weights: str | None = None
+    data: str = "mnist"
+    image_size: int = 64
+    train_samples: int | None = None
+    test_samples: int | None = None
+    validation_share: float = 0.0
+    budget: int | str = 28_000
+    schemes: tuple[str, ...] = ("trady", *BASELINES)
+    ranking: str | None = None
+    epochs: int = 5
+    warmup_epochs: float = 0.5
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = dataclasses.field(default_factory=torch.get_num_threads)
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("threads", 1), ("image_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: got {self.learning_rate}, expected a finite number above 0")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise ValueError(f"warmup_epochs: got {self.warmup_epochs}, expected 0 to epochs = {self.epochs}")
+        if not self.schemes or len(set(self.schemes)) != len(self.schemes):
+            raise ValueError(
+                f"schemes: got {', '.join(self.schemes) or 'none'}, expected at least one, none twice"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return {**dataclasses.asdict(self), "schemes": list(self.schemes)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Settings:
+        """The settings that :meth:`to_json` gave.
+
+        Raises:
+            ValueError: a setting is missing or unknown.
+        """
+        expected = {field.name for field in dataclasses.fields(cls)}
+        if differing := sorted(expected ^ content.keys()):
+            raise ValueError(
+                f"settings: {', '.join(differing)} missing or unknown; another version wrote them"
+            )
+        return cls(**{**content, "schemes": tuple(content["schemes"])})
+
+    def difference(self, other: Settings) -> str | None:
+        """Name of the first setting in which ``other`` differs, or None."""
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) != getattr(other, field.name):
+                return field.name
+        return None
