@@ -94,6 +94,8 @@ CONV_CASES = (
     ConvCase("depthwise, 7x7 map", 8, 24, 24, (7, 7), 24, padding=SAME, groups=24),
     ConvCase("depthwise, stride 2", 2, 24, 24, (15, 14), 5, stride=(2, 2), padding=SAME, groups=24),
     ConvCase("depthwise, large map", 2, 6, 6, (45, 61), 3, padding=SAME, groups=6),
+    ConvCase("depthwise, wide map", 2, 4, 4, (6, 293), 2, padding=SAME, groups=4),
+    ConvCase("depthwise, little padding", 2, 4, 8, (9, 33), 3, stride=(2, 2), padding=(0, 1), groups=4),
     ConvCase("depthwise 5x5", 2, 10, 10, (14, 13), 4, (5, 5), (1, 1), (2, 2), (1, 1), 10),
     ConvCase("depthwise 5x5, stride 2", 2, 10, 10, (14, 13), 4, (5, 5), (2, 2), (2, 2), (1, 1), 10),
     ConvCase("depthwise, dilation 2", 2, 8, 8, (12, 13), 3, padding=(2, 2), dilation=(2, 2), groups=8),

@@ -79,7 +79,7 @@ void cut(Conv2dChannelGrad& q) {
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
 
-  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 64;
+  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 128;
   const int64_t cost = q.batch * pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
   const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
   const int64_t elements = q.selected * q.out_per_group * taps;
@@ -87,6 +87,13 @@ void cut(Conv2dChannelGrad& q) {
   q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / kRangeOutputs));
   q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
   q.ranges = ceil_div(q.out_per_group, q.range_outputs);
+}
+
+void cut_depthwise(Conv2dChannelGrad& q) {
+  constexpr int64_t kTasks = 16, kTaskCost = 50000;
+  const int64_t planes = q.selected * q.out_per_group;
+  const int64_t cost = q.batch * q.out_height * q.out_width * planes;
+  q.slices = std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / planes), 1, q.batch);
 }
 
 // Adds up the slices, in order, into (k, C'/groups, kh, kw).
@@ -177,20 +184,31 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   // The stride of a dimension of one element means nothing: give it the one that makes pixels follow each other.
   if (q.out_width == 1) q.grad_stride[3] = q.out_height == 1 ? 1 : q.grad_stride[2];
   if (q.out_height == 1) q.grad_stride[2] = q.out_width * q.grad_stride[3];
-  cut(q);
+  const bool depthwise = TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q);
+  if (depthwise)
+    cut_depthwise(q);
+  else
+    cut(q);
 
   const size_t size = wide ? sizeof(double) : sizeof(float);
   const bool whole = q.slices == 1 && !(q.outputs_last && kernel_size[0] * kernel_size[1] > 1);
   Tensor partial =
       whole ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, q.selected * q.out_per_group * kernel_size[0] * kernel_size[1]}, accumulate);
   void* sums = partial.mutable_data_ptr();
-  const auto kernel = TRADY_KERNEL(conv2d_channel_grad);
-  const int64_t tasks = task_count(q);
+  const int64_t tasks = depthwise ? q.slices * q.selected * q.out_per_group : q.run_count * q.slices * q.ranges;
   const int64_t cost = q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / tasks;
-  parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
-    void* room = scratch(kScratch * size);
-    for (int64_t task = begin; task < end; task++) kernel(q, task, sums, room);
-  });
+  if (depthwise) {
+    const auto kernel = TRADY_KERNEL(conv2d_channel_grad_depthwise);
+    parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; task++) kernel(q, task, sums);
+    });
+  } else {
+    const auto kernel = TRADY_KERNEL(conv2d_channel_grad);
+    parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
+      void* room = scratch(kScratch * size);
+      for (int64_t task = begin; task < end; task++) kernel(q, task, sums, room);
+    });
+  }
   if (!whole) {
     if (wide)
       add_slices(q, static_cast<const double*>(sums), static_cast<double*>(out.mutable_data_ptr()));

@@ -38,12 +38,10 @@ constexpr int64_t kPlane = 2064;
 constexpr int64_t kMaxPlanes = 48;
 // Elements past a tile's last pixel that a vector store of the packing may touch.
 constexpr int64_t kSlack = 16;
-constexpr int64_t kOutputBlock = 64;
-constexpr int64_t kScratch = (kMaxPlanes + kOutputBlock) * kPlane;
-
-inline int64_t task_count(const Conv2dChannelGrad& problem) {
-  return problem.run_count * problem.slices * problem.ranges;
-}
+constexpr int64_t kOutputBlock = 32;
+// Outputs of a register block, where lanes are pixels.
+constexpr int64_t kMostOutputs = 8;
+constexpr int64_t kScratch = (kMaxPlanes + kOutputBlock + kMostOutputs) * kPlane;
 
 }  // namespace trady
 
@@ -51,3 +49,9 @@ inline int64_t task_count(const Conv2dChannelGrad& problem) {
 // outputs_last; float, or double for float64 input. `scratch` holds kScratch of those, 64-byte aligned.
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad, const trady::Conv2dChannelGrad& problem, int64_t task, void* partial,
                      void* scratch)
+
+// Depthwise layers of common shape on CPUs with masked loads: whether that kernel takes the problem, and task
+// (slice, channel, output) of it; partial is (slices, k, C'/groups, kh, kw).
+TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_depthwise_fits, const trady::Conv2dChannelGrad& problem)
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise, const trady::Conv2dChannelGrad& problem, int64_t task,
+                     void* partial)

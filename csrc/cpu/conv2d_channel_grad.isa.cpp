@@ -50,19 +50,38 @@ TRADY_INLINE void sum_lanes(const vector_of<T> (&acc)[COUNT], T* sums) {
   }
 }
 
+// Every second element, `count` of them, without touching what lies behind the last.
+template <class S>
+TRADY_INLINE vector_of<S> load_alternate(const S* in, int count) {
+  const int reach = 2 * count - 1, first = reach < LANES<S> ? reach : LANES<S>;
+  const vector_of<S> low = load_first(in, first), high = load_first(in + LANES<S>, reach - first);
+  Index<scalar_of<S>> even;
+  for (int i = 0; i < LANES<S>; i++) even[i] = 2 * i;
+  return __builtin_shuffle(low, high, even);
+}
 template <class T, class S>
 TRADY_INLINE void copy(T* __restrict out, const S* __restrict in, int64_t step, int64_t count) {
+  int64_t i = 0;
   if (step == 1) {
-    int64_t i = 0;
     for (; i + LANES<T> <= count; i += LANES<T>) store(out + i, load(in + i));
     if (i < count) store_first(out + i, load_first(in + i, int(count - i)), int(count - i));
+  } else if (step == 2 && LANES<T> > 8) {
+    for (; i < count; i += LANES<T>) {
+      const int some = count - i < LANES<T> ? int(count - i) : LANES<T>;
+      store_first(out + i, load_alternate(in + 2 * i, some), some);
+    }
   } else {
-    for (int64_t i = 0; i < count; i++) out[i] = widen(in[i * step]);
+    for (; i < count; i++) out[i] = widen(in[i * step]);
   }
 }
 template <class T>
 TRADY_INLINE void clear(T* out, int64_t count) {
   for (int64_t i = 0; i < count; i++) out[i] = 0;
+}
+// Writes whole vectors: up to kSlack elements behind the last are cleared too.
+template <class T>
+TRADY_INLINE void clear_freely(T* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES<T>) store(out + i, vector_of<T>{});
 }
 
 TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -70,22 +89,35 @@ TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 TRADY_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) { return max(low, min(a, high)); }
 TRADY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
-// Equally long pieces of the packed input and of grad_output, one an image.
+// Equally long pieces of the packed input and of grad_output, one an image. Where several images of a small map leave
+// a few pixels behind the last whole vector, those pixels of all images are gathered into one more piece.
+template <class T>
 struct Segments {
   int64_t count, pixels;
   int64_t input_step, grad_step;
+  int64_t gathered = 0;  // pixels
+  const int64_t* gathered_rows = nullptr;
+  const T* gathered_grad = nullptr;
 };
 
 // out[o * ROWS * COLS + tap] = sum over pixels of input[tap] * grad[o], lanes are pixels.
 template <class T, int OUTPUTS, int ROWS, int COLS>
-void block_pixels(const T* input, const int64_t* rows, const T* grad, int64_t grad_output_step, Segments segments,
+void block_pixels(const T* input, const int64_t* rows, const T* grad, int64_t grad_output_step, Segments<T> segments,
                   T* sums) {
   constexpr int TAPS = ROWS * COLS;
   constexpr int VL = LANES<T>;
   vector_of<T> acc[OUTPUTS * TAPS];
 #pragma GCC unroll 64
   for (int a = 0; a < OUTPUTS * TAPS; a++) acc[a] = vector_of<T>{};
-  for (int64_t segment = 0; segment < segments.count; segment++) {
+  const int64_t pieces = segments.count + (segments.gathered > 0);
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    if (piece == segments.count) {
+      input -= piece * segments.input_step;
+      rows = segments.gathered_rows;
+      grad = segments.gathered_grad;
+      grad_output_step = kPlane;
+      segments.pixels = segments.gathered;
+    }
     const T* x[ROWS];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) x[i] = input + rows[i];
@@ -134,7 +166,7 @@ void block_pixels(const T* input, const int64_t* rows, const T* grad, int64_t gr
 // out[tap][o] += sum over pixels of input[tap] * grad[o], lanes are outputs. `left` counts the lanes of the last
 // vector that exist.
 template <class T, int VECTORS, int ROWS, int COLS>
-void block_outputs(const T* input, const int64_t* rows, const T* grad, int64_t pixel_step, Segments segments,
+void block_outputs(const T* input, const int64_t* rows, const T* grad, int64_t pixel_step, Segments<T> segments,
                    int left, T* const* out) {
   constexpr int TAPS = ROWS * COLS;
   constexpr int VL = LANES<T>;
@@ -196,11 +228,13 @@ constexpr int kVectorsByTaps[] = {0, 4, 4, 3, 2, 2, 2};
 constexpr bool kFuseRows = false;
 #endif
 constexpr int kFusedOutputs = 3;
+// Of one packing.
+constexpr int64_t kMaxRows = 16, kMaxColumns = 16;
 
 template <class T>
-using PixelBlock = void (*)(const T*, const int64_t*, const T*, int64_t, Segments, T*);
+using PixelBlock = void (*)(const T*, const int64_t*, const T*, int64_t, Segments<T>, T*);
 template <class T>
-using OutputBlock = void (*)(const T*, const int64_t*, const T*, int64_t, Segments, int, T* const*);
+using OutputBlock = void (*)(const T*, const int64_t*, const T*, int64_t, Segments<T>, int, T* const*);
 
 template <class T, int COLS = 1>
 PixelBlock<T> pixel_block(int taps, bool one) {
@@ -236,6 +270,7 @@ struct Task {
   T* partial;  // this slice's
   T* planes;
   T* packed_grad;
+  T* gathered_grad;
   // This task.
   ChannelRun run = {};
   int64_t first_output = 0, last_output = 0;  // of the group
@@ -246,6 +281,9 @@ struct Task {
   int64_t residues = 0, channel = 0, channels = 0;
   int64_t first_row = 0;  // virtual, see pack_plane()
   int64_t segment = 0;    // elements of a plane for one image
+  int64_t row_planes[kMaxRows] = {};    // where a kernel row's planes begin
+  int64_t gathered_rows[kMaxRows] = {};
+  int64_t tap_places[kMaxPlanes] = {};  // where (channel, column) goes in a kernel row of the result
 
   // Kernel row i reads input row h * stride + i * dilation - padding, that is `h + shift(i)` of the rows with its residue.
   int64_t shift(int64_t i) const { return i * problem.dilation[0] / problem.stride[0]; }
@@ -269,12 +307,12 @@ struct Task {
       int64_t stop = min(q.out_width, column + end - flat);
       int64_t from = row * q.stride[0] + residue - q.padding[0];
       if (from < 0 || from >= q.height) {
-        clear(out, stop - column);
+        clear_freely(out, stop - column);
       } else {
         int64_t a = clamp(low, column, stop), b = clamp(high, a, stop);
-        clear(out, a - column);
+        clear_freely(out, a - column);
         copy(out + (a - column), in + from * q.input_stride[2] + (a * step + offset) * q.input_stride[3], in_step, b - a);
-        clear(out + (b - column), stop - b);
+        clear_freely(out + (b - column), stop - b);
       }
       out += stop - column;
       flat += stop - column;
@@ -285,7 +323,7 @@ struct Task {
 
   void pack_input() const {
     const auto& q = problem;
-    bool used[64];
+    bool used[kMaxPlanes];
     for (int64_t r = 0; r < residues; r++) used[r] = false;
     for (int64_t i = taps.row; i < taps.row_end; i++) {
       int64_t slot = taps.row_end - taps.row == 1 ? 0 : residue(i);
@@ -330,60 +368,89 @@ struct Task {
     }
   }
 
+  // The pixels behind the last whole vector of each image: of the input for each tap, behind the images of its plane.
+  void gather_input() {
+    const int64_t whole = pixels / LANES<T> * LANES<T>, left = pixels - whole;
+    const int64_t room = (images * left + LANES<T> - 1) / LANES<T> * LANES<T>;
+    for (int64_t i = 0; i < taps.row_end - taps.row; i++) {
+      gathered_rows[i] = row_planes[i];
+      gathered_rows[i] += images * segment + i * room - (row_planes[i] % kPlane);
+      for (int64_t t = 0; t < channels * columns(); t++) {
+        T* to = planes + gathered_rows[i] + t * kPlane;
+        for (int64_t n = 0; n < images; n++)
+          for (int64_t p = 0; p < left; p++)
+            to[n * left + p] = planes[row_planes[i] + t * kPlane + n * segment + whole + p];
+      }
+    }
+  }
+  void gather_grad(const T* grad, int64_t output_step, int64_t image_step, int64_t outputs) const {
+    const int64_t whole = pixels / LANES<T> * LANES<T>, left = pixels - whole;
+    for (int64_t o = 0; o < outputs; o++)
+      for (int64_t n = 0; n < images; n++)
+        for (int64_t p = 0; p < left; p++)
+          gathered_grad[o * kPlane + n * left + p] = grad[o * output_step + n * image_step + whole + p];
+  }
+  // Whether gathering saves more vector steps than it costs, and the planes have room.
+  bool gathers() const {
+    const int64_t left = pixels % LANES<T>, all = images * left;
+    const int64_t room = (all + LANES<T> - 1) / LANES<T>, rows = taps.row_end - taps.row;
+    return !problem.outputs_last && left > 0 && (images - room) * rows * channels * columns() > 2 * all &&
+           images * segment + rows * room * LANES<T> + kSlack <= kPlane;
+  }
+
   // Planes of a kernel row are adjacent over (channel, column): a block of taps may span channels.
-  void add_pixels(const T* grad, int64_t output_step, Segments segments, int64_t output, int64_t outputs, bool fused,
+  void add_pixels(const T* grad, int64_t output_step, Segments<T> segments, int64_t output, int64_t outputs, bool fused,
                   int64_t block, int64_t i, int64_t first) const {
     const auto& q = problem;
     alignas(64) T sums[64];
-    int64_t rows[3];
-    int64_t row_count = fused ? 3 : 1;
-    for (int64_t r = 0; r < row_count; r++) rows[r] = plane(i + r, 0, 0) + first * kPlane;
+    const int64_t* rows = row_planes + (i - taps.row);
+    const T* in = planes + first * kPlane;
     if (fused)
-      (outputs == 1 ? block_pixels<T, 1, 3, 3> : block_pixels<T, kFusedOutputs, 3, 3>)(planes, rows, grad, output_step,
+      (outputs == 1 ? block_pixels<T, 1, 3, 3> : block_pixels<T, kFusedOutputs, 3, 3>)(in, rows, grad, output_step,
                                                                                     segments, sums);
     else
-      pixel_block<T>(int(block), outputs == 1)(planes, rows, grad, output_step, segments, sums);
+      pixel_block<T>(int(block), outputs == 1)(in, rows, grad, output_step, segments, sums);
+    const int64_t row_count = fused ? 3 : 1, all_taps = q.kernel[0] * q.kernel[1];
     const T* sum = sums;
-    for (int64_t o = output; o < output + outputs; o++)
+    T* to = partial + output * all_taps + i * q.kernel[1];
+    for (int64_t o = 0; o < outputs; o++, to += all_taps)
       for (int64_t r = 0; r < row_count; r++)
-        for (int64_t t = first; t < first + block; t++) {
-          int64_t c = channel + t / columns(), j = taps.col + t % columns();
-          partial[((c * q.out_per_group + o) * q.kernel[0] + i + r) * q.kernel[1] + j] += *sum++;
-        }
+        for (int64_t t = first; t < first + block; t++) to[r * q.kernel[1] + tap_places[t]] += *sum++;
   }
-  void add_outputs(const T* grad, int64_t pixel_step, Segments segments, int64_t output, int64_t outputs, bool fused,
+  void add_outputs(const T* grad, int64_t pixel_step, Segments<T> segments, int64_t output, int64_t outputs, bool fused,
                    int64_t block, int64_t i, int64_t first) const {
     const auto& q = problem;
     constexpr int VL = LANES<T>;
-    int64_t rows[3];
     T* out[9];
-    int64_t row_count = fused ? 3 : 1, count = 0;
-    for (int64_t r = 0; r < row_count; r++) {
-      rows[r] = plane(i + r, 0, 0) + first * kPlane;
-      for (int64_t t = first; t < first + block; t++) {
-        int64_t c = channel + t / columns(), j = taps.col + t % columns();
-        out[count++] = partial + ((c * q.kernel[0] + i + r) * q.kernel[1] + j) * q.out_per_group + output;
-      }
-    }
-    int64_t vectors = ceil_div(outputs, VL), left = outputs - (vectors - 1) * VL;
+    const int64_t row_count = fused ? 3 : 1;
+    int64_t count = 0;
+    for (int64_t r = 0; r < row_count; r++)
+      for (int64_t t = first; t < first + block; t++)
+        out[count++] = partial + (tap_places[t] + (i + r) * q.kernel[1]) * q.out_per_group + output;
+    const int vectors = int(outputs + VL - 1) / VL, left = int(outputs) - (vectors - 1) * VL;
     OutputBlock<T> call;
     if (fused)
       call = vectors == 1 ? block_outputs<T, 1, 3, 3> : vectors == 2 ? block_outputs<T, 2, 3, 3> : block_outputs<T, 3, 3, 3>;
     else
-      call = output_block<T>(int(block), int(vectors));
-    call(planes, rows, grad, pixel_step, segments, int(left), out);
+      call = output_block<T>(int(block), vectors);
+    call(planes + first * kPlane, row_planes + (i - taps.row), grad, pixel_step, segments, left, out);
   }
 
   void add_packing() {
     const auto& q = problem;
     pack_input();
+    for (int64_t i = taps.row; i < taps.row_end; i++) row_planes[i - taps.row] = plane(i, 0, 0);
+    for (int64_t c = 0, t = 0; c < channels; c++)
+      for (int64_t j = taps.col; j < taps.col_end; j++, t++)
+        tap_places[t] = (channel + c) * q.kernel[0] * q.kernel[1] * (q.outputs_last ? 1 : q.out_per_group) + j;
     bool fused = kFuseRows && taps.row_end - taps.row == 3 && columns() == 3;
     int64_t row_taps = fused ? 3 : channels * columns();
     int64_t blocks = ceil_div(row_taps, kMaxTaps), longest = ceil_div(row_taps, blocks);
     int64_t lanes = LANES<T>;
     int64_t wanted = q.outputs_last ? (fused ? 3 : kVectorsByTaps[longest]) * lanes
                                     : (fused ? kFusedOutputs : kOutputsByTaps[longest]);
-    bool direct = readable();
+    const bool direct = readable(), gathered = gathers();
+    if (gathered) gather_input();
     int64_t outputs;
     for (int64_t output = first_output; output < last_output; output += outputs) {
       outputs = min(wanted, last_output - output);
@@ -393,7 +460,7 @@ struct Task {
         outputs = ceil_div(ceil_div(last_output - output, 2), lanes) * lanes;
       const T* grad;
       int64_t grad_step;
-      Segments segments{images, pixels, segment, 0};
+      Segments<T> segments{images, pixels, segment, 0};
       if (direct) {
         grad = reinterpret_cast<const T*>(grad_at(0, output, pixel));
         grad_step = q.outputs_last ? q.grad_stride[3] : q.grad_stride[1];
@@ -404,7 +471,14 @@ struct Task {
         grad_step = q.outputs_last ? outputs : kPlane;
         segments.grad_step = pixels * (q.outputs_last ? outputs : 1);
       }
+      if (gathered) {
+        gather_grad(grad, grad_step, segments.grad_step, outputs);
+        segments.pixels = pixels / lanes * lanes;
+        segments.gathered = images * (pixels - segments.pixels);
+        segments.gathered_grad = gathered_grad;
+      }
       for (int64_t i = taps.row; i < taps.row_end; i += fused ? 3 : 1) {
+        segments.gathered_rows = gathered_rows + (i - taps.row);
         int64_t all = channels * columns();
         for (int64_t first = 0; first < all;) {
           int64_t block = fused ? 3 : ceil_div(all - first, ceil_div(all - first, longest));
@@ -427,11 +501,11 @@ struct Task {
     pixel = tile % tiles_per_image * q.tile_pixels;
     pixels = min(q.tile_pixels, out_pixels - pixel);
 
-    constexpr int64_t kMaxColumns = 16;
     int64_t reach = shift(q.kernel[0] - 1) * q.out_width;
     int64_t used_residues = min(q.stride[0], q.kernel[0]) == 1 ? 1 : q.stride[0];
     int64_t first_columns = min(q.kernel[1], kMaxColumns);
-    bool share_rows = images * (pixels + reach) + kSlack <= kPlane && used_residues * first_columns <= kMaxPlanes;
+    bool share_rows = images * (pixels + reach) + kSlack <= kPlane && used_residues * first_columns <= kMaxPlanes &&
+                      q.kernel[0] <= kMaxRows;
     for (taps.row = 0; taps.row < q.kernel[0]; taps.row = taps.row_end) {
       taps.row_end = share_rows ? q.kernel[0] : taps.row + 1;
       residues = share_rows ? used_residues : 1;
@@ -466,7 +540,8 @@ struct Task {
 template <class T, class S>
 void run_task(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch) {
   T* planes = static_cast<T*>(scratch);
-  Task<T, S> work{problem, nullptr, planes, planes + kMaxPlanes * kPlane};
+  Task<T, S> work{problem, nullptr, planes, planes + kMaxPlanes * kPlane,
+                  planes + (kMaxPlanes + kOutputBlock) * kPlane};
   work(task, static_cast<T*>(partial));
 }
 

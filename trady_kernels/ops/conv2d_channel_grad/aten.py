@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 
 def conv2d_channel_grad(
@@ -24,6 +25,12 @@ def conv2d_channel_grad(
     accumulate = torch.promote_types(input_selected.dtype, torch.float32)
     if k == 0 or grad_output.numel() == 0:
         return grad_output.new_zeros((k, out_per_group, *kernel_size), dtype=accumulate)
+    if tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1):
+        # oneDNN's own strided 1x1 gradient crashes or errs with few channels in channels_last (oneDNN#6035; with
+        # torch 2.13 at 1 and 4 channels of 56x56, stride 2). The strided pixels alone are the same problem.
+        input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
+        input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
+        stride, padding = (1, 1), (0, 0)
     if groups > 1:
         outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
         outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()

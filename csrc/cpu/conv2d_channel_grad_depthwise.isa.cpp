@@ -1,0 +1,212 @@
+// conv2d_channel_grad of depthwise layers: a plane of the input against a plane of grad_output.
+//
+// Each plane is read once and where it lies. A strip of grad_output's rows stays in registers while the rows of the
+// input that it meets go by; what padding would add is masked off. All taps are accumulated in registers over all
+// images, so there is one reduction for each result.
+#include "conv2d_channel_grad.h"
+#include "vector.h"
+
+namespace trady::TRADY_ISA {
+namespace {
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+
+// Lanes [low, high).
+template <class T>
+struct Range;
+#if defined(__AVX512F__)
+template <class T>
+struct Range {
+  uint32_t bits;
+  TRADY_INLINE Range() : bits(0) {}
+  TRADY_INLINE Range(int low, int high) : bits(high > low ? ((1u << high) - 1u) & ~((1u << low) - 1u) : 0) {}
+};
+TRADY_INLINE f32 load_where(const float* p, Range<float> lanes) {
+  return (f32)_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.bits), p);
+}
+TRADY_INLINE f64 load_where(const double* p, Range<double> lanes) {
+  return (f64)_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes.bits), p);
+}
+TRADY_INLINE f32 load_where(const bfloat16* p, Range<float> lanes) {
+  return widen_bfloat16((u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes.bits), p));
+}
+TRADY_INLINE f32 load_where(const float16* p, Range<float> lanes) {
+  return widen_float16((u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes.bits), p));
+}
+#else
+template <>
+struct Range<float> {
+  __m256i bits;
+  TRADY_INLINE Range() : bits() {}
+  TRADY_INLINE Range(int low, int high) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    bits = _mm256_and_si256(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(low - 1)),
+                            _mm256_cmpgt_epi32(_mm256_set1_epi32(high), lane));
+  }
+};
+template <>
+struct Range<double> {
+  __m256i bits;
+  TRADY_INLINE Range() : bits() {}
+  TRADY_INLINE Range(int low, int high) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    bits = _mm256_and_si256(_mm256_cmpgt_epi64(lane, _mm256_set1_epi64x(low - 1)),
+                            _mm256_cmpgt_epi64(_mm256_set1_epi64x(high), lane));
+  }
+};
+TRADY_INLINE f32 load_where(const float* p, Range<float> lanes) { return (f32)_mm256_maskload_ps(p, lanes.bits); }
+TRADY_INLINE f64 load_where(const double* p, Range<double> lanes) { return (f64)_mm256_maskload_pd(p, lanes.bits); }
+#endif
+
+TRADY_INLINE int clamp_lane(int64_t value, int lanes) {
+  return value < 0 ? 0 : value > lanes ? lanes : static_cast<int>(value);
+}
+
+typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
+TRADY_INLINE f32 even_lanes(f32 a, f32 b) {
+  i32 even;
+  for (int i = 0; i < LANES<float>; i++) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even);
+}
+TRADY_INLINE f64 even_lanes(f64 a, f64 b) {
+  i64 even;
+  for (int i = 0; i < LANES<double>; i++) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even);
+}
+
+// What a vector of output columns meets in an input row, for each kernel column.
+template <class T, int KERNEL, int STRIDE>
+struct Columns {
+  Range<T> outputs;
+  Range<T> inputs[KERNEL][STRIDE];
+  TRADY_INLINE Columns() {}
+  TRADY_INLINE Columns(int64_t column, const Conv2dChannelGrad& q) {
+    constexpr int VL = LANES<T>;
+    const int count = clamp_lane(q.out_width - column, VL);
+    outputs = Range<T>(0, count);
+    for (int j = 0; j < KERNEL; j++)
+      for (int part = 0; part < STRIDE; part++) {
+        // Lane l reads element first + l; past the last output nothing is read, so that no value there gets in.
+        const int64_t first = column * STRIDE + j - q.padding[1] + part * VL;
+        const int64_t needed = static_cast<int64_t>(count - 1) * STRIDE + 1 - part * VL;
+        const int64_t existing = q.width - first;
+        inputs[j][part] =
+            Range<T>(clamp_lane(-first, VL), clamp_lane(needed < existing ? needed : existing, VL));
+      }
+  }
+};
+
+// Adds ROWS rows of grad_output from `row` on, at one vector of columns.
+template <class T, class S, int KERNEL, int STRIDE, int ROWS>
+TRADY_INLINE void add_strip(const S* input, const S* grad, int64_t row, const Conv2dChannelGrad& q,
+                            const Columns<T, KERNEL, STRIDE>& columns, vector_of<T> (&acc)[KERNEL * KERNEL]) {
+  const int64_t input_pitch = q.input_stride[2], grad_pitch = q.grad_stride[2];
+  vector_of<T> d[ROWS];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; r++) d[r] = load_where(grad + (row + r) * grad_pitch, columns.outputs);
+  const int64_t top = row * STRIDE - q.padding[0];
+#pragma GCC unroll 32
+  for (int t = 0; t < (ROWS - 1) * STRIDE + KERNEL; t++) {
+    if (top + t < 0 || top + t >= q.height) continue;
+    const S* x = input + (top + t) * input_pitch;
+#pragma GCC unroll 8
+    for (int j = 0; j < KERNEL; j++) {
+      vector_of<T> value = load_where(x + j, columns.inputs[j][0]);
+      if constexpr (STRIDE == 2)
+        value = even_lanes(value, load_where(x + j + LANES<T>, columns.inputs[j][1]));
+      value = keep(value);
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) {
+        const int i = t - r * STRIDE;
+        if (i >= 0 && i < KERNEL) acc[i * KERNEL + j] += d[r] * value;
+      }
+    }
+  }
+}
+
+template <class T, class S, int KERNEL, int STRIDE, int ROWS>
+void add_planes(const Conv2dChannelGrad& q, const S* input, const S* grad, int64_t images, T* sums) {
+  vector_of<T> acc[KERNEL * KERNEL];
+#pragma GCC unroll 32
+  for (int a = 0; a < KERNEL * KERNEL; a++) acc[a] = vector_of<T>{};
+  // Along the rows, so that memory is read in order; maps wider than a group in several passes.
+  constexpr int GROUP = 16;
+  constexpr int64_t WIDTH = GROUP * LANES<T>;
+  for (int64_t left = 0; left < q.out_width; left += WIDTH) {
+    Columns<T, KERNEL, STRIDE> columns[GROUP];
+    int count = 0;
+    for (; count < GROUP && left + count * LANES<T> < q.out_width; count++)
+      columns[count] = Columns<T, KERNEL, STRIDE>(left + count * LANES<T>, q);
+    for (int64_t n = 0; n < images; n++) {
+      const S* x = input + n * q.input_stride[0] + left * STRIDE - q.padding[1];
+      const S* d = grad + n * q.grad_stride[0] + left;
+      int64_t row = 0;
+      for (; row + ROWS <= q.out_height; row += ROWS)
+        for (int c = 0; c < count; c++)
+          add_strip<T, S, KERNEL, STRIDE, ROWS>(x + c * LANES<T> * STRIDE, d + c * LANES<T>, row, q, columns[c], acc);
+      for (; row < q.out_height; row++)
+        for (int c = 0; c < count; c++)
+          add_strip<T, S, KERNEL, STRIDE, 1>(x + c * LANES<T> * STRIDE, d + c * LANES<T>, row, q, columns[c], acc);
+    }
+  }
+#pragma GCC unroll 32
+  for (int a = 0; a < KERNEL * KERNEL; a++) sums[a] = sum(acc[a]);
+}
+
+#if defined(__AVX512F__)
+constexpr int ROWS_3 = 7, ROWS_5 = 4;
+#else
+constexpr int ROWS_3 = 4, ROWS_5 = 2;
+#endif
+
+template <class T, class S>
+void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial) {
+  const int64_t pairs = q.selected * q.out_per_group, slice = task / pairs, pair = task % pairs;
+  const int64_t channel = pair / q.out_per_group;
+  int64_t run = 0;
+  while (q.runs[run].end <= channel) run++;
+  const int64_t output = q.runs[run].group * q.out_per_group + pair % q.out_per_group;
+  const int64_t first = q.batch * slice / q.slices, images = q.batch * (slice + 1) / q.slices - first;
+  const S* input = static_cast<const S*>(q.input) + first * q.input_stride[0] + channel * q.input_stride[1];
+  const S* grad = static_cast<const S*>(q.grad_output) + first * q.grad_stride[0] + output * q.grad_stride[1];
+  T* sums = static_cast<T*>(partial) + task * q.kernel[0] * q.kernel[1];
+  if (q.kernel[0] == 3)
+    (q.stride[0] == 1 ? add_planes<T, S, 3, 1, ROWS_3> : add_planes<T, S, 3, 2, ROWS_3>)(q, input, grad, images, sums);
+  else
+    (q.stride[0] == 1 ? add_planes<T, S, 5, 1, ROWS_5> : add_planes<T, S, 5, 2, ROWS_5>)(q, input, grad, images, sums);
+}
+
+#endif
+
+}  // namespace
+
+bool conv2d_channel_grad_depthwise_fits([[maybe_unused]] const Conv2dChannelGrad& q) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+#if !defined(__AVX512F__)
+  if (q.dtype == Dtype::bfloat16 || q.dtype == Dtype::float16) return false;
+#endif
+  return q.out_per_group <= 2 && q.kernel[0] == q.kernel[1] && (q.kernel[0] == 3 || q.kernel[0] == 5) &&
+         q.stride[0] == q.stride[1] && q.stride[0] <= 2 && q.dilation[0] == 1 && q.dilation[1] == 1 &&
+         q.input_stride[3] == 1 && q.grad_stride[3] == 1;
+#else
+  return false;
+#endif
+}
+
+void conv2d_channel_grad_depthwise([[maybe_unused]] const Conv2dChannelGrad& q, [[maybe_unused]] int64_t task,
+                                   [[maybe_unused]] void* partial) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  switch (q.dtype) {
+    case Dtype::float32: return run_task<float, float>(q, task, partial);
+    case Dtype::float64: return run_task<double, double>(q, task, partial);
+#if defined(__AVX512F__)
+    case Dtype::bfloat16: return run_task<float, bfloat16>(q, task, partial);
+    case Dtype::float16: return run_task<float, float16>(q, task, partial);
+#else
+    default: return;
+#endif
+  }
+#endif
+}
+
+}  // namespace trady::TRADY_ISA
