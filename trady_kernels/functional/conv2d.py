@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.ops import conv2d_channel_grad, gather_channels
-from trady_kernels.ops.layout import memory_format_of
 
 #: Zeros around the input: (left, right, top, bottom), the order that ``F.pad`` takes.
 Margins = tuple[int, int, int, int]
@@ -69,22 +69,21 @@ def _unpad_circular(grad: torch.Tensor, shape: Sequence[int], margins: Margins) 
 _UNPAD = {"reflect": _unpad_reflect, "replicate": _unpad_replicate, "circular": _unpad_circular}
 
 
-def _empty_like_input(
-    grad_output: torch.Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int] | None,
-    channels_last: bool,
-) -> torch.Tensor:
-    """Stand-in for the input that ``convolution_backward`` asks for its shape and layout only.
+def _memory_format(stride: Sequence[int]) -> torch.memory_format:
+    """The rule of ``trady_kernels.ops.layout``, from the strides alone."""
+    return torch.channels_last if stride[1] == 1 and stride[3] != 1 else torch.contiguous_format
 
-    Never written or read. One element expanded would be smaller, but ``convolution_backward`` calls
+
+def _stand_in(grad_output: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
+    """Uninitialised tensor of the input's shape and strides, which ``convolution_backward`` asks for.
+
+    It is never written or read. One element expanded would be smaller, but ``convolution_backward`` calls
     ``.contiguous()`` on it, a full-size copy: 3 to 4 times the time of a depthwise channels_last layer.
     """
-    if stride is not None:
-        extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-        if extent == shape[0] * shape[1] * shape[2] * shape[3]:
-            return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    if extent == shape[0] * shape[1] * shape[2] * shape[3]:
+        return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
+    layout = _memory_format(stride)
     return torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
 
 
@@ -122,12 +121,12 @@ class _SparseConv2d(torch.autograd.Function):
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
         )
-        ctx.kernel_size = tuple(weight.shape[2:])
-        ctx.input_shape = tuple(input.shape)
-        ctx.input_stride = input.stride()
-        ctx.channels_last = memory_format_of(input) == torch.channels_last
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.rows_dtype = None if channel_weight is None else channel_weight.dtype
+        ctx.kernel_size = weight.shape[2:]
+        ctx.input_layout = input.shape, input.stride()
+        ctx.dtypes = (
+            None if bias is None else bias.dtype,
+            None if channel_weight is None else channel_weight.dtype,
+        )
 
     @staticmethod
     @first_order_only("sparse_conv2d")
@@ -136,7 +135,8 @@ class _SparseConv2d(torch.autograd.Function):
             return (None,) * 10
         selected, weight, channels = ctx.saved_tensors
         stride, padding, dilation, groups, padding_mode = ctx.convolution
-        shape = ctx.input_shape
+        shape, strides = ctx.input_layout
+        bias_dtype, rows_dtype = ctx.dtypes
         margins = _margins(padding, ctx.kernel_size, dilation)
         left, right, top, bottom = margins
         if padding_mode == "zeros":
@@ -159,16 +159,14 @@ class _SparseConv2d(torch.autograd.Function):
                 symmetric,
                 dilation,
                 groups,
-            ).to(ctx.rows_dtype)
+            ).to(rows_dtype)
         if ctx.needs_input_grad[0]:
+            size = shape
             if padded:
                 size = (*shape[:2], shape[2] + by_hand[2] + by_hand[3], shape[3] + by_hand[0] + by_hand[1])
-                like = _empty_like_input(grad_output, size, None, ctx.channels_last)
-            else:
-                like = _empty_like_input(grad_output, shape, ctx.input_stride, ctx.channels_last)
             grad_input = torch.ops.aten.convolution_backward(
                 grad_output,
-                like,
+                _stand_in(grad_output, size, strides),
                 weight.to(grad_output.dtype),
                 None,
                 stride,
@@ -181,12 +179,12 @@ class _SparseConv2d(torch.autograd.Function):
             )[0]
             if padded and padding_mode == "zeros":
                 grad_input = grad_input[:, :, : shape[2], : shape[3]].clone(
-                    memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format
+                    memory_format=_memory_format(strides)
                 )
             elif padded:
                 grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum((0, 2, 3)).to(ctx.bias_dtype)
+            grad_bias = grad_output.sum((0, 2, 3)).to(bias_dtype)
         return grad_input, None, grad_bias, grad_rows, *(None,) * 6
 
     @staticmethod
@@ -253,7 +251,8 @@ def sparse_conv2d(
     ):
         return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
     input = cast_input(input)
-    output, _ = _SparseConv2d.apply(
+    output, _ = apply(
+        _SparseConv2d,
         input if dim == 4 else input.unsqueeze(0),
         weight,
         bias,

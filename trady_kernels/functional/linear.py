@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.ops import gather_channels, linear_channel_grad
@@ -60,8 +61,10 @@ class _SparseLinear(torch.autograd.Function):
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
         )
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.rows_dtype = None if channel_weight is None else channel_weight.dtype
+        ctx.dtypes = (
+            None if bias is None else bias.dtype,
+            None if channel_weight is None else channel_weight.dtype,
+        )
 
     @staticmethod
     @first_order_only("sparse_linear")
@@ -69,15 +72,16 @@ class _SparseLinear(torch.autograd.Function):
         if grad_output is None:
             return (None,) * 5
         selected, weight, _channels = ctx.saved_tensors
+        bias_dtype, rows_dtype = ctx.dtypes
         grad_input = grad_bias = grad_rows = None
         rows_of_output = grad_output.flatten(0, -2) if grad_output.dim() > 1 else grad_output[None]  # (N, O)
         if ctx.needs_input_grad[3]:
             rows_of_input = selected.flatten(0, -2) if selected.dim() > 1 else selected[None]
-            grad_rows = linear_channel_grad(rows_of_input, rows_of_output).to(ctx.rows_dtype)
+            grad_rows = linear_channel_grad(rows_of_input, rows_of_output).to(rows_dtype)
         if ctx.needs_input_grad[0]:
             grad_input = torch.matmul(grad_output, weight.to(grad_output.dtype))
         if ctx.needs_input_grad[2]:
-            grad_bias = rows_of_output.sum(0).to(ctx.bias_dtype)
+            grad_bias = rows_of_output.sum(0).to(bias_dtype)
         return grad_input, None, grad_bias, grad_rows, None
 
     @staticmethod
@@ -131,5 +135,5 @@ def sparse_linear(
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _multiply(input, weight, bias)
-    output, _ = _SparseLinear.apply(cast_input(input), weight, bias, channel_weight, channels)
+    output, _ = apply(_SparseLinear, cast_input(input), weight, bias, channel_weight, channels)
     return output

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from trady_kernels.functional.apply import apply
+
 
 def _scale_and_shift(
     input: torch.Tensor,
@@ -74,4 +76,4 @@ def frozen_batch_norm(
     """
     if not (torch.is_grad_enabled() and input.requires_grad):
         return _scale_and_shift(input, weight, bias, running_mean, running_var, eps)
-    return _FrozenBatchNorm.apply(input, weight, bias, running_mean, running_var, eps)
+    return apply(_FrozenBatchNorm, input, weight, bias, running_mean, running_var, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -74,20 +74,17 @@ def as_channels(channels: Channels, count: int, device: torch.device) -> torch.T
     return indices.to(device)
 
 
-class _Stamp(NamedTuple):
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
     """What changes when somebody writes to a tensor: its version in place, its address when replaced."""
-
-    version: int
-    address: int
-
-
-def _stamp(tensor: torch.Tensor) -> _Stamp:
-    # Inference tensors have no version counter.
-    return _Stamp(-1 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # inference tensors have no version counter
+        return -1, tensor.data_ptr()
 
 
 #: Attributes of a sparse layer that hold identities and addresses of this process.
 _IDENTITIES = ("_own", "_settled", "_unread", "_selection")
+
 
 @contextlib.contextmanager
 def _outside_autograd() -> Iterator[None]:
@@ -212,6 +209,10 @@ class SparseChannels(nn.Module):
         Raises:
             RuntimeError: both were written, and they differ.
         """
+        weight, rows = self._own
+        stamps = _stamp(weight), _stamp(rows)
+        if stamps == self._settled and not self._unread:  # the usual case, at every forward
+            return
         weight_written, rows_written = self._written()
         if weight_written:
             if rows_written and not self._rows_equal_weight():
