@@ -28,7 +28,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "finetune": Command("trady_kernels.cli.finetune", "fine-tune a network inside a memory budget"),
+    "plan": Command("trady_kernels.cli.plan", "what each layer's channels cost, and what a budget buys"),
+    "memory": Command("trady_kernels.cli.memory", "bytes that a training step keeps, dense beside sparse"),
     "rank": Command("trady_kernels.cli.rank", "rank a network's layers, for the schemes that need it"),
+    "bench": Command("trady_kernels.cli.bench", "time the operators beside ATen"),
+    "doctor": Command("trady_kernels.cli.doctor", "what is installed, what is missing and how to get it"),
 }
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -82,13 +82,23 @@ EMBEDDED: dict[str, _Embedded] = {
         (128 / 255,) * 3,
     ),
     "mobilenet_v2_w035": _Embedded(
-        "trady_kernels.models.mobilenet_v2", "MobileNetV2", {"width": 0.35}, None, _IMAGENET_MEAN, _IMAGENET_STD
+        "trady_kernels.models.mobilenet_v2",
+        "MobileNetV2",
+        {"width": 0.35},
+        None,
+        _IMAGENET_MEAN,
+        _IMAGENET_STD,
     ),
 }
 
 
 def load_model(
-    name: str, num_classes: int, *, weights: str | Path | None = None, seed: int = 0
+    name: str,
+    num_classes: int,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    seed: int = 0,
 ) -> LoadedModel:
     """Build a network by name, load its pretrained weights and give it a new classifier.
 
@@ -98,6 +108,7 @@ def load_model(
         num_classes: outputs of the new classifier.
         weights: checkpoint file to load instead of the pretrained weights; its classifier is taken over
             when it has ``num_classes`` outputs.
+        pretrained: False leaves the network at random values, for what depends on its shapes alone.
         seed: of the values that no checkpoint gives: the new classifier, or all of them.
 
     Raises:
@@ -109,12 +120,12 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if library == "" and bare in EMBEDDED:
-            loaded = _load_embedded(bare, num_classes, pretrained=weights is None)
+            loaded = _load_embedded(bare, num_classes, pretrained=pretrained and weights is None)
         else:
             library = library or _library_of(bare)
             if library not in _LIBRARIES:
                 raise ValueError(f"model: got {name!r}, expected the library to be {' or '.join(_LIBRARIES)}")
-            loaded = _LIBRARIES[library](bare, num_classes, weights is None)
+            loaded = _LIBRARIES[library](bare, num_classes, pretrained and weights is None)
     if weights is None:
         return loaded
     load_weights(loaded.model, weights, num_classes)

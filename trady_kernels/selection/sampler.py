@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -18,6 +19,28 @@ from trady_kernels.selection.schemes import find_scheme
 
 Counts = Literal["free", "fixed"]
 _VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """One sparse layer in a selection.
+
+    Attributes:
+        layer: its name, channels, and cost of one of them.
+        rank: its place in the ranking, from 1; None without a ranking.
+        in_pool: whether its channels take part in the draw.
+        selected: how many of its channels are selected.
+    """
+
+    layer: LayerCost
+    rank: int | None
+    in_pool: bool
+    selected: int
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of the selected channels."""
+        return self.layer.channel * self.selected
 
 
 class ChannelSampler:
@@ -231,26 +254,47 @@ class ChannelSampler:
 
     # -- for readers -------------------------------------------------------------------------------
 
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme."""
+        return self._scheme.name
+
+    def layer_selections(self) -> list[LayerSelection]:
+        """Every sparse layer with its cost, its place in the ranking and how much of it is selected."""
+        ranks = {name: rank for rank, name in enumerate(self._ranking or (), start=1)}
+        members = set(self.pool)
+        return [
+            LayerSelection(layer, ranks.get(name), name in members, len(self._selection[name]))
+            for name, layer in self.layers.items()
+        ]
+
     def report(self) -> str:
         """The selection as a table: per layer k of C channels, cost of one and of all k; totals and notes."""
-        header = ("layer", "channels", "of", "elements each", "elements", "bytes", "MACs", "pool")
-        members = set(self.pool)
-        rows = []
-        for name, layer in self.layers.items():
-            count = len(self._selection[name])
-            cost = layer.channel * count
-            rows.append(
-                _row(name, count, layer.channels, layer.channel, cost, "yes" if name in members else "")
+        header = (
+            "layer", "rank", "pool", "channels", "elements each", "MACs each", "selected", "elements", "bytes", "MACs",
+        )  # fmt: skip
+        rows = [
+            (
+                entry.layer.name,
+                "-" if entry.rank is None else str(entry.rank),
+                "yes" if entry.in_pool else "no",
+                f"{entry.layer.channels:,}",
+                f"{entry.layer.channel.elements:,}",
+                f"{entry.layer.channel.macs:,}",
+                *_spent(entry.selected, entry.cost),
             )
-        count = sum(len(channels) for channels in self._selection.values())
+            for entry in self.layer_selections()
+        ]
         channels = sum(layer.channels for layer in self.layers.values())
-        rows.append(_row("total", count, channels, None, self.cost, f"{len(members)} of {len(self.layers)}"))
+        selected = sum(len(channels) for channels in self._selection.values())
+        pool = f"{len(self.pool)} of {len(self.layers)}"
+        rows.append(("total", "", pool, f"{channels:,}", "", "", *_spent(selected, self.cost)))
         widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
         lines = [
             "  ".join(
-                cell.ljust(width) if column in (0, 7) else cell.rjust(width)
+                cell.rjust(width) if column else cell.ljust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
+            )
             for row in (header, *rows)
         ]
         return "\n".join([*lines, "", *self._notes()])
@@ -288,17 +332,8 @@ class ChannelSampler:
         return notes
 
 
-def _row(name: str, count: int, channels: int, each: Cost | None, cost: Cost, pool: str) -> tuple[str, ...]:
-    return (
-        name,
-        str(count),
-        str(channels),
-        f"{each.elements:,}" if each else "",
-        f"{cost.elements:,}",
-        f"{cost.bytes:,}",
-        f"{cost.macs:,}",
-        pool,
-    )
+def _spent(selected: int, cost: Cost) -> tuple[str, ...]:
+    return f"{selected:,}", f"{cost.elements:,}", f"{cost.bytes:,}", f"{cost.macs:,}"
 
 
 def _report_or_none(model: nn.Module) -> ConversionReport | None:

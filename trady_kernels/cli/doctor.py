@@ -1,0 +1,180 @@
+"""``trady doctor``: what is installed here, which kernels run, and how to get what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from trady_kernels.cli.console import check_writable, make_console
+from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder
+from trady_kernels.data.mnist import find_mnist
+from trady_kernels.models.loading import find_efficientnet_lite0_weights
+from trady_kernels.ops import (
+    available,
+    conv2d_channel_grad,
+    gather_channels,
+    last_kernel,
+    linear_channel_grad,
+)
+from trady_kernels.ops.backend import OPERATORS, build_record
+from trady_kernels.training.atomic_write import write_json
+from trady_kernels.training.provenance import commit, machine, versions
+
+_DESCRIPTION = """\
+Show versions, the machine, which backends can run and why the others cannot, the instruction set of the C++ kernels,
+which kernel each operator took just now, and what optional parts are missing and how to get them.
+
+TRADY_ISA=baseline, avx2 or avx512 in the environment chooses the instruction set."""
+
+_EPILOG = """\
+examples:
+  trady doctor
+  TRADY_ISA=avx2 trady doctor
+  trady doctor --json doctor.json"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked for, whether it is here, and what it is or how to get it."""
+
+    name: str
+    present: bool
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings here too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; exit code 1 when an operator gives a wrong result."""
+    if args.json is not None:
+        check_writable("json", args.json)
+    sections = {
+        "versions": _versions(),
+        "backends": _backends(),
+        "operators": _operators(),
+        "optional parts": _optional(),
+    }
+    console = make_console()
+    for title, findings in sections.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in findings:
+            table.add_row(finding.name, "yes" if finding.present else "no", finding.detail)
+        console.print(table)
+        console.print()
+    if args.json is not None:
+        write_json(args.json, {title: [asdict(f) for f in findings] for title, findings in sections.items()})
+    return 0 if all(finding.present for finding in sections["operators"]) else 1
+
+
+def _versions() -> list[Finding]:
+    facts = machine(torch.device("cpu"))
+    source = commit()
+    return [
+        *(Finding(name, True, version) for name, version in versions().items()),
+        Finding("source", source is not None, f"commit {source}" if source else "not a git checkout"),
+        Finding("machine", True, f"{facts['name']}, {facts['threads']} threads, {platform.platform()}"),
+    ]
+
+
+def _backends() -> list[Finding]:
+    findings = [
+        Finding(name, reason is None, reason or _ABOUT[name]()) for name, reason in available().items()
+    ]
+    record = build_record()
+    if record:
+        findings.append(Finding("built", "missing" not in record, _build_in_words(record)))
+    return findings
+
+
+def _instruction_sets() -> str:
+    from trady_kernels import _C
+
+    forced = ", forced by TRADY_ISA" if "TRADY_ISA" in os.environ else ""
+    return f"instruction set {_C.isa()}{forced}; this CPU has {', '.join(_C.available_isas())}"
+
+
+_ABOUT: dict[str, Callable[[], str]] = {
+    "reference": lambda: "plain PyTorch, the definition",
+    "aten": lambda: "ATen's weight gradient on the compact input",
+    "cpp": _instruction_sets,
+    "cuda": lambda: torch.cuda.get_device_name(),
+    "triton": lambda: "installed",
+}
+
+
+def _build_in_words(record: dict[str, str]) -> str:
+    if "missing" in record:
+        return record["missing"]
+    gpu = (
+        f"{record['nvcc']} for {record['cuda_archs']}" if "nvcc" in record else record.get("cuda_missing", "")
+    )
+    return f"{record['compiler']}, torch {record['torch']}; CUDA: {gpu}"
+
+
+def _operators() -> list[Finding]:
+    """Run every operator once on a small example beside its reference."""
+    x, dy = torch.randn(2, 8, 9, 9), torch.randn(2, 6, 9, 9)
+    channels = torch.tensor([1, 4, 5])
+    geometry = (3, 3), (1, 1), (1, 1), (1, 1)
+    calls = {
+        "gather_channels": (gather_channels, (x, channels)),
+        "conv2d_channel_grad": (conv2d_channel_grad, (x[:, channels], dy, channels, 8, *geometry, 1)),
+        "linear_channel_grad": (linear_channel_grad, (torch.randn(33, 3), torch.randn(33, 20))),
+    }
+    findings = []
+    for name, operator in OPERATORS.items():
+        front, arguments = calls[name]
+        result = front(*arguments)
+        kernel = last_kernel(name)
+        right = torch.allclose(result, operator.kernels["reference"](*arguments), rtol=1e-4, atol=1e-4)
+        verdict = "equal to the reference" if right else "WRONG: differs from the reference"
+        findings.append(Finding(name, right, f"ran on {kernel}, {verdict}"))
+    return findings
+
+
+def _optional() -> list[Finding]:
+    findings = [_package(name, use) for name, use in _PACKAGES.items()]
+    for name, find in (
+        ("EfficientNet-Lite0 weights", find_efficientnet_lite0_weights),
+        ("mnist", find_mnist),
+    ):
+        try:
+            findings.append(Finding(name, True, str(find())))
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            findings.append(Finding(name, False, str(error)))
+    fashion = is_idx_folder(DEBIAN_FOLDER)
+    detail = (
+        str(DEBIAN_FOLDER) if fashion else "apt-get install dataset-fashion-mnist, or give --data its folder"
+    )
+    return [*findings, Finding("fashion-mnist", fashion, detail)]
+
+
+_PACKAGES = {
+    "matplotlib": "plots",
+    "PIL": "folders of images",
+    "numpy": "data sets",
+    "timm": "networks by name",
+    "torchvision": "networks by name",
+}
+_DISTRIBUTIONS = {"PIL": "pillow"}
+
+
+def _package(module: str, use: str) -> Finding:
+    present = importlib.util.find_spec(module) is not None
+    install = f"pip install {_DISTRIBUTIONS.get(module, module)}"
+    return Finding(_DISTRIBUTIONS.get(module, module), present, use if present else f"for {use}: {install}")

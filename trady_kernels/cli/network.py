@@ -1,0 +1,96 @@
+"""The arguments by which commands without training take a network, a batch and a selection."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from trady_kernels.cli import BadUsage, usage_errors
+from trady_kernels.convert import sparsify
+from trady_kernels.models.loading import classifier_name, load_model
+from trady_kernels.selection import SCHEMES, ChannelSampler
+from trady_kernels.training.regimes import find_ranking
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of random images and labels: memory and cost depend on the shapes alone."""
+
+    images: torch.Tensor  # (N, 3, H, W)
+    labels: torch.Tensor  # (N,)
+
+
+def add_network_arguments(parser: argparse.ArgumentParser, *, batch_size: int, image_size: int) -> None:
+    """Declare ``--model`` and the size of its batch."""
+    parser.add_argument(
+        "--model",
+        default="efficientnet_lite0",
+        metavar="NAME",
+        help="efficientnet_lite0, or a name of timm or torchvision (default: efficientnet_lite0)",
+    )
+    parser.add_argument(
+        "--classes", type=int, default=10, help="outputs of the classifier (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, help="images in a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--image-size", type=int, default=image_size, help="side of the images (default: %(default)s)"
+    )
+
+
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how channels are selected."""
+    parser.add_argument(
+        "--budget",
+        default="28000",
+        help="elements of one sample (28000), bytes of a batch (256KiB) or a share (5%%) (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scheme", default="trady", metavar="NAME", help=f"{', '.join(SCHEMES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--ranking", metavar="FILE", help="layer ranking instead of the one that ships for the model"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
+
+
+def make_network(args: argparse.Namespace) -> nn.Module:
+    """The network that the arguments name, in training mode, with random weights.
+
+    Raises:
+        BadUsage: no such network, or a count below 1.
+    """
+    for name in ("classes", "batch_size", "image_size"):
+        if getattr(args, name) < 1:
+            raise BadUsage(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    with usage_errors():
+        return load_model(args.model, args.classes, pretrained=False).model.train()
+
+
+def make_batch(args: argparse.Namespace) -> Batch:
+    """A batch of the size that the arguments give."""
+    generator = torch.Generator().manual_seed(0)
+    size = (args.batch_size, 3, args.image_size, args.image_size)
+    return Batch(
+        torch.randn(size, generator=generator),
+        torch.randint(args.classes, (args.batch_size,), generator=generator),
+    )
+
+
+def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> ChannelSampler:
+    """Convert ``model`` in place and select channels in it as the arguments say.
+
+    Raises:
+        BadUsage: a bad budget, scheme or ranking, or a network that the batch does not fit.
+    """
+    budget = int(args.budget) if args.budget.isdecimal() else args.budget
+    with usage_errors():
+        ranking = find_ranking(args.ranking, args.model)
+        sparsify(model, batch.images, head=classifier_name(model, args.classes) or "auto")
+        return ChannelSampler(
+            model, batch.images, budget=budget, scheme=args.scheme, ranking=ranking, seed=args.seed
+        )
