@@ -10,7 +10,7 @@ def cast_input(input: torch.Tensor) -> torch.Tensor:
 
     ``torch.amp.custom_fwd`` does not fit ``setup_context``, so the cast happens before the Function.
     """
-    if input.is_meta:  # autocast knows no meta device
+    if not torch._C._is_any_autocast_enabled() or input.is_meta:  # autocast knows no meta device
         return input
     device_type = input.device.type
     if (

@@ -18,7 +18,9 @@ Margins = tuple[int, int, int, int]
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    if isinstance(value, tuple) and len(value) == 2:
+        return value
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _margins(padding: str | tuple[int, int], kernel_size: Sequence[int], dilation: Sequence[int]) -> Margins:
@@ -234,11 +236,12 @@ def sparse_conv2d(
     """
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"input: got {type(input).__name__}, expected a tensor (N, C, H, W) or (C, H, W)")
-    dim = input.dim()
+    shape = input.shape
+    dim = len(shape)
     in_channels = weight.shape[1] * groups
-    if dim not in (3, 4) or input.shape[-3] != in_channels:
+    if dim not in (3, 4) or shape[-3] != in_channels:
         raise ValueError(
-            f"input: got shape {tuple(input.shape)}, expected (N, {in_channels}, H, W) or "
+            f"input: got shape {tuple(shape)}, expected (N, {in_channels}, H, W) or "
             f"({in_channels}, H, W), since the layer has {in_channels} input channels"
         )
     stride, dilation = _pair(stride), _pair(dilation)
