@@ -52,7 +52,7 @@ int64_t offset_of(const std::vector<Dimension>& dimensions, int64_t index) {
 
 Tensor gather_channels(const Tensor& input, const Tensor& channels) {
   const int64_t batch = input.size(0), in_channels = input.size(1), k = channels.size(0);
-  const int64_t channel_stride = input.stride(1);
+  const int64_t batch_stride = input.stride(0), channel_stride = input.stride(1);
   const auto element_size = static_cast<int64_t>(input.element_size());
   const bool channels_last = is_channels_last(input);
 
@@ -61,7 +61,7 @@ Tensor gather_channels(const Tensor& input, const Tensor& channels) {
   Tensor output = empty(shape, input.scalar_type(), input.device(), channels_last);
 
   std::vector<int64_t> offsets(k);
-  const Tensor index = torch::stable::contiguous(channels);
+  const Tensor index = channels.is_contiguous() ? channels : torch::stable::contiguous(channels);
   const auto* selected = static_cast<const int64_t*>(index.const_data_ptr());
   for (int64_t j = 0; j < k; ++j) {
     STD_TORCH_CHECK(0 <= selected[j] && selected[j] < in_channels, "channels: got index ", selected[j],
@@ -77,7 +77,7 @@ Tensor gather_channels(const Tensor& input, const Tensor& channels) {
   auto inner = merged(input, 2);
   if (channels_last || inner.empty()) {
     // The channel is innermost in the result: rows of k elements, one a pixel.
-    inner.insert(inner.begin(), {batch, input.stride(0)});
+    inner.insert(inner.begin(), {batch, batch_stride});
     if (inner.size() == 2 && inner[0].stride == inner[1].size * inner[1].stride) {
       inner = {{inner[0].size * inner[1].size, inner[1].stride}};
     }
@@ -101,17 +101,23 @@ Tensor gather_channels(const Tensor& input, const Tensor& channels) {
   const int64_t runs = product(inner);
   std::vector<int64_t> steps(last.stride == 1 ? 0 : last.size);
   for (size_t i = 0; i < steps.size(); ++i) steps[i] = static_cast<int64_t>(i) * last.stride;
+  const int64_t run_bytes = last.size * element_size;
   parallel_for(batch * k * runs, last.size, [&](int64_t begin, int64_t end) {
-    for (int64_t run = begin; run < end; ++run) {
-      const int64_t plane = run / runs;
-      const int64_t start = plane / k * input.stride(0) + offsets[plane % k] + offset_of(inner, run % runs);
+    int64_t plane = begin / runs, n = plane / k, j = plane % k, run = begin % runs;
+    char* to = target + begin * run_bytes;
+    for (int64_t i = begin; i < end; ++i, to += run_bytes) {
+      const int64_t start = n * batch_stride + offsets[j] + (runs == 1 ? 0 : offset_of(inner, run));
       const char* from = source + start * element_size;
-      char* to = target + run * last.size * element_size;
       if (last.stride == 1) {
-        std::memcpy(to, from, last.size * element_size);
+        std::memcpy(to, from, run_bytes);
       } else {
         kernel(from, 0, to, 1, steps.data(), last.size, static_cast<int>(element_size));
       }
+      if (++run < runs) continue;
+      run = 0;
+      if (++j < k) continue;
+      j = 0;
+      ++n;
     }
   });
   return output;
