@@ -117,6 +117,11 @@ def sparsify(
             become sparse, is itself one, or has lazy parameters. Nothing has changed then.
     """
     _check_model(model)
+    if isinstance(model, _ConvNd | nn.Linear | _BatchNorm):
+        raise ValueError(
+            f"model: got a single {type(model).__name__}, expected a network that contains layers, such as "
+            "nn.Sequential(layer)"
+        )
     names = {module: name for name, module in model.named_modules()}
     earlier = _find_report(model)
     calls = _example_calls(model, names, example_input) if example_input is not None else _all_calls(names)
@@ -153,14 +158,11 @@ def sparsify(
             f"model: got {type(model).__name__} in which no nn.Conv2d or nn.Linear besides the head can become "
             "sparse, expected at least one"
         )
-    if "" in sparse or "" in norms:
-        raise ValueError(
-            f"model: got a single {type(model).__name__}, expected a network that contains layers"
-        )
 
     kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, _NORMS)}
-    for module, name in names.items():
+    for module in names:  # all of them before the first change: parameters may be shared
         _record(module)
+    for module, name in names.items():
         if name in norms:
             module.__class__ = norms[name]
         if module not in kept and not isinstance(module, SparseChannels):
@@ -170,7 +172,7 @@ def sparsify(
         if name in sparse and not isinstance(module, SparseChannels):
             layer_class = sparse[name]
             assert issubclass(layer_class, SparseChannels)
-            layer_class.take_over(module, channels=0)
+            layer_class.take_over(module, channels=())  # a count would draw at random
     for module in inside_head:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)

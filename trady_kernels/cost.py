@@ -213,9 +213,9 @@ class Budget:
         else:
             match = _NUMBER.fullmatch(budget)
             unit = match["unit"].lower() if match else ""
-            if match is None or (unit not in _UNITS and unit not in ("", "%")):
+            number = float(match["number"]) if match else math.nan
+            if match is None or math.isinf(number) or (unit not in _UNITS and unit not in ("", "%")):
                 raise ValueError(f"budget: got {budget!r}, {expected}")
-            number = float(match["number"])
             if unit == "%":
                 kind, amount = "share", number / 100
             elif unit:

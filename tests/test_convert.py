@@ -1,0 +1,686 @@
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ResidualNet, as_trained
+from saved import saved_bytes
+from tolerances import ROUNDING
+from torch import nn
+
+import trady_kernels as tk
+from trady_kernels.convert import sparse_layers
+from trady_kernels.nn import SparseConv2d, SparseLinear
+
+SPARSE = [
+    "stem",
+    *(f"blocks.{block}.{layer}" for block in (0, 1) for layer in ("expand", "depthwise", "project")),
+    "neck",
+]
+FROZEN = ["norm", *(f"blocks.{block}.norm{norm}" for block in (0, 1) for norm in (1, 2)), "neck_norm"]
+
+
+def example(batch: int = 4) -> torch.Tensor:
+    return torch.randn(batch, 3, 10, 9)
+
+
+def trained_net() -> ResidualNet:
+    return as_trained(ResidualNet())
+
+
+def kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def flags(model: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+# -- what sparsify makes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [example(), None], ids=["example", "no example"])
+def test_what_becomes_which(given: torch.Tensor | None) -> None:
+    model = tk.sparsify(trained_net(), given)
+    report = tk.conversion_report(model)
+    assert (report.head, list(report.sparse), list(report.frozen_norms)) == ("head", SPARSE, FROZEN)
+    assert not report.dense
+    assert list(sparse_layers(model)) == SPARSE
+    assert all(len(layer.channels) == 0 for layer in sparse_layers(model).values())
+    assert {name for name, flag in flags(model).items() if flag} == {"head.weight", "head.bias"}
+    tk.select_fraction(model, 0.5)
+    rows = {f"{name}.channel_weight" for name in SPARSE}
+    assert {name for name, flag in flags(model).items() if flag} == {"head.weight", "head.bias"} | rows
+    assert len(tk.trainable_parameters(model)) == len(SPARSE) + 2
+
+
+def test_trainable_parameters_hold_rows_without_a_channel() -> None:
+    model = tk.sparsify(trained_net(), example())
+    given = {id(parameter) for parameter in tk.trainable_parameters(model)}
+    assert given == {
+        id(parameter)
+        for parameter in (
+            *(layer.channel_weight for layer in sparse_layers(model).values()),
+            *model.head.parameters(),
+        )
+    }
+
+
+def test_forward_is_the_dense_networks_in_evaluation_and_frozen_in_training() -> None:
+    model = trained_net().eval()
+    x = example()
+    expected = model(x)
+    tk.sparsify(model, x)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.train()(x), expected)
+    tk.select_fraction(model, 0.5)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
+def test_gradients_equal_the_dense_ones_at_the_selected_channels(fraction: float) -> None:
+    dense = trained_net().double().eval()
+    sparse = tk.sparsify(copy.deepcopy(dense).train(), example().double())
+    selection = tk.select_fraction(sparse, fraction)
+    x, grad_output = example().double(), torch.randn(4, 5, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    for model, given in zip((dense, sparse), inputs, strict=True):
+        model(given).backward(grad_output)
+
+    def check(found: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+        assert found is not None and expected is not None
+        atol = 4 * ROUNDING[torch.float64] * float(expected.abs().max())
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+    for name, layer in sparse_layers(sparse).items():
+        rows = layer.read_rows(dense.get_parameter(f"{name}.weight").grad, selection[name])
+        if len(rows):
+            check(layer.channel_weight.grad, rows)
+        else:
+            assert layer.channel_weight.grad is None
+    check(sparse.head.weight.grad, dense.head.weight.grad)
+    check(sparse.head.bias.grad, dense.head.bias.grad)
+    check(inputs[1].grad, inputs[0].grad)
+
+
+def test_frozen_norms_keep_nothing_for_backward() -> None:
+    class Norms(nn.Sequential):
+        pass
+
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    model = as_trained(Norms(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.BatchNorm2d(6))).train()
+    size = 4 * 6 * 5 * 5 * 4
+    assert saved_bytes(model, lambda: model(x)) >= 3 * size
+    tk.sparsify(model, x, head=None)
+    assert saved_bytes(model, lambda: model(x)) == 0
+    tk.select_fraction(model, 0.5)
+    assert saved_bytes(model, lambda: model(x)) == size // 2
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    ],
+    ids=["sgd", "adamw"],
+)
+def test_round_trip_through_training(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model, plain = trained_net(), ResidualNet()
+    model.stem.weight.requires_grad_(False)
+    before, classes, trained = copy.deepcopy(model.state_dict()), kinds(model), flags(model)
+    tk.sparsify(model, example())
+    optimizer = make(tk.trainable_parameters(model))
+    touched: dict[str, set[int]] = {name: set() for name in SPARSE}
+    for step in range(4):
+        for name, channels in tk.select_fraction(model, 0.3, seed=step).items():
+            touched[name].update(channels.tolist())
+        F.cross_entropy(model.train()(example()), torch.tensor([0, 1, 2, 3])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = copy.deepcopy(model.state_dict())
+    layers = sparse_layers(model)
+    for key, value in saved.items():
+        name = key.rpartition(".")[0]
+        if name == "head":
+            assert not torch.equal(value, before[key]), key
+        elif key.endswith(".weight") and name in SPARSE:
+            every = torch.arange(layers[name].channel_count)
+            change = layers[name].read_rows(value - before[key], every).abs().flatten(1).sum(1)
+            assert set(change.nonzero().flatten().tolist()) == touched[name], key
+        else:
+            assert torch.equal(value, before[key]), key
+    x = example()
+    expected = model.eval()(x)
+    assert tk.densify(model) is model
+    assert kinds(model) == classes
+    assert flags(model) == trained
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    plain.load_state_dict(saved, strict=True)
+    torch.testing.assert_close(plain.eval()(x), expected, rtol=0, atol=0)
+    model.train()(x)
+    assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
+
+
+# -- what it leaves as it was ----------------------------------------------------------------------
+
+
+def test_identities_hooks_modes_and_random_numbers_stay() -> None:
+    model = trained_net().double()
+    model.blocks[0].eval()
+    fired: list[str] = []
+    handle = model.stem.register_forward_hook(lambda *_: fired.append("forward"))
+    model.norm.register_full_backward_hook(lambda *_: fired.append("backward"))
+    model.stem.label = "kept"
+    modules, modes = list(model.modules()), [module.training for module in model.modules()]
+    weight = model.stem.weight
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    x = torch.ones(4, 3, 10, 9, dtype=torch.float64)
+    tk.sparsify(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.stem.weight is weight and model.stem.label == "kept"
+    assert model.stem.channel_weight.dtype == torch.float64
+    fired.clear()
+    tk.select_fraction(model, 0.5)
+    model(x).sum().backward()
+    assert fired == ["forward", "backward"]
+    handle.remove()
+    tk.densify(model)
+    assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
+    model(x)
+    assert fired == ["forward", "backward"]
+
+
+def test_stale_gradients_of_what_freezes_are_dropped() -> None:
+    model = trained_net()
+    model(example()).sum().backward()
+    tk.sparsify(model, example())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or name.startswith("head."), name
+
+
+def test_twice_is_once() -> None:
+    model = tk.sparsify(trained_net(), example())
+    tk.select_fraction(model, 0.5)
+    report, classes, trained = tk.conversion_report(model), kinds(model), flags(model)
+    selection = {name: layer.channels.clone() for name, layer in sparse_layers(model).items()}
+    tk.sparsify(model, example())
+    assert tk.conversion_report(model) == report
+    assert (kinds(model), flags(model)) == (classes, trained)
+    assert all(torch.equal(layer.channels, selection[name]) for name, layer in sparse_layers(model).items())
+    tk.densify(model)
+    assert kinds(model) == kinds(ResidualNet())
+    assert all(flags(model).values())
+
+
+def test_copies_and_pickles_can_be_densified() -> None:
+    model = tk.sparsify(trained_net(), example()).eval()
+    tk.select_fraction(model, 0.5)
+    x = example()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert tk.conversion_report(twin) == tk.conversion_report(model)
+        assert kinds(tk.densify(twin)) == kinds(ResidualNet())
+        assert all(flags(twin).values())
+        assert torch.equal(twin(x), model(x))
+
+
+def test_densify_of_layers_built_by_hand_and_of_dense_networks() -> None:
+    model = nn.Sequential(
+        SparseConv2d(3, 4, 1, channels=1), nn.Flatten(), SparseLinear(4, 2), nn.Linear(2, 2)
+    )
+    model[3].requires_grad_(False)
+    tk.densify(model)
+    assert [type(module) for module in model] == [nn.Conv2d, nn.Flatten, nn.Linear, nn.Linear]
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True] * 4 + [False] * 2
+    dense = trained_net()
+    before = (kinds(dense), flags(dense))
+    assert (kinds(tk.densify(dense)), flags(dense)) == before
+
+
+def test_steps_of_an_old_optimizer_after_densify_change_nothing() -> None:
+    model = tk.sparsify(trained_net(), example())
+    tk.select_fraction(model, 0.5)
+    optimizer = torch.optim.SGD(tk.trainable_parameters(model), 0.1)
+    model(example()).sum().backward()
+    model.head.zero_grad()
+    tk.densify(model)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# -- what stays dense, and why ---------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.body = nn.Linear(6, 6)
+        self.decoder = nn.Linear(6, 7, bias=False)
+        self.decoder.weight = self.embedding.weight
+        self.last = nn.Linear(7, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.last(self.decoder(self.body(input)))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True)
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.last(self.layer(input[:, None])[:, 0])
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 2))
+
+
+@dataclass(frozen=True)
+class Dense:
+    name: str
+    make: Callable[[], nn.Module]
+    why: Mapping[str, str]
+    sparse: tuple[str, ...]
+
+
+class OwnNorm(nn.BatchNorm1d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+DENSE = (
+    Dense(
+        "own forward",
+        lambda: nn.Sequential(nn.Linear(6, 6), Scaled(6, 6), nn.Linear(6, 2)),
+        {"1": "Scaled has a forward of its own"},
+        ("0",),
+    ),
+    Dense("tied", Tied, {"decoder": "its weight is shared with 'embedding'"}, ("body",)),
+    Dense(
+        "bypassed",
+        Attention,
+        {"layer.self_attn.out_proj": "no call reaches it"},
+        ("layer.linear1", "layer.linear2"),
+    ),
+    Dense(
+        "parametrised",
+        lambda: nn.Sequential(
+            nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)
+        ),
+        {"1": "its weight is computed (parametrised)"},
+        ("0",),
+    ),
+    Dense(
+        "another class",
+        lambda: nn.Sequential(
+            nn.Linear(6, 6), nn.Unflatten(1, (6, 1)), nn.Conv1d(6, 2, 1), nn.Flatten(), nn.Linear(2, 2)
+        ),
+        {"2": "Conv1d has no sparse form"},
+        ("0",),
+    ),
+    Dense(
+        "norm without statistics",
+        lambda: with_norm(nn.BatchNorm1d(6, track_running_stats=False)),
+        {"1": "BatchNorm1d cannot be frozen"},
+        ("0",),
+    ),
+    Dense(
+        "norm with its own forward", lambda: with_norm(OwnNorm(6)), {"1": "OwnNorm cannot be frozen"}, ("0",)
+    ),
+)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
+def test_what_stays_dense_is_frozen_and_named(case: Dense) -> None:
+    model = as_trained(case.make()).eval()
+    x = torch.randn(3, 6)
+    expected, classes, trained = model(x), kinds(model), flags(model)
+    tk.sparsify(model, x)
+    report = tk.conversion_report(model)
+    assert report.sparse == case.sparse
+    assert report.dense.keys() == case.why.keys()
+    for name, why in case.why.items():
+        assert report.dense[name].startswith(why)
+        assert f"{name}" in str(report) and why in str(report)
+        assert kinds(model)[name] is classes[name]
+        assert not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+    torch.testing.assert_close(model(x), expected)
+    tk.select_fraction(model, 0.5)
+    model.train()(x).sum().backward()
+    tk.densify(model)
+    assert (kinds(model), flags(model)) == (classes, trained)
+
+
+def test_without_an_example_the_attention_projection_stays_dense() -> None:
+    model = tk.sparsify(Attention())
+    assert tk.conversion_report(model).dense.keys() == {"layer.self_attn.out_proj"}
+
+
+def test_a_subclass_that_computes_the_same_is_converted_and_comes_back() -> None:
+    class Labelled(nn.Linear):
+        label = "class attribute"
+
+    model = nn.Sequential(Labelled(6, 6), nn.Linear(6, 2))
+    model[0].note = "kept"
+    tk.sparsify(model, torch.randn(2, 6))
+    assert type(model[0]) is SparseLinear
+    tk.densify(model)
+    assert type(model[0]) is Labelled and model[0].note == "kept" and model[0].label == "class attribute"
+
+
+def test_norm_and_activation_in_one_module() -> None:
+    class BatchNormAct2d(nn.BatchNorm2d):  # timm's, by name and children
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.drop = nn.Identity()
+            self.act = nn.Hardtanh(-0.5, 0.5)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self.act(self.drop(super().forward(input)))
+
+    model = as_trained(nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Conv2d(4, 2, 1))).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected, keys = model(x), list(model.state_dict())
+    tk.sparsify(model, x)
+    assert tk.conversion_report(model).frozen_norms == ("1",)
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model.train()(x), expected)
+    tk.densify(model)
+    assert type(model[1]) is BatchNormAct2d
+
+
+def test_norms_stay_as_they_are_on_request() -> None:
+    model = trained_net()
+    tk.sparsify(model, example(), freeze_norm=False)
+    assert tk.conversion_report(model).frozen_norms == ()
+    assert type(model.norm) is nn.BatchNorm2d
+    trains = {name for name, flag in flags(model).items() if flag}
+    norms = [*FROZEN, "blocks.0.norm3", "blocks.1.norm3"]
+    assert trains == {f"{name}.{key}" for name in [*norms, "head"] for key in ("weight", "bias")}
+    before = model.norm.running_mean.clone()
+    model.train()(example())
+    assert not torch.equal(model.norm.running_mean, before)
+
+
+def test_a_module_in_two_places_and_in_a_plain_list() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.second = self.first
+            self.loose = [self.first]
+            self.last = nn.Linear(6, 2)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self.last(self.second(self.loose[0](self.first(input))))
+
+    model = Shared()
+    x = torch.randn(3, 6)
+    expected = model(x)
+    tk.sparsify(model, x)
+    assert tk.conversion_report(model).sparse == ("first",)
+    assert model.first is model.second is model.loose[0]
+    torch.testing.assert_close(model(x), expected)
+    tk.select_fraction(model, 0.5)
+    model(x).sum().backward()
+    assert model.first.channel_weight.grad is not None
+
+
+# -- the head --------------------------------------------------------------------------------------
+
+
+def functional_end(end: Callable[[torch.Tensor], torch.Tensor], *layers: nn.Module) -> nn.Module:
+    class Net(nn.Sequential):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return end(super().forward(input))
+
+    return Net(*layers)
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.second(self.body(input))
+        return {"out": out, "logits": self.first(self.body(input))}
+
+
+@dataclass(frozen=True)
+class Head:
+    name: str
+    make: Callable[[], nn.Module]
+    head: str | None
+    given: str | None = "auto"
+
+
+def linears() -> tuple[nn.Module, ...]:
+    return (nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+
+
+HEADS = (
+    Head("last linear", lambda: nn.Sequential(*linears()), "2"),
+    Head("a view of its output", lambda: functional_end(lambda y: y[:, None].flatten(1), *linears()), "2"),
+    Head("an operation follows", lambda: functional_end(lambda y: y.log_softmax(1), *linears()), "2"),
+    Head("an activation in place follows", lambda: nn.Sequential(*linears(), nn.ReLU(inplace=True)), "2"),
+    Head("a norm follows", lambda: nn.Sequential(*linears(), nn.LayerNorm(2)), None),
+    Head("last of two", TwoOutputs, "first"),
+    Head("by name", lambda: nn.Sequential(*linears()), "1", given="1"),
+    Head("none", lambda: nn.Sequential(*linears()), None, given=None),
+)
+
+
+@pytest.mark.parametrize("case", HEADS, ids=lambda case: case.name)
+def test_head(case: Head) -> None:
+    model = tk.sparsify(case.make(), torch.randn(3, 6), head=case.given)
+    assert tk.conversion_report(model).head == case.head
+    trains = {name for name, flag in flags(model).items() if flag}
+    assert trains == ({f"{case.head}.weight", f"{case.head}.bias"} if case.head else set())
+    if case.head:
+        assert type(model.get_submodule(case.head)) is nn.Linear
+
+
+def test_a_convolution_can_be_the_head() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 2, 1), nn.Flatten())
+    tk.sparsify(model, torch.randn(2, 3, 4, 4))
+    assert tk.conversion_report(model).head == "2"
+
+
+def test_a_whole_module_can_be_the_head() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)))
+    model[1].requires_grad_(False)
+    tk.sparsify(model, torch.randn(2, 6), head="1")
+    assert type(model[1][1]) is nn.BatchNorm1d
+    assert {name.split(".")[0] for name, flag in flags(model).items() if flag} == {"1"}
+    assert all(parameter.requires_grad for parameter in model[1].parameters())
+
+
+@pytest.mark.parametrize("wrap", ["tensor", "tuple", "dict"])
+def test_example_inputs(wrap: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor, shift: torch.Tensor | float = 0.0) -> torch.Tensor:
+            return self.head(self.body(x) + shift)
+
+    x = torch.randn(2, 6)
+    given = {"tensor": x, "tuple": (x, x), "dict": {"x": x, "shift": x}}[wrap]
+    assert tk.conversion_report(tk.sparsify(Net(), given)).sparse == ("body",)  # type: ignore[arg-type]
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bad:
+    name: str
+    call: Callable[[nn.Module], object]
+    error: type[Exception]
+    message: str
+
+
+BAD = (
+    Bad(
+        "model",
+        lambda m: tk.sparsify("resnet18", example()),
+        TypeError,
+        "model: got str, expected an nn.Module",
+    ),
+    Bad("example", lambda m: tk.sparsify(m, 3), TypeError, "example_input: got int, expected a tensor"),
+    Bad(
+        "head",
+        lambda m: tk.sparsify(m, example(), head="fc"),
+        ValueError,
+        "head: got 'fc', expected \"auto\"",
+    ),
+    Bad("head type", lambda m: tk.sparsify(m, example(), head=3), ValueError, "head: got 3, expected"),
+    Bad("head near", lambda m: tk.sparsify(m, example(), head="ead"), ValueError, "near it: head"),
+    Bad("root as head", lambda m: tk.sparsify(m, example(), head=""), ValueError, "head: got '', expected"),
+    Bad(
+        "nothing to convert",
+        lambda m: tk.sparsify(nn.Sequential(m.head), torch.randn(1, 12)),
+        ValueError,
+        "besides the head",
+    ),
+    Bad(
+        "a single layer",
+        lambda m: tk.sparsify(m.head, torch.randn(1, 12), head=None),
+        ValueError,
+        "a single Linear",
+    ),
+    Bad(
+        "lazy",
+        lambda m: tk.sparsify(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)), torch.randn(2, 3)),
+        ValueError,
+        "lazy parameter '0.weight'",
+    ),
+    Bad("report", lambda m: tk.conversion_report(m), ValueError, "expected one that sparsify(model)"),
+    Bad(
+        "parameters", lambda m: tk.trainable_parameters(m), ValueError, "without sparse layers, expected one"
+    ),
+    Bad(
+        "nothing sparse",
+        lambda m: tk.select_fraction(m, 0.5),
+        ValueError,
+        "without sparse layers, expected one",
+    ),
+    Bad(
+        "fraction",
+        lambda m: tk.select_fraction(m, 1.5),
+        ValueError,
+        "fraction: got 1.5, expected a number from 0",
+    ),
+    Bad(
+        "fraction nan",
+        lambda m: tk.select_fraction(m, float("nan")),
+        ValueError,
+        "fraction: got nan, expected",
+    ),
+    Bad("fraction type", lambda m: tk.select_fraction(m, "5%"), TypeError, "fraction: got '5%', expected"),
+    Bad("fraction bool", lambda m: tk.select_fraction(m, True), TypeError, "fraction: got True, expected"),
+    Bad("densify", lambda m: tk.densify(None), TypeError, "model: got NoneType, expected"),
+)
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
+def test_bad_input_gets_one_sentence_and_changes_nothing(case: Bad) -> None:
+    model = trained_net()
+    before = (kinds(model), flags(model))
+    with pytest.raises(case.error) as caught:
+        case.call(model)
+    assert case.message in str(caught.value) and "\n" not in str(caught.value)
+    assert (kinds(model), flags(model)) == before
+    assert not any(name.startswith("_before") for module in model.modules() for name in vars(module))
+
+
+def test_a_sparse_layer_cannot_become_the_head() -> None:
+    model = tk.sparsify(trained_net(), example())
+    with pytest.raises(ValueError, match=r"head: got 'neck', which is sparse already.*densify"):
+        tk.sparsify(model, example(), head="neck")
+
+
+def test_select_fraction_is_the_share_of_every_layer_and_the_seeds_own() -> None:
+    model = tk.sparsify(trained_net(), example())
+    state = torch.get_rng_state()
+    first, again, other = (tk.select_fraction(model, 0.25, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {name: len(channels) for name, channels in first.items()} == {
+        name: {"stem": 1, "neck": 2, "expand": 2}.get(name.rpartition(".")[2], 6) for name in SPARSE
+    }
+    assert all(torch.equal(first[name], again[name]) for name in SPARSE)
+    assert not all(torch.equal(first[name], other[name]) for name in SPARSE)
+    assert all(torch.equal(layer.channels, other[name]) for name, layer in sparse_layers(model).items())
+
+
+# -- other people's networks -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Foreign:
+    name: str
+    sparse: int
+    norms: int
+    head: str
+    dense: int = 0
+
+
+FOREIGN = (
+    Foreign("timm:efficientnet_lite0", 49, 49, "classifier"),
+    Foreign("timm:tf_efficientnet_lite0", 44, 49, "classifier", dense=5),  # Conv2dSame
+    Foreign("timm:mobilenetv3_small_050", 53, 34, "classifier"),
+    Foreign("timm:test_vit", 25, 0, "head"),
+    Foreign("torchvision:resnet18", 20, 20, "fc"),
+)
+
+
+@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
+def test_other_peoples_networks(case: Foreign) -> None:
+    library, _, name = case.name.partition(":")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed: pip install {library}")
+    from trady_kernels.models import loading
+
+    module = loading._import(library)
+    make = module.create_model if library == "timm" else module.models.get_model
+    model = as_trained(make(name, num_classes=5)).eval()
+    size = (
+        getattr(model, "pretrained_cfg", {}).get("input_size", (3, 64, 64))[-1] if name == "test_vit" else 64
+    )
+    x = torch.randn(2, 3, size, size)
+    expected, classes, keys = model(x), kinds(model), list(model.state_dict())
+    tk.sparsify(model, x)
+    report = tk.conversion_report(model)
+    assert (len(report.sparse), len(report.frozen_norms), report.head) == (case.sparse, case.norms, case.head)
+    assert len(report.dense) == case.dense
+    assert all("Conv2dSame has a forward of its own" in why for why in report.dense.values())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    tk.select_fraction(model, 0.1)
+    torch.testing.assert_close(model(x), expected)
+    model.train()(x).sum().backward()
+    assert all(layer.channel_weight.grad is not None for layer in sparse_layers(model).values())
+    assert list(model.state_dict()) == keys
+    assert kinds(tk.densify(model)) == classes
+    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=0)
