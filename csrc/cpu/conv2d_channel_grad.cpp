@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "parallel.h"
@@ -66,7 +67,7 @@ void cut(Conv2dChannelGrad& q) {
   const int64_t pixels = q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
   // Where lanes are pixels every tile ends in a reduction of its register blocks, which wants long tiles; where lanes
   // are outputs short ones keep grad_output in the first-level cache.
-  const int64_t target = q.outputs_last ? 512 : taps == 1 ? 2048 : 1024;
+  const int64_t target = q.outputs_last ? (taps == 1 ? 256 : 128) : taps == 1 ? 2048 : 1024;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
   if (pixels <= target && pixels + reach <= kPixels) {
     const int64_t images = std::clamp<int64_t>(std::min(kPixels / (pixels + reach), target / pixels), 1, q.batch);
@@ -79,14 +80,53 @@ void cut(Conv2dChannelGrad& q) {
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
 
-  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 128;
+  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 128, kSlicePixels = 512;
   const int64_t cost = q.batch * pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
   const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
   const int64_t elements = q.selected * q.out_per_group * taps;
-  q.slices = std::clamp<int64_t>(std::min(tasks, kPartialElements / elements), 1, q.tiles);
+  const int64_t most = std::min(kPartialElements / elements, q.batch * pixels / kSlicePixels);
+  q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
   q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / kRangeOutputs));
   q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
   q.ranges = ceil_div(q.out_per_group, q.range_outputs);
+}
+
+// Copies planes (channels `offsets` into an image) to a contiguous (N, planes, height, width), a piece of a row of all
+// planes at a time: in channels_last they share the cache lines.
+template <class S>
+void copy_planes(const void* from, const int64_t (&stride)[4], const std::vector<int64_t>& offsets, int64_t batch,
+                 int64_t height, int64_t width, void* to) {
+  constexpr int64_t kPiece = 32;
+  const int64_t planes = static_cast<int64_t>(offsets.size());
+  parallel_for(batch * height, planes * width, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++) {
+      const int64_t n = row / height, h = row % height;
+      const S* in = static_cast<const S*>(from) + n * stride[0] + h * stride[2];
+      S* out = static_cast<S*>(to) + (n * planes * height + h) * width;
+      for (int64_t w = 0; w < width; w += kPiece) {
+        const int64_t stop = std::min(w + kPiece, width);
+        for (int64_t plane = 0; plane < planes; plane++)
+          for (int64_t i = w; i < stop; i++) out[plane * height * width + i] = in[offsets[plane] + i * stride[3]];
+      }
+    }
+  });
+}
+
+// The same with contiguous strides afterwards; the tensor owns the copy.
+Tensor compact(const Tensor& tensor, const void*& data, int64_t (&stride)[4], const std::vector<int64_t>& offsets) {
+  const int64_t batch = tensor.size(0), height = tensor.size(2), width = tensor.size(3);
+  const int64_t planes = static_cast<int64_t>(offsets.size());
+  Tensor copy = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, planes, height, width});
+  const auto call = tensor.element_size() == 8   ? copy_planes<uint64_t>
+                    : tensor.element_size() == 4 ? copy_planes<uint32_t>
+                                                 : copy_planes<uint16_t>;
+  call(data, stride, offsets, batch, height, width, copy.mutable_data_ptr());
+  data = copy.const_data_ptr();
+  stride[3] = 1;
+  stride[2] = width;
+  stride[1] = height * width;
+  stride[0] = planes * stride[1];
+  return copy;
 }
 
 void cut_depthwise(Conv2dChannelGrad& q) {
@@ -158,7 +198,7 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   std::vector<int64_t> indices(q.selected);
   for (int64_t i = 0; i < q.selected; i++)
     indices[i] = static_cast<const int64_t*>(channels.const_data_ptr())[i * channels.stride(0)];
-  const std::vector<ChannelRun> runs = runs_of(indices.data(), q.selected, in_channels, groups);
+  std::vector<ChannelRun> runs = runs_of(indices.data(), q.selected, in_channels, groups);
   q.runs = runs.data();
   q.run_count = static_cast<int64_t>(runs.size());
   q.input = input_selected.const_data_ptr();
@@ -181,6 +221,23 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   // With a few outputs a group (depthwise) lanes over outputs would be empty.
   q.outputs_last = q.grad_stride[1] == 1 && q.out_per_group >= 4 &&
                    (q.grad_stride[3] != 1 || q.out_height * q.out_width == 1);
+  // A plane at a time is the wrong way through a channels_last tensor: with few outputs a group the planes that are
+  // needed, no larger than the selected input, are copied out first.
+  std::optional<Tensor> input_copy, grad_copy;
+  if (q.out_per_group < 4 && q.input_stride[3] != 1 && q.width > 1) {
+    std::vector<int64_t> offsets(q.selected);
+    for (int64_t c = 0; c < q.selected; c++) offsets[c] = c * q.input_stride[1];
+    input_copy = compact(input_selected, q.input, q.input_stride, offsets);
+  }
+  if (q.out_per_group < 4 && q.grad_stride[3] != 1 && q.out_width > 1) {
+    std::vector<int64_t> offsets;
+    for (size_t run = 0; run < runs.size(); run++) {
+      for (int64_t o = 0; o < q.out_per_group; o++)
+        offsets.push_back((runs[run].group * q.out_per_group + o) * q.grad_stride[1]);
+      runs[run].group = static_cast<int64_t>(run);
+    }
+    grad_copy = compact(grad_output, q.grad_output, q.grad_stride, offsets);
+  }
   // The stride of a dimension of one element means nothing: give it the one that makes pixels follow each other.
   if (q.out_width == 1) q.grad_stride[3] = q.out_height == 1 ? 1 : q.grad_stride[2];
   if (q.out_height == 1) q.grad_stride[2] = q.out_width * q.grad_stride[3];

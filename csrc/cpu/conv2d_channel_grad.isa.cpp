@@ -95,6 +95,7 @@ template <class T>
 struct Segments {
   int64_t count, pixels;
   int64_t input_step, grad_step;
+  int64_t input_pitch = 1;  // from pixel to pixel
   int64_t gathered = 0;  // pixels
   const int64_t* gathered_rows = nullptr;
   const T* gathered_grad = nullptr;
@@ -164,8 +165,8 @@ void block_pixels(const T* input, const int64_t* rows, const T* grad, int64_t gr
 }
 
 // out[tap][o] += sum over pixels of input[tap] * grad[o], lanes are outputs. `left` counts the lanes of the last
-// vector that exist.
-template <class T, int VECTORS, int ROWS, int COLS>
+// vector that exist. Columns are planes, or adjacent where a channels_last input is read as it is.
+template <class T, int VECTORS, int ROWS, int COLS, int64_t COLUMN_STEP>
 void block_outputs(const T* input, const int64_t* rows, const T* grad, int64_t pixel_step, Segments<T> segments,
                    int left, T* const* out) {
   constexpr int TAPS = ROWS * COLS;
@@ -179,13 +180,14 @@ void block_outputs(const T* input, const int64_t* rows, const T* grad, int64_t p
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; i++) x[i] = input + rows[i] + segment * segments.input_step;
       const T* g = grad + segment * segments.grad_step;
-      for (int64_t p = 0; p < segments.pixels; p++, g += pixel_step) {
+      int64_t at = 0;
+      for (int64_t p = 0; p < segments.pixels; p++, g += pixel_step, at += COLUMN_STEP == 1 ? segments.input_pitch : 1) {
         vector_of<T> d[VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; v++) d[v] = keep(v + 1 < VECTORS ? load(g + v * VL) : load_last(g + v * VL));
 #pragma GCC unroll 64
         for (int t = 0; t < TAPS; t++) {
-          T value = x[t / COLS][t % COLS * kPlane + p];
+          T value = x[t / COLS][t % COLS * COLUMN_STEP + at];
           if constexpr (VECTORS > 1) {
             const vector_of<T> lanes = keep(vector_of<T>{} + value);
             
@@ -230,6 +232,8 @@ constexpr bool kFuseRows = false;
 constexpr int kFusedOutputs = 3;
 // Of one packing.
 constexpr int64_t kMaxRows = 16, kMaxColumns = 16;
+// Longest padded row that is read as a line.
+constexpr int64_t kLine = 512;
 
 template <class T>
 using PixelBlock = void (*)(const T*, const int64_t*, const T*, int64_t, Segments<T>, T*);
@@ -244,17 +248,17 @@ PixelBlock<T> pixel_block(int taps, bool one) {
   }
   return nullptr;
 }
-template <class T, int COLS, int VECTORS>
+template <class T, int64_t COLUMN_STEP, int COLS, int VECTORS>
 OutputBlock<T> output_block_of(int vectors) {
   if constexpr (VECTORS > 1)
-    if (vectors < VECTORS) return output_block_of<T, COLS, VECTORS - 1>(vectors);
-  return block_outputs<T, VECTORS, 1, COLS>;
+    if (vectors < VECTORS) return output_block_of<T, COLUMN_STEP, COLS, VECTORS - 1>(vectors);
+  return block_outputs<T, VECTORS, 1, COLS, COLUMN_STEP>;
 }
-template <class T, int COLS = 1>
+template <class T, int64_t COLUMN_STEP, int COLS = 1>
 OutputBlock<T> output_block(int taps, int vectors) {
   if constexpr (COLS <= kMaxTaps) {
-    if (taps == COLS) return output_block_of<T, COLS, kVectorsByTaps[COLS]>(vectors);
-    return output_block<T, COLS + 1>(taps, vectors);
+    if (taps == COLS) return output_block_of<T, COLUMN_STEP, COLS, kVectorsByTaps[COLS]>(vectors);
+    return output_block<T, COLUMN_STEP, COLS + 1>(taps, vectors);
   }
   return nullptr;
 }
@@ -281,6 +285,7 @@ struct Task {
   int64_t residues = 0, channel = 0, channels = 0;
   int64_t first_row = 0;  // virtual, see pack_plane()
   int64_t segment = 0;    // elements of a plane for one image
+  const T* unpacked = nullptr;
   int64_t row_planes[kMaxRows] = {};    // where a kernel row's planes begin
   int64_t gathered_rows[kMaxRows] = {};
   int64_t tap_places[kMaxPlanes] = {};  // where (channel, column) goes in a kernel row of the result
@@ -321,7 +326,48 @@ struct Task {
     }
   }
 
+  // The usual strides: a row is read once into a padded line, and every kernel column is a piece of that line.
+  bool packs_lines() const {
+    const auto& q = problem;
+    return columns() > 1 && q.stride[1] <= 2 && q.dilation[1] == 1 && q.width + q.kernel[1] + 2 * q.padding[1] <= kLine;
+  }
+  // All columns of one channel of one image.
+  void pack_lines(T* out, const S* in, int64_t residue) const {
+    const auto& q = problem;
+    const int64_t step = q.stride[1];
+    // Phase f holds the padded elements f, f + step, f + 2 * step ...
+    alignas(64) T line[2][kLine + kSlack];
+    int64_t first[2], count[2];
+    for (int64_t f = 0; f < step; f++) {
+      clear_freely(line[f], kLine);
+      first[f] = max(0, ceil_div(q.padding[1] - f, step));
+      count[f] = max(0, ceil_div(q.width + q.padding[1] - f, step) - first[f]);
+    }
+    const int64_t flat = pixel + first_row * q.out_width, end = flat + segment;
+    int64_t row = flat / q.out_width, column = flat % q.out_width;
+    for (int64_t done = 0; done < segment; row++, column = 0) {
+      const int64_t stop = min(q.out_width, column + end - flat - done);
+      const int64_t from = row * q.stride[0] + residue - q.padding[0];
+      if (from < 0 || from >= q.height) {
+        for (int64_t j = 0; j < columns(); j++) clear_freely(out + j * kPlane + done, stop - column);
+      } else {
+        for (int64_t f = 0; f < step; f++)
+          copy(line[f] + first[f],
+               in + from * q.input_stride[2] + (first[f] * step + f - q.padding[1]) * q.input_stride[3],
+               step * q.input_stride[3], count[f]);
+        for (int64_t j = 0; j < columns(); j++) {
+          const int64_t tap = taps.col + j;
+          const T* piece = step == 1 ? line[0] + tap : line[tap & 1] + (tap >> 1);
+          T* to = out + j * kPlane + done;
+          for (int64_t w = column; w < stop; w += LANES<T>, to += LANES<T>) store(to, load(piece + w));
+        }
+      }
+      done += stop - column;
+    }
+  }
+
   void pack_input() const {
+    const bool lines = packs_lines();
     const auto& q = problem;
     bool used[kMaxPlanes];
     for (int64_t r = 0; r < residues; r++) used[r] = false;
@@ -332,6 +378,10 @@ struct Task {
       for (int64_t n = 0; n < images; n++)
         for (int64_t c = 0; c < channels; c++) {
           const S* in = static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1];
+          if (lines) {
+            pack_lines(planes + (slot * channels + c) * columns() * kPlane + n * segment, in, residue(i));
+            continue;
+          }
           for (int64_t j = 0; j < columns(); j++)
             pack_plane(planes + ((slot * channels + c) * columns() + j) * kPlane + n * segment, in, residue(i), taps.col + j);
         }
@@ -343,6 +393,14 @@ struct Task {
     return static_cast<const S*>(q.grad_output) + (image + n) * q.grad_stride[0] +
            (run.group * q.out_per_group + output) * q.grad_stride[1] + p / q.out_width * q.grad_stride[2] +
            p % q.out_width * q.grad_stride[3];
+  }
+  // A channels_last 1x1 layer needs no planes: its pixels and channels are where the kernel wants them.
+  const T* input_in_place() const {
+    const auto& q = problem;
+    const bool fits = sizeof(S) == sizeof(T) && q.outputs_last && q.kernel[0] * q.kernel[1] == 1 &&
+                      q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
+                      q.input_stride[1] == 1 && q.input_stride[2] == q.width * q.input_stride[3];
+    return fits ? static_cast<const T*>(q.input) + image * q.input_stride[0] + channel + pixel * q.input_stride[3] : nullptr;
   }
   // Pixels follow each other at one distance, and need no widening.
   bool readable() const {
@@ -430,16 +488,20 @@ struct Task {
     const int vectors = int(outputs + VL - 1) / VL, left = int(outputs) - (vectors - 1) * VL;
     OutputBlock<T> call;
     if (fused)
-      call = vectors == 1 ? block_outputs<T, 1, 3, 3> : vectors == 2 ? block_outputs<T, 2, 3, 3> : block_outputs<T, 3, 3, 3>;
+      call = vectors == 1   ? block_outputs<T, 1, 3, 3, kPlane>
+             : vectors == 2 ? block_outputs<T, 2, 3, 3, kPlane>
+                            : block_outputs<T, 3, 3, 3, kPlane>;
     else
-      call = output_block<T>(int(block), vectors);
-    call(planes + first * kPlane, row_planes + (i - taps.row), grad, pixel_step, segments, left, out);
+      call = unpacked ? output_block<T, 1>(int(block), vectors) : output_block<T, kPlane>(int(block), vectors);
+    const T* in = unpacked ? unpacked + first : planes + first * kPlane;
+    call(in, row_planes + (i - taps.row), grad, pixel_step, segments, left, out);
   }
 
   void add_packing() {
     const auto& q = problem;
-    pack_input();
-    for (int64_t i = taps.row; i < taps.row_end; i++) row_planes[i - taps.row] = plane(i, 0, 0);
+    unpacked = input_in_place();
+    if (!unpacked) pack_input();
+    for (int64_t i = taps.row; i < taps.row_end; i++) row_planes[i - taps.row] = unpacked ? 0 : plane(i, 0, 0);
     for (int64_t c = 0, t = 0; c < channels; c++)
       for (int64_t j = taps.col; j < taps.col_end; j++, t++)
         tap_places[t] = (channel + c) * q.kernel[0] * q.kernel[1] * (q.outputs_last ? 1 : q.out_per_group) + j;
@@ -461,6 +523,10 @@ struct Task {
       const T* grad;
       int64_t grad_step;
       Segments<T> segments{images, pixels, segment, 0};
+      if (unpacked) {
+        segments.input_step = q.input_stride[0];
+        segments.input_pitch = q.input_stride[3];
+      }
       if (direct) {
         grad = reinterpret_cast<const T*>(grad_at(0, output, pixel));
         grad_step = q.outputs_last ? q.grad_stride[3] : q.grad_stride[1];
