@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import copy
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from networks import ResidualNet, as_trained
+from torch import nn
+
+import trady_kernels as tk
+from trady_kernels.convert import sparse_layers
+from trady_kernels.cost import Cost, total
+from trady_kernels.models import MobileNetV2
+from trady_kernels.nn import SparseLinear
+from trady_kernels.selection import SCHEMES
+
+X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
+Selection = Mapping[str, torch.Tensor]
+
+
+def sparse_net() -> ResidualNet:
+    return tk.sparsify(as_trained(ResidualNet()), X)
+
+
+def ranking_of(model: nn.Module) -> tk.LayerRanking:
+    """The first layers hold nearly everything: the pool is blocks.0.depthwise, blocks.1.project and neck."""
+    scores = dict.fromkeys(sparse_layers(model), 0.01)
+    scores |= {"blocks.1.project": 5.0, "neck": 3.0, "blocks.0.depthwise": 2.0}
+    return tk.LayerRanking(scores)
+
+
+POOL = ["blocks.0.depthwise", "blocks.1.project", "neck"]
+
+
+def sampler(model: nn.Module | None = None, **arguments: Any) -> tk.ChannelSampler:
+    return tk.ChannelSampler(model or sparse_net(), X, **({"budget": 2_000} | arguments))
+
+
+def equal(first: Selection, second: Selection) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def cost_of(sampler: tk.ChannelSampler) -> Cost:
+    """Counted anew from what the layers hold."""
+    return total(
+        sampler.layers[name].channel * len(layer.channels) for name, layer in sampler._modules.items()
+    )
+
+
+# -- budgets ---------------------------------------------------------------------------------------
+
+
+BUDGETS = (1, 17, 60, 61, 500, "3%", "31.4%", "99.9%", "300 B", "2KiB", "10 kB")
+
+
+@pytest.mark.parametrize("counts", ["free", "fixed"])
+@pytest.mark.parametrize("scheme", ["trady", "d-full-random"])
+def test_cost_never_exceeds_the_budget_and_the_rest_buys_nothing(scheme: str, counts: str) -> None:
+    model = sparse_net()
+    for seed, budget in enumerate(BUDGETS):
+        drawn = sampler(
+            model, budget=budget, scheme=scheme, counts=counts, ranking=ranking_of(model), seed=seed
+        )
+        assert drawn.budget is not None
+        counted, limit = drawn.budget.of, drawn.budget.limit(drawn.full_cost)
+        for _ in range(3):
+            assert drawn.cost == cost_of(drawn)
+            assert counted(drawn.cost) <= limit
+            unselected = [
+                counted(drawn.layers[name].channel)
+                for name in drawn.pool
+                if len(drawn.selection[name]) < drawn.layers[name].channels
+            ]
+            if unselected:
+                assert limit - counted(drawn.cost) < min(unselected)
+            assert all(len(drawn.selection[name]) == 0 for name in drawn.layers if name not in drawn.pool)
+            drawn.resample()
+
+
+def test_kinds_of_budget_count_what_they_say() -> None:
+    model = sparse_net()
+    full = sampler(model).full_cost
+    assert sampler(model, budget="10%").cost.elements <= full.elements // 10
+    drawn = sampler(model, budget="4KiB")
+    stored = sum(
+        (layer.channel_weight.numel() * 4)
+        + drawn.layers[name].channel.activation_elements * len(layer.channels) * len(X) * 4
+        for name, layer in sparse_layers(model).items()
+    )
+    assert stored == drawn.cost.bytes <= 4096
+
+
+@pytest.mark.parametrize("budget", [10**12, "1GB", "100%", "150%"])
+def test_a_budget_above_the_full_cost_selects_everything_and_says_so(budget: int | str) -> None:
+    drawn = sampler(budget=budget)
+    assert drawn.cost == drawn.full_cost
+    assert "everything is selected" in drawn.report()
+
+
+def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> None:
+    drawn = sampler(budget=1)
+    assert drawn.cost == Cost()
+    assert "the budget is below the cheapest channel (" in drawn.report()
+
+
+# -- schemes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_schemes_pools_and_when_they_draw(name: str) -> None:
+    model = sparse_net()
+    budget = 1_000 if SCHEMES[name].budgeted else None
+    drawn = sampler(model, budget=budget, scheme=name, ranking=ranking_of(model))
+    pools = {"trady": POOL, "s-topk-random": POOL, "head-only": []}
+    assert drawn.pool == pools.get(name, list(sparse_layers(model)))
+    before = drawn.selection
+    drawn.resample()
+    assert equal(drawn.selection, before) == (name not in ("trady", "d-full-random"))
+    expected = {"head-only": Cost(), "full": drawn.full_cost}
+    if name in expected:
+        assert drawn.cost == expected[name]
+
+
+@pytest.mark.parametrize("name", ["head-only", "full"])
+def test_schemes_without_a_budget_ignore_one(name: str) -> None:
+    drawn = sampler(budget=10, scheme=name)
+    assert drawn.cost == {"head-only": Cost(), "full": drawn.full_cost}[name]
+    assert f"the scheme {name} has no budget" in drawn.report()
+
+
+@pytest.mark.parametrize("counts", ["free", "fixed"])
+def test_counts(counts: str) -> None:
+    drawn = sampler(counts=counts)
+    first = drawn.selection
+    costs, counted = set(), set()
+    for _ in range(8):
+        drawn.resample()
+        costs.add(drawn.cost.elements)
+        counted.add(tuple(len(channels) for channels in drawn.selection.values()))
+        assert not equal(drawn.selection, first)
+    assert (len(counted) == 1) == (counts == "fixed")
+    if counts == "fixed":
+        assert counted == {tuple(len(channels) for channels in first.values())}
+
+
+# -- the draw --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", ["free", "fixed"])
+def test_inclusion_is_uniform_within_each_layer_and_every_pool_layer_is_reached(counts: str) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    model = sparse_net()
+    drawn = sampler(model, budget="30%", counts=counts)
+    draws = 600
+    hits = {name: torch.zeros(layer.channels) for name, layer in drawn.layers.items()}
+    sizes: dict[str, list[int]] = {name: [] for name in hits}
+    for _ in range(draws):
+        for name, channels in drawn._draw().items():
+            hits[name][channels] += 1
+            sizes[name].append(len(channels))
+    for name, count in hits.items():
+        channels = drawn.layers[name].channels
+        mean = sum(sizes[name]) / draws
+        if counts == "free":
+            assert mean > 0, name
+        if not 0 < mean < channels:
+            continue
+        # Given k of C in a draw, hits have variance k/C (1 - k/C) and correlation -1/(C - 1).
+        variance = sum(k / channels * (1 - k / channels) for k in sizes[name])
+        statistic = float(((count - count.mean()) ** 2).sum() / variance * (channels - 1) / channels)
+        p = stats.chi2.sf(statistic, channels - 1)
+        assert 1e-4 < p < 1 - 1e-6, (name, p, count)
+
+
+def test_same_seed_same_channels_whatever_else_draws() -> None:
+    first = sampler(seed=5)
+    torch.manual_seed(99)
+    torch.rand(17)
+    second = sampler(seed=5)
+    state = torch.get_rng_state()
+    for _ in range(3):
+        assert equal(first.selection, second.selection)
+        first.resample()
+        torch.rand(3)
+        second.resample()
+    other = sampler(seed=6)
+    assert not equal(first.selection, other.selection)
+    torch.set_rng_state(state)
+    other.resample()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_selected_is_what_the_layers_train() -> None:
+    drawn = sampler()
+    for _ in range(3):
+        for name, layer in drawn._modules.items():
+            assert torch.equal(layer.channels, drawn.selection[name])
+            assert layer.channel_weight.requires_grad == bool(len(drawn.selection[name]))
+        drawn.resample()
+
+
+def test_resampling_trains_on_with_the_optimizers_state() -> None:
+    model = sparse_net()
+    drawn = sampler(model)
+    optimizer = torch.optim.SGD(tk.trainable_parameters(model), 0.1, momentum=0.9)
+    for _ in range(3):
+        model(X).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        drawn.resample(optimizer)
+    for name, layer in sparse_layers(model).items():
+        buffer = optimizer.state[layer.channel_weight].get("momentum_buffer")
+        assert buffer is None or buffer.shape == layer.channel_weight.shape, name
+
+
+def test_a_draw_over_a_real_networks_channels_takes_milliseconds() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    drawn = tk.ChannelSampler(tk.sparsify(MobileNetV2(10), x), x, budget="20%")
+    assert sum(layer.channels for layer in drawn.layers.values()) > 15_000
+    elapsed = []
+    for _ in range(5):
+        start = time.process_time()
+        drawn._draw()
+        elapsed.append(time.process_time() - start)
+    assert min(elapsed) < 0.2  # a tensor operation a channel would take seconds
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", ["free", "fixed"])
+def test_state_dict_resumes_the_draw(counts: str) -> None:
+    drawn = sampler(counts=counts, seed=3)
+    drawn.resample()
+    file = io.BytesIO()
+    torch.save(drawn.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    resumed = sampler(counts=counts, seed=77)
+    resumed.load_state_dict(state)
+    for _ in range(3):
+        assert equal(resumed.selection, drawn.selection)
+        assert resumed.cost == drawn.cost == cost_of(resumed)
+        drawn.resample()
+        resumed.resample()
+
+
+def test_a_saved_state_is_not_changed_by_later_draws() -> None:
+    drawn = sampler(counts="fixed")
+    state = drawn.state_dict()
+    before = copy.deepcopy(state)
+    drawn.resample()
+    assert equal(state["selection"], before["selection"])
+    assert torch.equal(state["generator"], before["generator"])
+
+
+@dataclass(frozen=True)
+class BadState:
+    name: str
+    change: Callable[[dict[str, Any]], object]
+    message: str
+
+
+BAD_STATES = (
+    BadState("not a state", lambda s: s.clear(), "expected what ChannelSampler.state_dict() returned"),
+    BadState("version", lambda s: s.update(version=9), "got version 9, expected 1"),
+    BadState("scheme", lambda s: s.update(scheme="full"), "got scheme 'full', expected 'trady'"),
+    BadState(
+        "budget", lambda s: s.update(budget="1 bytes"), "got budget '1 bytes', expected '2,000 elements'"
+    ),
+    BadState("pool", lambda s: s.update(pool=["fc"]), "got pool ['fc'], expected ["),
+    BadState("layers", lambda s: s["selection"].pop("stem"), "got a selection of other layers"),
+    BadState(
+        "range", lambda s: s["selection"].update(stem=torch.tensor([3])), "got a selection of other layers"
+    ),
+    BadState(
+        "order", lambda s: s["selection"].update(stem=torch.tensor([2, 1])), "got a selection of other layers"
+    ),
+)
+
+
+@pytest.mark.parametrize("case", BAD_STATES, ids=lambda case: case.name)
+def test_a_state_of_something_else_is_refused_and_changes_nothing(case: BadState) -> None:
+    drawn = sampler()
+    state = drawn.state_dict()
+    before = drawn.state_dict()
+    case.change(state)
+    with pytest.raises(ValueError, match="state_dict: got") as caught:
+        drawn.load_state_dict(state)
+    assert case.message in str(caught.value) and "\n" not in str(caught.value)
+    after = drawn.state_dict()
+    assert equal(after["selection"], before["selection"])
+    assert torch.equal(after["generator"], before["generator"])
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def test_report_reads_as_a_table() -> None:
+    model = sparse_net()
+    drawn = sampler(model, ranking=ranking_of(model))
+    lines = drawn.report().splitlines()
+    table = lines[: len(drawn.layers) + 2]
+    for line, (name, layer) in zip(table[1:], drawn.layers.items(), strict=False):
+        count = len(drawn.selection[name])
+        each, cost = layer.channel, layer.channel * count
+        rank = list(ranking_of(model)).index(name) + 1
+        cells = [rank, "yes" if name in POOL else "no", layer.channels, each.elements, each.macs, count]
+        cells += [cost.elements, cost.bytes, cost.macs]
+        assert line.split() == [name, *(cell if isinstance(cell, str) else f"{cell:,}" for cell in cells)]
+    assert table[-1].split()[-3] == f"{drawn.cost.elements:,}"
+    assert "no ranking given" not in drawn.report()
+    assert "head (dense, trains, not in the budget): head" in lines
+    assert "no ranking given: the pool is every sparse layer" in sampler(model).report()
+
+
+def test_report_names_what_stays_dense() -> None:
+    class Net(nn.Sequential):
+        pass
+
+    model = Net(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    x = torch.randn(2, 4)
+    report = tk.ChannelSampler(tk.sparsify(model, x), x, budget="50%").report()
+    assert "stays dense and frozen: 1, its weight is computed" in report
+
+
+def test_layers_built_by_hand_need_no_sparsify() -> None:
+    model = nn.Sequential(SparseLinear(4, 4), SparseLinear(4, 2))
+    drawn = tk.ChannelSampler(model, torch.randn(2, 4), budget=10)
+    assert drawn.cost.elements <= 10
+    assert "no ranking given" in drawn.report()
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bad:
+    name: str
+    arguments: Mapping[str, Any]
+    error: type[Exception]
+    message: str
+
+
+BAD = (
+    Bad("scheme", {"scheme": "best"}, ValueError, "scheme: got 'best', expected one of trady, s-topk-random"),
+    Bad("scheme type", {"scheme": 3}, ValueError, "scheme: got 3, expected one of"),
+    Bad("budget", {"budget": "12 bananas"}, ValueError, "budget: got '12 bananas', expected a positive int"),
+    Bad("no budget", {"budget": None}, TypeError, "budget: got None, expected a positive int"),
+    Bad("counts", {"counts": "some"}, ValueError, "counts: got 'some', expected 'free' or 'fixed'"),
+    Bad("seed", {"seed": 0.5}, TypeError, "seed: got 0.5, expected an int"),
+    Bad("ranking type", {"ranking": {"stem": 1.0}}, TypeError, "ranking: got dict, expected a LayerRanking"),
+    Bad(
+        "foreign ranking",
+        {"ranking": tk.LayerRanking({"stem": 1.0, "layer1": 2.0})},
+        ValueError,
+        "ranking: got one that names 'layer1', expected a score for each sparse layer",
+    ),
+    Bad(
+        "partial ranking",
+        {"ranking": tk.LayerRanking({"stem": 1.0, "head": 2.0})},
+        ValueError,
+        "ranking: got one that lacks 'blocks.0.expand', expected a score",
+    ),
+)
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.name)
+def test_bad_input_gets_one_sentence_and_selects_nothing(case: Bad) -> None:
+    model = sparse_net()
+    with pytest.raises(case.error) as caught:
+        sampler(model, **case.arguments)
+    assert str(caught.value).startswith(case.message) and "\n" not in str(caught.value)
+    assert all(len(layer.channels) == 0 for layer in sparse_layers(model).values())
+
+
+def test_a_dense_network_is_sent_to_sparsify() -> None:
+    with pytest.raises(
+        ValueError, match=r"model: got a ResidualNet without sparse layers.*sparsify\(model\)"
+    ):
+        sampler(ResidualNet())
+
+
+def test_an_example_that_misses_a_layer_is_refused() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, left: bool = True) -> torch.Tensor:
+            return self.head(self.left(x) if left else self.right(x))
+
+    model = tk.sparsify(Branches())
+    with pytest.raises(ValueError, match="example_input: the run does not call the sparse layer 'right'"):
+        tk.ChannelSampler(model, torch.randn(2, 4), budget=100)
+
+
+def test_an_optimizer_that_cannot_follow_leaves_the_draw_where_it_was() -> None:
+    model = sparse_net()
+    drawn = sampler(model)
+    before = drawn.state_dict()
+    with pytest.raises(TypeError, match="optimizer: got str"):
+        drawn.resample("adam")  # type: ignore[arg-type]
+    after = drawn.state_dict()
+    assert equal(after["selection"], before["selection"])
+    assert torch.equal(after["generator"], before["generator"])
