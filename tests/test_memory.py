@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ResidualNet, as_trained
+from torch import nn
+
+import trady_kernels as tk
+from trady_kernels.convert import sparse_layers
+
+N, C, SIZE = 4, 6, 5
+MAP = N * C * SIZE * SIZE * 4  # bytes of one activation
+
+
+def x() -> torch.Tensor:
+    return torch.randn(N, C, SIZE, SIZE)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    layers: Callable[[], tuple[nn.Module, ...]]
+    by_kind: dict[str, int]
+
+
+CONV = nn.Conv2d(C, C, 1)
+CASES = (
+    Case("conv", lambda: (CONV, nn.Conv2d(C, C, 1)), {"conv input": MAP}),
+    Case("norm", lambda: (CONV, nn.BatchNorm2d(C)), {"norm": MAP + 2 * C * 4}),  # and the batch's statistics
+    Case("activation", lambda: (CONV, nn.SiLU()), {"activation": MAP}),
+    Case(
+        "an output that two keep counts once",
+        lambda: (CONV, nn.ReLU(), nn.Conv2d(C, C, 1)),
+        {"activation": MAP},
+    ),
+    Case("dropout", lambda: (CONV, nn.Dropout(0.5)), {"dropout": MAP}),
+    Case("pooling", lambda: (CONV, nn.AvgPool2d(1)), {"pooling": MAP}),
+    Case("linear", lambda: (CONV, nn.Linear(SIZE, 2)), {"linear input": MAP}),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kinds(case: Case) -> None:
+    model = nn.Sequential(*case.layers()).train()
+    report = tk.measure_memory(model, x())
+    assert report.by_kind == case.by_kind
+    assert report.saved_bytes == sum(case.by_kind.values()) == sum(report.by_module.values())
+    assert report.batch_bytes == MAP  # the first convolution's input
+    assert set(report.by_module) <= {"0", "1", "2"}
+
+
+def test_views_count_their_whole_storage_once() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x)
+            return (y[:, :1] * y[:, 1:2]) * y[:, 2:3]
+
+    report = tk.measure_memory(Views(), torch.randn(16, 8))
+    products = 16 * 4
+    assert report.saved_bytes == 16 * 8 * 4 + products
+    assert report.by_kind == {"other": report.saved_bytes}
+    assert report.by_module == {"": report.saved_bytes}
+
+
+@pytest.mark.parametrize("budget", ["5%", "2KiB", "60%"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_counted_and_measured_agree(budget: str, dtype: torch.dtype) -> None:
+    model = as_trained(ResidualNet()).to(dtype)
+    batch = (torch.randn(4, 3, 16, 16, dtype=dtype), torch.tensor([0, 1, 2, 3]))
+    sampler = tk.ChannelSampler(tk.sparsify(model, batch[0]), batch[0], budget=budget)
+    report = tk.measure_memory(model, batch, F.cross_entropy)
+    of_layers = {name: report.by_module.get(name, 0) for name in sparse_layers(model)}
+    gradients = sum(layer.channel_weight.numel() * dtype.itemsize for layer in sparse_layers(model).values())
+    assert gradients + sum(of_layers.values()) == sampler.cost.bytes
+    for name, channels in sampler.selection.items():
+        stored = sampler.layers[name].channel.activation_elements * len(channels) * len(batch[0])
+        assert of_layers[name] == stored * dtype.itemsize, name
+
+
+def test_counted_and_measured_agree_under_autocast() -> None:
+    model = as_trained(ResidualNet())
+    batch = (torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))
+    with torch.autocast("cpu", torch.bfloat16):
+        sampler = tk.ChannelSampler(tk.sparsify(model, batch[0]), batch[0], budget="30%")
+        report = tk.measure_memory(model, batch, F.cross_entropy)
+    stored = sum(report.by_module.get(name, 0) for name in sparse_layers(model))
+    assert stored == sampler.cost.bytes - 4 * sampler.cost.weight_elements > 0
+
+
+def test_a_selected_layer_keeps_less_than_a_dense_one() -> None:
+    dense = as_trained(ResidualNet()).train()
+    batch = (torch.randn(8, 3, 32, 32), torch.arange(8) % 5)
+    before = tk.measure_memory(dense, batch, F.cross_entropy)
+    sparse = tk.sparsify(dense, batch[0])
+    tk.select_fraction(sparse, 0.1)
+    after = tk.measure_memory(sparse, batch, F.cross_entropy)
+    assert after.by_kind["conv input"] < before.by_kind["conv input"] / 4
+    frozen = tk.conversion_report(sparse).frozen_norms
+    assert not any(name in after.by_module for name in frozen)
+    assert all(name in before.by_module for name in frozen)
+    assert after.peak_bytes < before.peak_bytes
+
+
+def test_peak_contains_what_is_saved() -> None:
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.SiLU(), nn.SiLU(), nn.SiLU())
+    batch = torch.randn(16, C, 64, 64)
+    report = tk.measure_memory(model, batch)
+    size = batch.numel() * 4
+    assert report.saved_bytes == 3 * size
+    # The saved outputs and the last one at the end of the forward; a few gradients on top.
+    assert 4 * size <= report.peak_bytes <= 8 * size
+    assert report.device == "cpu"
+
+
+def test_measuring_leaves_no_trace() -> None:
+    model = as_trained(ResidualNet()).train()
+    model.dropout.p = 0.5
+    batch = (torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]))
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    before = copy.deepcopy(model.state_dict())
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    copies = {name: gradient.clone() for name, gradient in gradients.items()}
+    state = torch.get_rng_state()
+    tk.measure_memory(model, batch, F.cross_entropy)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is gradients[name] and torch.equal(parameter.grad, copies[name])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.zero_grad()
+    tk.measure_memory(model, batch, F.cross_entropy)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.layer(x) + shift}
+
+
+def test_kinds_of_batch() -> None:
+    a, b = torch.randn(5, 3), torch.randn(5, 2)
+    model = Keywords()
+    saved = 5 * 3 * 4
+    for batch in ({"x": a, "shift": b}, ((a, b), None), ({"x": a, "shift": b}, None)):
+        report = tk.measure_memory(model, batch)
+        assert (report.saved_bytes, report.batch_bytes) == (0, saved)
+    with_loss = tk.measure_memory(model, {"x": a, "shift": b}, lambda output: output["logits"].square().sum())
+    assert with_loss.by_kind == {"other": 5 * 2 * 4}
+
+
+def test_report_is_a_table_and_json() -> None:
+    report = tk.measure_memory(nn.Sequential(nn.Conv2d(C, C, 1), nn.SiLU()), x())
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["activation", f"{MAP:,}", "B", "0.00", "MiB"]
+    assert lines[1].split()[3] == f"{MAP:,}"
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["by_kind"] == {"activation": MAP} and content["saved_bytes"] == MAP
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        (3, TypeError, "batch: got int, expected a tensor, a pair"),
+        ((1, 2, 3), ValueError, "batch: got a tuple of 3, expected a pair"),
+        ((3, None), TypeError, "example_input: got int, expected a tensor"),
+    ],
+)
+def test_bad_batches_get_one_sentence(batch: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        tk.measure_memory(nn.Linear(3, 2), batch)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_network_that_does_not_train_is_refused() -> None:
+    with pytest.raises(ValueError, match="model: got a loss that depends on no parameter that requires"):
+        tk.measure_memory(nn.Linear(3, 2).requires_grad_(False), torch.randn(2, 3))
