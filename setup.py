@@ -32,7 +32,7 @@ def program(name: str) -> str | None:
 def compiler() -> str | None:
     wanted = os.environ.get("CXX")
     if wanted:
-        found = shutil.which(shlex.split(wanted)[0])
+        found = shutil.which(wanted)
         if not found:
             raise SystemExit(f"CXX: got {wanted!r}, expected a C++ compiler on this machine")
         return found
@@ -144,9 +144,12 @@ class BuildThroughCMake(build_ext):
         done = subprocess.run(
             [str(a) for a in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        print(done.stdout, flush=True)
         if done.returncode:
-            raise SystemExit(f"the build failed: {shlex.join(map(str, arguments))}\n{done.stdout}")
+            raise SystemExit(
+                f"{done.stdout}\nthe build failed: {shlex.join(map(str, arguments))}\n"
+                "TRADY_CUDA=0 in the environment leaves the CUDA library out, CXX names another compiler"
+            )
+        print(done.stdout, flush=True)
 
     def get_outputs(self) -> list[str]:
         package = self.package_dir()
