@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -74,19 +75,19 @@ def test_libraries_name_no_python_and_the_cpu_one_no_cuda() -> None:
 def test_hot_objects_export_no_weak_symbols() -> None:
     """A weak function compiled for AVX-512 may replace the baseline's at link time."""
     nm = shutil.which("nm") or pytest.skip("nm (binutils) is not installed")
-    folders = [max(ROOT.glob("build/cmake-*"), key=lambda folder: folder.stat().st_mtime, default=None)]
-    objects = [o for folder in folders if folder for o in folder.glob("CMakeFiles/trady_cpu_*.dir/**/*.o")]
-    if not objects:
-        pytest.skip("no build folder beside the tests: the package was not built here")
-    assert len(objects) == len(_C.build_facts()["isas"]) * len(list(ROOT.glob("csrc/cpu/*.isa.cpp")))
-    for path in objects:
-        isa = re.search(r"trady_cpu_(\w+)\.dir", str(path))
-        assert isa is not None
+    tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    folder = next(ROOT.glob(f"build/cmake-{tag}-*"), None) or pytest.skip(
+        "the package was not built in this folder"
+    )
+    sources = list(ROOT.glob("csrc/cpu/*.isa.cpp"))
+    assert sources
+    for isa, source in itertools.product(_C.build_facts()["isas"], sources):
+        path = folder / "CMakeFiles" / f"trady_cpu_{isa}.dir" / "csrc" / "cpu" / f"{source.name}.o"
         exported = run(nm, "-C", "--defined-only", "--extern-only", path).stdout.splitlines()
         assert exported
         for line in exported:
             kind, name = line.split(maxsplit=2)[1:]
-            assert kind in "TRDB" and name.startswith(f"trady::{isa[1]}::"), f"{path.name}: {line}"
+            assert kind in "TRDB" and name.startswith(f"trady::{isa}::"), f"{path.name}: {line}"
 
 
 def test_instruction_set_is_chosen_and_checked() -> None:
