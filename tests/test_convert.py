@@ -319,7 +319,10 @@ DENSE = (
     Dense(
         "bypassed",
         Attention,
-        {"layer.self_attn.out_proj": "no call reaches it"},
+        {
+            "layer.self_attn": "MultiheadAttention has no sparse form",
+            "layer.self_attn.out_proj": "no call reaches it",
+        },
         ("layer.linear1", "layer.linear2"),
     ),
     Dense(
@@ -373,7 +376,7 @@ def test_what_stays_dense_is_frozen_and_named(case: Dense) -> None:
 
 def test_without_an_example_the_attention_projection_stays_dense() -> None:
     model = tk.sparsify(Attention())
-    assert tk.conversion_report(model).dense.keys() == {"layer.self_attn.out_proj"}
+    assert tk.conversion_report(model).dense.keys() == {"layer.self_attn", "layer.self_attn.out_proj"}
 
 
 def test_a_subclass_that_computes_the_same_is_converted_and_comes_back() -> None:
@@ -467,6 +470,20 @@ class TwoOutputs(nn.Module):
         return {"out": out, "logits": self.first(self.body(input))}
 
 
+class KeepsAnother(nn.Module):
+    """The layer called last is not the one whose output is returned, and its output stays alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.last, self.projection = nn.Linear(6, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = self.body(input)
+        output = self.last(x)
+        self.kept = self.projection(x)
+        return output
+
+
 @dataclass(frozen=True)
 class Head:
     name: str
@@ -486,6 +503,7 @@ HEADS = (
     Head("an activation in place follows", lambda: nn.Sequential(*linears(), nn.ReLU(inplace=True)), "2"),
     Head("a norm follows", lambda: nn.Sequential(*linears(), nn.LayerNorm(2)), None),
     Head("last of two", TwoOutputs, "first"),
+    Head("another is called after it", KeepsAnother, "last"),
     Head("by name", lambda: nn.Sequential(*linears()), "1", given="1"),
     Head("none", lambda: nn.Sequential(*linears()), None, given=None),
 )

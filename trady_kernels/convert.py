@@ -153,6 +153,8 @@ def sparsify(
                 dense[name] = f"{type(module).__name__} cannot be frozen: its statistics follow train()"
             else:
                 norms[name] = frozen
+        elif _has_own_weights(module):
+            dense[name] = f"{type(module).__name__} has no sparse form"
     if not sparse:
         raise ValueError(
             f"model: got {type(model).__name__} in which no nn.Conv2d or nn.Linear besides the head can become "
@@ -408,6 +410,16 @@ def _reasons_to_stay(names: Mapping[nn.Module, str], calls: _Calls) -> dict[str,
         elif isinstance(module, tuple(_SPARSE)) and _base_in(_SPARSE, module) is None:
             reasons[name] = f"{type(module).__name__} has a forward of its own"
     return reasons
+
+
+def _has_own_weights(module: nn.Module) -> bool:
+    """Whether a module that is no layer we know computes with matrices of its own (attention, recurrence)."""
+    if isinstance(module, (*_NORMS, nn.Embedding, nn.EmbeddingBag)):
+        return False
+    return any(
+        "weight" in name and parameter is not None and parameter.dim() > 1
+        for name, parameter in module._parameters.items()
+    )
 
 
 def _base_in(table: Mapping[type[nn.Module], Any], module: nn.Module) -> type[nn.Module] | None:
