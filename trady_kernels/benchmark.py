@@ -245,7 +245,9 @@ def conv2d_rows(
     for layer in layers:
         generator = torch.Generator().manual_seed(0)
         laid_out = {"memory_format": _format(memory_format)}
-        x = torch.randn(batch, layer.in_channels, layer.size, layer.size, generator=generator).contiguous(**laid_out)
+        x = torch.randn(batch, layer.in_channels, layer.size, layer.size, generator=generator).contiguous(
+            **laid_out
+        )
         dy = torch.randn(batch, layer.out_channels, layer.out_size, layer.out_size, generator=generator)
         dy = dy.contiguous(**laid_out)
         geometry = tuple((v, v) for v in (layer.kernel, layer.stride, layer.padding, 1))
@@ -262,7 +264,14 @@ def conv2d_rows(
             chosen = last_kernel("conv2d_channel_grad") or ""
             times = interleaved(contenders, rounds)
             yield Row(
-                "conv2d_channel_grad", layer.network, layer.family, layer.label, k, memory_format, chosen, times
+                "conv2d_channel_grad",
+                layer.network,
+                layer.family,
+                layer.label,
+                k,
+                memory_format,
+                chosen,
+                times,
             )
 
 
@@ -280,23 +289,35 @@ def gather_rows(
         x = torch.randn(batch, layer.in_channels, layer.size, layer.size)
         x = x.contiguous(memory_format=_format(memory_format))
         for k in _selected(layer, selected, quarter):
-            channels = torch.randperm(layer.in_channels, generator=torch.Generator().manual_seed(k))[:k].sort().values
+            channels = (
+                torch.randperm(layer.in_channels, generator=torch.Generator().manual_seed(k))[:k]
+                .sort()
+                .values
+            )
             contenders = _ours(gather_channels, x, channels)
             contenders["aten"] = lambda x=x, channels=channels: x.index_select(1, channels)
             contenders["dense"] = lambda x=x: x.clone()
             contenders["auto"]()
             chosen = last_kernel("gather_channels") or ""
             times = interleaved(contenders, rounds)
-            yield Row("gather_channels", layer.network, "gather", layer.label, k, memory_format, chosen, times)
+            yield Row(
+                "gather_channels", layer.network, "gather", layer.label, k, memory_format, chosen, times
+            )
 
 
 #: (rows, in_features, out_features) of the linear layers: the networks' heads and a small transformer's.
 LINEARS = ((8, 1280, 1000), (8, 512, 1000), (8 * 197, 192, 768), (8 * 197, 768, 192), (8 * 128, 384, 1536))
 
 
-def linear_rows(selected: Sequence[int] = SELECTED, *, quarter: bool = True, rounds: int = 9) -> Iterator[Row]:
+def linear_rows(
+    sizes: Iterable[tuple[int, int, int]] = LINEARS,
+    selected: Sequence[int] = SELECTED,
+    *,
+    quarter: bool = True,
+    rounds: int = 9,
+) -> Iterator[Row]:
     """``linear_channel_grad``, beside a matrix product on the compact and on the whole input."""
-    for count, in_features, out_features in LINEARS:
+    for count, in_features, out_features in sizes:
         x, dy = torch.randn(count, in_features), torch.randn(count, out_features)
         for k in sorted({*selected, *({in_features // 4} if quarter else ())}):
             compact = x[:, :k].contiguous()
@@ -327,12 +348,17 @@ def table(rows: Sequence[Row]) -> str:
         f"{'aten/auto':>11}{'dense/auto':>11}  kernel"
     ]
     for row in rows:
-        times = "".join(f"{row.microseconds.get(name, math.nan):>9.0f}" for name in ("auto", "cpp", "aten", "dense"))
+        times = "".join(
+            f"{row.microseconds.get(name, math.nan):>9.0f}" for name in ("auto", "cpp", "aten", "dense")
+        )
         lines.append(
             f"{row.label:<28}{row.selected:>5}  {times}{row.ratio('aten'):>11.2f}{row.ratio('dense'):>11.2f}"
             f"  {row.chosen}"
         )
-    lines += ["", f"{'family':<16}{'k':>8}{'rows':>6}{'aten/auto':>11}{'worst':>8}{'aten/cpp':>11}{'dense/auto':>12}"]
+    lines += [
+        "",
+        f"{'family':<16}{'k':>8}{'rows':>6}{'aten/auto':>11}{'worst':>8}{'aten/cpp':>11}{'dense/auto':>12}",
+    ]
     for family in sorted({row.family for row in rows}):
         for low, high in ((1, 1), (2, 4), (5, 12), (13, 16), (17, 1 << 30)):
             of = [row for row in rows if row.family == family and low <= row.selected <= high]
@@ -377,7 +403,9 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def report(rows: Sequence[Row]) -> dict[str, object]:

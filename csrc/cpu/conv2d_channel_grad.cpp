@@ -24,12 +24,17 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
     default:
-      STD_TORCH_CHECK(false, "conv2d_channel_grad: input_selected has an unsupported dtype, expected float32, float64, ",
+      STD_TORCH_CHECK(false,
+                      "conv2d_channel_grad: input_selected has an unsupported dtype, expected float32, float64, ",
                       "bfloat16 or float16");
   }
 }
@@ -80,7 +85,8 @@ void cut(Conv2dChannelGrad& q) {
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
 
-  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 128, kSlicePixels = 512;
+  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 256,
+                    kSlicePixels = 512;
   const int64_t cost = q.batch * pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
   const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
   const int64_t elements = q.selected * q.out_per_group * taps;
@@ -164,10 +170,10 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   STD_TORCH_CHECK(input_selected.dim() == 4 && grad_output.dim() == 4,
                   "conv2d_channel_grad: input_selected and grad_output have ", input_selected.dim(), " and ",
                   grad_output.dim(), " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
-  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long &&
-                      channels.size(0) == input_selected.size(1),
-                  "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ",
-                  input_selected.size(1), " channels of input_selected");
+  STD_TORCH_CHECK(
+      channels.dim() == 1 && channels.scalar_type() == ScalarType::Long && channels.size(0) == input_selected.size(1),
+      "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ",
+      input_selected.size(1), " channels of input_selected");
   STD_TORCH_CHECK(input_selected.scalar_type() == grad_output.scalar_type(),
                   "conv2d_channel_grad: grad_output must have the dtype of input_selected");
   STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -178,11 +184,13 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   for (int axis = 0; axis < 2; axis++) {
     STD_TORCH_CHECK(kernel_size[axis] > 0 && stride[axis] > 0 && dilation[axis] > 0 && padding[axis] >= 0,
                     "conv2d_channel_grad: kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room = input_selected.size(axis + 2) + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1;
+    const int64_t room =
+        input_selected.size(axis + 2) + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1;
     STD_TORCH_CHECK(input_selected.size(0) == grad_output.size(0) && room >= 0 &&
                         grad_output.size(axis + 2) == room / stride[axis] + 1,
-                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ", grad_output.size(axis + 2),
-                    ", which is not what this convolution gives for input_selected, batch ", input_selected.size(0));
+                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ",
+                    grad_output.size(axis + 2), ", which is not what this convolution gives for input_selected, batch ",
+                    input_selected.size(0));
   }
 
   Conv2dChannelGrad q{};
@@ -219,8 +227,8 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
     q.dilation[axis] = dilation[axis];
   }
   // With a few outputs a group (depthwise) lanes over outputs would be empty.
-  q.outputs_last = q.grad_stride[1] == 1 && q.out_per_group >= 4 &&
-                   (q.grad_stride[3] != 1 || q.out_height * q.out_width == 1);
+  q.outputs_last =
+      q.grad_stride[1] == 1 && q.out_per_group >= 4 && (q.grad_stride[3] != 1 || q.out_height * q.out_width == 1);
   // A plane at a time is the wrong way through a channels_last tensor: with few outputs a group the planes that are
   // needed, no larger than the selected input, are copied out first.
   std::optional<Tensor> input_copy, grad_copy;
@@ -249,11 +257,15 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
 
   const size_t size = wide ? sizeof(double) : sizeof(float);
   const bool whole = q.slices == 1 && !(q.outputs_last && kernel_size[0] * kernel_size[1] > 1);
-  Tensor partial =
-      whole ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, q.selected * q.out_per_group * kernel_size[0] * kernel_size[1]}, accumulate);
+  Tensor partial = whole ? out
+                         : torch::stable::new_empty(grad_output,
+                                                    std::vector<int64_t>{q.slices, q.selected * q.out_per_group *
+                                                                                       kernel_size[0] * kernel_size[1]},
+                                                    accumulate);
   void* sums = partial.mutable_data_ptr();
   const int64_t tasks = depthwise ? q.slices * q.selected * q.out_per_group : q.run_count * q.slices * q.ranges;
-  const int64_t cost = q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / tasks;
+  const int64_t cost =
+      q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / tasks;
   if (depthwise) {
     const auto kernel = TRADY_KERNEL(conv2d_channel_grad_depthwise);
     parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {

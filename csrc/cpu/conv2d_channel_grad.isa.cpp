@@ -96,7 +96,7 @@ struct Segments {
   int64_t count, pixels;
   int64_t input_step, grad_step;
   int64_t input_pitch = 1;  // from pixel to pixel
-  int64_t gathered = 0;  // pixels
+  int64_t gathered = 0;     // pixels
   const int64_t* gathered_rows = nullptr;
   const T* gathered_grad = nullptr;
 };
@@ -135,7 +135,7 @@ void block_pixels(const T* input, const int64_t* rows, const T* grad, int64_t gr
 #pragma GCC unroll 64
         for (int t = 0; t < TAPS; t++) {
           const vector_of<T> value = keep(load_input(x[t / COLS] + t % COLS * kPlane + p));
-          
+
 #pragma GCC unroll 16
           for (int o = 0; o < OUTPUTS; o++) acc[o * TAPS + t] += d[o] * value;
         }
@@ -181,7 +181,8 @@ void block_outputs(const T* input, const int64_t* rows, const T* grad, int64_t p
       for (int i = 0; i < ROWS; i++) x[i] = input + rows[i] + segment * segments.input_step;
       const T* g = grad + segment * segments.grad_step;
       int64_t at = 0;
-      for (int64_t p = 0; p < segments.pixels; p++, g += pixel_step, at += COLUMN_STEP == 1 ? segments.input_pitch : 1) {
+      for (int64_t p = 0; p < segments.pixels;
+           p++, g += pixel_step, at += COLUMN_STEP == 1 ? segments.input_pitch : 1) {
         vector_of<T> d[VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; v++) d[v] = keep(v + 1 < VECTORS ? load(g + v * VL) : load_last(g + v * VL));
@@ -190,7 +191,7 @@ void block_outputs(const T* input, const int64_t* rows, const T* grad, int64_t p
           T value = x[t / COLS][t % COLS * COLUMN_STEP + at];
           if constexpr (VECTORS > 1) {
             const vector_of<T> lanes = keep(vector_of<T>{} + value);
-            
+
 #pragma GCC unroll 16
             for (int v = 0; v < VECTORS; v++) acc[v * TAPS + t] += d[v] * lanes;
           } else {
@@ -286,11 +287,12 @@ struct Task {
   int64_t first_row = 0;  // virtual, see pack_plane()
   int64_t segment = 0;    // elements of a plane for one image
   const T* unpacked = nullptr;
-  int64_t row_planes[kMaxRows] = {};    // where a kernel row's planes begin
+  int64_t row_planes[kMaxRows] = {};  // where a kernel row's planes begin
   int64_t gathered_rows[kMaxRows] = {};
   int64_t tap_places[kMaxPlanes] = {};  // where (channel, column) goes in a kernel row of the result
 
-  // Kernel row i reads input row h * stride + i * dilation - padding, that is `h + shift(i)` of the rows with its residue.
+  // Kernel row i reads input row h * stride + i * dilation - padding, that is `h + shift(i)` of the rows with its
+  // residue.
   int64_t shift(int64_t i) const { return i * problem.dilation[0] / problem.stride[0]; }
   int64_t residue(int64_t i) const { return i * problem.dilation[0] % problem.stride[0]; }
   int64_t columns() const { return taps.col_end - taps.col; }
@@ -307,6 +309,9 @@ struct Task {
     int64_t high = clamp(ceil_div(q.width - offset, step), low, q.out_width);
     int64_t in_step = step * q.input_stride[3];
     int64_t flat = pixel + first_row * q.out_width, end = flat + segment;
+    if (q.kernel[0] * q.kernel[1] == 1 && q.stride[0] * step == 1 && q.padding[0] + q.padding[1] == 0 &&
+        q.input_stride[2] == q.width * q.input_stride[3])
+      return copy(out, in + flat * q.input_stride[3], q.input_stride[3], segment);
     int64_t row = flat / q.out_width, column = flat % q.out_width;
     while (flat < end) {
       int64_t stop = min(q.out_width, column + end - flat);
@@ -316,7 +321,8 @@ struct Task {
       } else {
         int64_t a = clamp(low, column, stop), b = clamp(high, a, stop);
         clear_freely(out, a - column);
-        copy(out + (a - column), in + from * q.input_stride[2] + (a * step + offset) * q.input_stride[3], in_step, b - a);
+        copy(out + (a - column), in + from * q.input_stride[2] + (a * step + offset) * q.input_stride[3], in_step,
+             b - a);
         clear_freely(out + (b - column), stop - b);
       }
       out += stop - column;
@@ -377,13 +383,15 @@ struct Task {
       used[slot] = true;
       for (int64_t n = 0; n < images; n++)
         for (int64_t c = 0; c < channels; c++) {
-          const S* in = static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1];
+          const S* in =
+              static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1];
           if (lines) {
             pack_lines(planes + (slot * channels + c) * columns() * kPlane + n * segment, in, residue(i));
             continue;
           }
           for (int64_t j = 0; j < columns(); j++)
-            pack_plane(planes + ((slot * channels + c) * columns() + j) * kPlane + n * segment, in, residue(i), taps.col + j);
+            pack_plane(planes + ((slot * channels + c) * columns() + j) * kPlane + n * segment, in, residue(i),
+                       taps.col + j);
         }
     }
   }
@@ -398,9 +406,10 @@ struct Task {
   const T* input_in_place() const {
     const auto& q = problem;
     const bool fits = sizeof(S) == sizeof(T) && q.outputs_last && q.kernel[0] * q.kernel[1] == 1 &&
-                      q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
-                      q.input_stride[1] == 1 && q.input_stride[2] == q.width * q.input_stride[3];
-    return fits ? static_cast<const T*>(q.input) + image * q.input_stride[0] + channel + pixel * q.input_stride[3] : nullptr;
+                      q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 && q.input_stride[1] == 1 &&
+                      q.input_stride[2] == q.width * q.input_stride[3];
+    return fits ? static_cast<const T*>(q.input) + image * q.input_stride[0] + channel + pixel * q.input_stride[3]
+                : nullptr;
   }
   // Pixels follow each other at one distance, and need no widening.
   bool readable() const {
@@ -465,7 +474,7 @@ struct Task {
     const T* in = planes + first * kPlane;
     if (fused)
       (outputs == 1 ? block_pixels<T, 1, 3, 3> : block_pixels<T, kFusedOutputs, 3, 3>)(in, rows, grad, output_step,
-                                                                                    segments, sums);
+                                                                                       segments, sums);
     else
       pixel_block<T>(int(block), outputs == 1)(in, rows, grad, output_step, segments, sums);
     const int64_t row_count = fused ? 3 : 1, all_taps = q.kernel[0] * q.kernel[1];
@@ -615,10 +624,14 @@ void run_task(const Conv2dChannelGrad& problem, int64_t task, void* partial, voi
 
 void conv2d_channel_grad(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch) {
   switch (problem.dtype) {
-    case Dtype::float32: return run_task<float, float>(problem, task, partial, scratch);
-    case Dtype::float64: return run_task<double, double>(problem, task, partial, scratch);
-    case Dtype::bfloat16: return run_task<float, bfloat16>(problem, task, partial, scratch);
-    case Dtype::float16: return run_task<float, float16>(problem, task, partial, scratch);
+    case Dtype::float32:
+      return run_task<float, float>(problem, task, partial, scratch);
+    case Dtype::float64:
+      return run_task<double, double>(problem, task, partial, scratch);
+    case Dtype::bfloat16:
+      return run_task<float, bfloat16>(problem, task, partial, scratch);
+    case Dtype::float16:
+      return run_task<float, float16>(problem, task, partial, scratch);
   }
 }
 

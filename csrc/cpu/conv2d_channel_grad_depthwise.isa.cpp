@@ -90,8 +90,7 @@ struct Columns {
         const int64_t first = column * STRIDE + j - q.padding[1] + part * VL;
         const int64_t needed = static_cast<int64_t>(count - 1) * STRIDE + 1 - part * VL;
         const int64_t existing = q.width - first;
-        inputs[j][part] =
-            Range<T>(clamp_lane(-first, VL), clamp_lane(needed < existing ? needed : existing, VL));
+        inputs[j][part] = Range<T>(clamp_lane(-first, VL), clamp_lane(needed < existing ? needed : existing, VL));
       }
   }
 };
@@ -112,8 +111,7 @@ TRADY_INLINE void add_strip(const S* input, const S* grad, int64_t row, const Co
 #pragma GCC unroll 8
     for (int j = 0; j < KERNEL; j++) {
       vector_of<T> value = load_where(x + j, columns.inputs[j][0]);
-      if constexpr (STRIDE == 2)
-        value = even_lanes(value, load_where(x + j + LANES<T>, columns.inputs[j][1]));
+      if constexpr (STRIDE == 2) value = even_lanes(value, load_where(x + j + LANES<T>, columns.inputs[j][1]));
       value = keep(value);
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
@@ -197,13 +195,18 @@ void conv2d_channel_grad_depthwise([[maybe_unused]] const Conv2dChannelGrad& q, 
                                    [[maybe_unused]] void* partial) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   switch (q.dtype) {
-    case Dtype::float32: return run_task<float, float>(q, task, partial);
-    case Dtype::float64: return run_task<double, double>(q, task, partial);
+    case Dtype::float32:
+      return run_task<float, float>(q, task, partial);
+    case Dtype::float64:
+      return run_task<double, double>(q, task, partial);
 #if defined(__AVX512F__)
-    case Dtype::bfloat16: return run_task<float, bfloat16>(q, task, partial);
-    case Dtype::float16: return run_task<float, float16>(q, task, partial);
+    case Dtype::bfloat16:
+      return run_task<float, bfloat16>(q, task, partial);
+    case Dtype::float16:
+      return run_task<float, float16>(q, task, partial);
 #else
-    default: return;
+    default:
+      return;
 #endif
   }
 #endif

@@ -8,6 +8,7 @@ import torch
 
 from trady_kernels.ops.backend import Operator
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad as aten
+from trady_kernels.ops.conv2d_channel_grad.choice import choose
 from trady_kernels.ops.conv2d_channel_grad.reference import conv2d_channel_grad as reference
 
 
@@ -56,17 +57,16 @@ def _validate(
             f"groups: got {groups}, expected a divisor of in_channels ({in_channels}) and of grad_output's "
             f"channels ({grad_output.shape[1]})"
         )
-    for axis, size, out in ((0, input_selected.shape[2], grad_output.shape[2]), (1, input_selected.shape[3], grad_output.shape[3])):
-        expected = (size + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[axis] + 1
+    for axis in (0, 1):
+        size, out = input_selected.shape[axis + 2], grad_output.shape[axis + 2]
+        expected = (size + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[
+            axis
+        ] + 1
         if input_selected.shape[0] != grad_output.shape[0] or out != expected:
             raise ValueError(
                 f"grad_output: got shape {tuple(grad_output.shape)}, expected batch {input_selected.shape[0]} and "
                 f"size {expected} along dimension {axis + 2}, which the convolution's arguments give"
             )
-
-
-def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor, *_: object) -> str:
-    return "aten" if input_selected.is_cuda else "cpp"
 
 
 _operator = Operator(
@@ -75,7 +75,7 @@ _operator = Operator(
     reference=reference,
     fake=_fake,
     kernels={"aten": aten},
-    choose=_choose,
+    choose=choose,
     validate=_validate,
 )
 
