@@ -31,7 +31,7 @@ FEW = [layer for layer in LAYERS if layer.network == "resnet18" and layer.size <
 @pytest.mark.parametrize("kernel", ("auto", "aten"))
 @pytest.mark.parametrize("selected", (1, 4, 16))
 @pytest.mark.parametrize("layer", FEW, ids=lambda layer: layer.label)
-def test_conv2d_channel_grad(benchmark, layer: ConvLayer, selected: int, kernel: str) -> None:  # noqa: ANN001
+def test_conv2d_channel_grad(benchmark, layer: ConvLayer, selected: int, kernel: str) -> None:
     x = torch.randn(8, selected, layer.size, layer.size)
     dy = torch.randn(8, layer.out_channels, layer.out_size, layer.out_size)
     geometry = tuple((v, v) for v in (layer.kernel, layer.stride, layer.padding, 1))

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -295,8 +296,8 @@ def gather_rows(
                 .values
             )
             contenders = _ours(gather_channels, x, channels)
-            contenders["aten"] = lambda x=x, channels=channels: x.index_select(1, channels)
-            contenders["dense"] = lambda x=x: x.clone()
+            contenders["aten"] = partial(x.index_select, 1, channels)
+            contenders["dense"] = x.clone
             contenders["auto"]()
             chosen = last_kernel("gather_channels") or ""
             times = interleaved(contenders, rounds)
@@ -322,8 +323,8 @@ def linear_rows(
         for k in sorted({*selected, *({in_features // 4} if quarter else ())}):
             compact = x[:, :k].contiguous()
             contenders = _ours(linear_channel_grad, compact, dy)
-            contenders["aten"] = lambda compact=compact, dy=dy: compact.t() @ dy
-            contenders["dense"] = lambda x=x, dy=dy: x.t() @ dy
+            contenders["aten"] = partial(torch.matmul, compact.t(), dy)
+            contenders["dense"] = partial(torch.matmul, x.t(), dy)
             contenders["auto"]()
             chosen = last_kernel("linear_channel_grad") or ""
             label = f"{count} x {in_features}->{out_features}"
