@@ -26,11 +26,6 @@ DENSE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=DENSE)
 def dense(request: pytest.FixtureRequest) -> Any:
     return DENSE[request.param]()
@@ -98,9 +93,9 @@ def test_dense_round_trip_is_exact(dense: Any) -> None:
 
 
 def test_from_dense_refuses_other_modules() -> None:
-    with pytest.raises(TypeError, match="module: got Linear, expected an nn.Conv2d"):
+    with pytest.raises(TypeError, match=r"expected an nn\.Conv2d"):
         SparseConv2d.from_dense(nn.Linear(2, 2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="module: got Conv2d, expected an nn.Linear"):
+    with pytest.raises(TypeError, match=r"expected an nn\.Linear"):
         SparseLinear.from_dense(nn.Conv2d(2, 2, 1))  # type: ignore[arg-type]
 
 
@@ -143,7 +138,12 @@ def test_step_through_data_is_seen(dense: Any) -> None:
 
 def test_written_rows_reach_weight_at_next_use(dense: Any) -> None:
     layer = sparse_of(dense)
-    for use in (lambda: layer(input_of(layer)), layer.state_dict, layer.synchronize, lambda: layer.select([0])):
+    for use in (
+        lambda: layer(input_of(layer)),
+        layer.state_dict,
+        layer.synchronize,
+        lambda: layer.select([0]),
+    ):
         with torch.no_grad():
             layer.channel_weight.add_(1)
         rows, channels = layer.channel_weight.detach().clone(), layer.channels.clone()
@@ -262,7 +262,9 @@ def test_state_dict_is_interchangeable(dense: Any, assign: bool) -> None:
     rows = other.channel_weight
     with torch.no_grad():
         rows.add_(1)
-    other.load_state_dict({name: value.clone() for name, value in dense.state_dict().items()}, strict=True, assign=assign)
+    other.load_state_dict(
+        {name: value.clone() for name, value in dense.state_dict().items()}, strict=True, assign=assign
+    )
     assert other.channel_weight is rows and not other.weight.requires_grad
     assert_agree(other)
     x = input_of(dense)

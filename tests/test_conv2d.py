@@ -32,9 +32,7 @@ class Case:
         return self.name
 
     def dense(self, dtype: torch.dtype = torch.float64) -> nn.Conv2d:
-        return nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, **self.arguments, dtype=dtype
-        )
+        return nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, **self.arguments, dtype=dtype)
 
     def input(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         return torch.randn(self.batch, self.in_channels, *self.size, dtype=dtype)
@@ -48,7 +46,9 @@ CASES = (
     Case("1x1", 6, 5, 1, (5, 7), (0, 4)),
     Case("3x3", 6, 5, 3, (7, 5), (1, 2, 5), {"padding": 1}),
     Case("no bias", 6, 5, 3, (7, 5), (1, 2, 5), {"padding": 1, "bias": False}),
-    Case("asymmetric", 5, 4, (3, 2), (9, 8), (0, 3), {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 3)}),
+    Case(
+        "asymmetric", 5, 4, (3, 2), (9, 8), (0, 3), {"stride": (2, 1), "padding": (0, 1), "dilation": (1, 3)}
+    ),
     Case("stride leaves a rest", 4, 6, 3, (8, 9), (3,), {"stride": 3, "padding": 1}),
     Case("dilation 2", 4, 6, 3, (9, 8), (0, 1), {"dilation": 2, "padding": 2}),
     Case("groups", 8, 12, 3, (6, 5), (1, 2, 6), {"groups": 4, "padding": 1}),
@@ -62,8 +62,18 @@ CASES = (
     Case("replicate", 4, 3, 3, (6, 7), (0, 3), {**padded("replicate"), "stride": 2}),
     Case("circular", 4, 3, 3, (6, 7), (0, 3), padded("circular")),
     Case("circular all around", 4, 3, 3, (3, 2), (0, 3), {"padding": (3, 2), "padding_mode": "circular"}),
-    Case("circular, same, uneven", 4, 4, (2, 3), (5, 6), (1,), {"padding": "same", "padding_mode": "circular"}),
-    Case("reflect, same, groups", 4, 4, (2, 4), (5, 6), (1, 2), {"padding": "same", "padding_mode": "reflect", "groups": 2}),
+    Case(
+        "circular, same, uneven", 4, 4, (2, 3), (5, 6), (1,), {"padding": "same", "padding_mode": "circular"}
+    ),
+    Case(
+        "reflect, same, groups",
+        4,
+        4,
+        (2, 4),
+        (5, 6),
+        (1, 2),
+        {"padding": "same", "padding_mode": "reflect", "groups": 2},
+    ),
     Case("1x1 map", 4, 3, 3, (1, 1), (0, 3), {"padding": 1}),
     Case("no channel", 4, 3, 3, (6, 7), (), {"padding": 1}),
     Case("no channel, groups", 4, 4, 3, (6, 7), (), {"padding": 1, "groups": 2}),
@@ -76,11 +86,6 @@ CASES = (
 
 # torch itself notes that even kernels under 'same' cost a padded copy
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def compare(dense: nn.Conv2d, sparse: SparseConv2d, input: torch.Tensor, rounding: float) -> None:
@@ -133,7 +138,9 @@ def test_equals_dense(case: Case, layout: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("3x3", "groups", "depthwise", "reflect")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("3x3", "groups", "depthwise", "reflect")], ids=str
+)
 def test_dtypes(case: Case, dtype: torch.dtype) -> None:
     dense = case.dense(dtype)
     compare(dense, SparseConv2d.from_dense(dense, case.channels), case.input(dtype), ROUNDING[dtype])
@@ -157,7 +164,9 @@ def test_autocast(case: Case, backward_inside: bool) -> None:
     expected = sparse.read_rows(dense.weight.grad, sparse.channels)
     assert sparse.channel_weight.grad.dtype == torch.float32
     bound = ROUNDING[torch.bfloat16]
-    torch.testing.assert_close(sparse.channel_weight.grad, expected, rtol=0, atol=bound * float(expected.abs().max()))
+    torch.testing.assert_close(
+        sparse.channel_weight.grad, expected, rtol=0, atol=bound * float(expected.abs().max())
+    )
     torch.testing.assert_close(x_sparse.grad, x.grad, rtol=0, atol=bound * float(x.grad.abs().max()))  # type: ignore[union-attr]
 
 
@@ -189,7 +198,9 @@ def test_unbatched(requires_grad: bool) -> None:
     assert sparse.channel_weight.grad is not None and (x.grad is not None) == requires_grad
 
 
-SAVED = [c for c in CASES if c.name in ("3x3", "same, uneven", "reflect", "no channel", "groups", "depthwise")]
+SAVED = [
+    c for c in CASES if c.name in ("3x3", "same, uneven", "reflect", "no channel", "groups", "depthwise")
+]
 
 
 @pytest.mark.parametrize("case", SAVED, ids=str)

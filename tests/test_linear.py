@@ -54,11 +54,6 @@ CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def compare(dense: nn.Linear, sparse: SparseLinear, input: torch.Tensor, rounding: float) -> None:
     """Output bit-equal, every gradient equal."""
     x = input.detach().requires_grad_()
@@ -128,7 +123,9 @@ def test_autocast() -> None:
     torch.testing.assert_close(sparse.channel_weight.grad, expected, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("tokens", "transposed tokens", "no feature")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("tokens", "transposed tokens", "no feature")], ids=str
+)
 def test_saves_selected_features_only(case: Case) -> None:
     sparse = SparseLinear.from_dense(case.dense(), case.channels)
     x = case.input().requires_grad_()

@@ -16,14 +16,13 @@ from trady_kernels.functional import frozen_batch_norm
 from trady_kernels.nn import FrozenBatchNorm2d
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def dense_norm(affine: bool = True, dtype: torch.dtype = torch.float64) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(5, eps=1e-3, momentum=0.2, affine=affine, dtype=dtype)
-    state = {name: torch.randn_like(value) for name, value in norm.state_dict().items() if value.is_floating_point()}
+    state = {
+        name: torch.randn_like(value)
+        for name, value in norm.state_dict().items()
+        if value.is_floating_point()
+    }
     state["running_var"] = state["running_var"].square() + 0.1
     if affine:
         state["weight"][2] = 0  # a folded or divided scale loses this channel
@@ -122,7 +121,11 @@ def test_compiles() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     (
-        (lambda: FrozenBatchNorm2d.from_dense(nn.ReLU()), TypeError, "module: got ReLU, expected an nn.BatchNorm2d"),  # type: ignore[arg-type]
+        (
+            lambda: FrozenBatchNorm2d.from_dense(nn.ReLU()),
+            TypeError,
+            "module: got ReLU, expected an nn.BatchNorm2d",
+        ),  # type: ignore[arg-type]
         (
             lambda: FrozenBatchNorm2d.from_dense(nn.BatchNorm2d(3, track_running_stats=False)),
             ValueError,

@@ -18,11 +18,6 @@ OPS = {op.name: op for op in op_db if op.name in ("nn.functional.conv2d", "nn.fu
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_()
 
@@ -59,7 +54,9 @@ def samples(name: str) -> list[Any]:
 
 def test_conv2d_samples() -> None:
     for sample in samples("nn.functional.conv2d"):
-        arguments = dict(zip(("weight", "bias", "stride", "padding", "dilation", "groups"), sample.args, strict=False))
+        arguments = dict(
+            zip(("weight", "bias", "stride", "padding", "dilation", "groups"), sample.args, strict=False)
+        )
         arguments |= sample.kwargs
         weight, bias = arguments.pop("weight"), arguments.pop("bias", None)
         groups = arguments.get("groups", 1)

@@ -30,7 +30,12 @@ class Case:
         return f"{self.cls.__name__}({settings})"
 
     def make(self, parameters: Any, form: str = "default") -> optim.Optimizer:
-        flags = {"default": {}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}, "fused": {"fused": True}}
+        flags = {
+            "default": {},
+            "foreach": {"foreach": True},
+            "for-loop": {"foreach": False},
+            "fused": {"fused": True},
+        }
         return self.cls(parameters, **self.arguments, **flags[form])
 
 
@@ -56,11 +61,6 @@ RUNS = [
     *(pytest.param(case, form, "lazily", id=f"{case} {form}") for case in CASES for form in case.forms),
     *(pytest.param(case, "default", order, id=f"{case} {order}") for case in CASES for order in ORDERS),
 ]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def layer_of(channels: Any = (0, 1, 4), dtype: torch.dtype = torch.float64) -> SparseConv2d:
@@ -368,7 +368,9 @@ def test_deepcopied_optimiser_state_is_its_own() -> None:
 
 
 def network() -> nn.Sequential:
-    return nn.Sequential(SparseLinear(6, 6, channels=2), nn.ReLU(), SparseLinear(6, 6, channels=2), nn.Linear(6, 3))
+    return nn.Sequential(
+        SparseLinear(6, 6, channels=2), nn.ReLU(), SparseLinear(6, 6, channels=2), nn.Linear(6, 3)
+    )
 
 
 def train(model: nn.Module, *optimizers: optim.Optimizer) -> None:
@@ -383,7 +385,9 @@ def train(model: nn.Module, *optimizers: optim.Optimizer) -> None:
 def test_optimiser_without_a_selected_layer_warns_once() -> None:
     model = network()
     optimizer = optim.SGD([*model[0].parameters(), *model[3].parameters()], lr=0.01)
-    with pytest.warns(UserWarning, match="SGD steps without 1 selected channel_weight that has a gradient") as caught:
+    with pytest.warns(
+        UserWarning, match="SGD steps without 1 selected channel_weight that has a gradient"
+    ) as caught:
         train(model, optimizer)
     assert len(caught) == 1
     with warnings.catch_warnings():

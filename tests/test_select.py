@@ -20,11 +20,6 @@ LAYERS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=LAYERS)
 def make(request: pytest.FixtureRequest) -> Any:
     return LAYERS[request.param]
@@ -108,7 +103,7 @@ def test_bad_channels_change_nothing(make: Any, channels: Any, error: type[Excep
 
 def test_bad_optimizer_changes_nothing(make: Any) -> None:
     layer = make([1, 4])
-    with pytest.raises(TypeError, match="optimizer: got SequentialLR, expected a torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match="optimizer: got SequentialLR, expected"):
         sgd = torch.optim.SGD(layer.parameters(), lr=1.0)
         schedules = [torch.optim.lr_scheduler.ConstantLR(sgd) for _ in range(2)]
         layer.select([0], torch.optim.lr_scheduler.SequentialLR(sgd, schedules, [1]))

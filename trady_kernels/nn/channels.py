@@ -101,7 +101,9 @@ def _copy_parameters(source: nn.Module, target: nn.Module) -> None:
         parameter = getattr(source, name)
         if parameter is not None:
             copy = parameter.detach().clone()
-            setattr(target, name, nn.Parameter(copy, requires_grad=name == "weight" or parameter.requires_grad))
+            setattr(
+                target, name, nn.Parameter(copy, requires_grad=name == "weight" or parameter.requires_grad)
+            )
     target.train(source.training)
 
 
