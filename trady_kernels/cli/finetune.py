@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", "passes over the training images", type=int)
     add("--warmup-epochs", "of them, with a rising learning rate", type=float)
     add("--batch-size", "images in a step", type=int)
-    add("--lr", "peak learning rate of SGD, for all schemes", type=float, dest="learning_rate")
+    add("--lr", "peak learning rate of SGD (default: each scheme's own)", type=float, dest="learning_rate")
     add("--image-size", "side of the images in pixels", type=int)
     add("--train-samples", "train on that many images only", type=int)
     add("--test-samples", "test on that many images only", type=int)
@@ -184,7 +184,7 @@ def _table(job: Run, results: list[SchemeResult]) -> Table:
 def _notes(results: list[SchemeResult]) -> dict[str, list[str]]:
     notes: dict[str, list[str]] = {}
     for result in results:
-        for note in [f"weights {result.weights}", *result.notes]:
+        for note in [f"weights {result.weights}", f"learning rate {result.learning_rate:g}", *result.notes]:
             notes.setdefault(note, []).append(result.scheme)
     return notes
 

@@ -125,8 +125,15 @@ def train_scheme(
         ranking=find_ranking(settings.ranking, settings.model),
         seed=settings.seed,
     )
-    result = SchemeResult(scheme, loaded.weights, regime.full_cost, dense_saved_bytes, regime.notes)
-    optimizer = torch.optim.SGD(regime.parameters(), lr=settings.learning_rate)
+    result = SchemeResult(
+        scheme,
+        loaded.weights,
+        settings.learning_rate_of(scheme),
+        regime.full_cost,
+        dense_saved_bytes,
+        regime.notes,
+    )
+    optimizer = torch.optim.SGD(regime.parameters(), lr=result.learning_rate)
     steps = _steps(data, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -143,7 +150,9 @@ def train_scheme(
 
     observer.on_scheme(scheme, result, steps)
     for epoch in range(len(result.epochs) + 1, settings.epochs + 1):
-        figures = _train_epoch(epoch, regime, optimizer, scheduler, data, settings, to_input, observer)
+        figures = _train_epoch(
+            epoch, scheme, regime, optimizer, scheduler, data, settings, to_input, observer
+        )
         result.epochs.append(figures)
         save_checkpoint(
             checkpoint,
@@ -166,6 +175,7 @@ def train_scheme(
 
 def _train_epoch(
     epoch: int,
+    scheme: str,
     regime: Regime,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
@@ -196,7 +206,7 @@ def _train_epoch(
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):
             raise Diverged(
-                f"learning_rate: with {settings.learning_rate:g} the loss became {losses[-1]} in epoch {epoch}, "
+                f"learning_rate: with {settings.learning_rate_of(scheme):g} the loss became {losses[-1]} in epoch {epoch}, "
                 "expected a finite number; give a lower one"
             )
         correct += int((output.detach().argmax(1) == labels).sum())

@@ -44,6 +44,7 @@ class SchemeResult:
     Args:
         scheme: name of the channel selection scheme.
         weights: where the network's first weights came from.
+        learning_rate: peak of the cosine schedule.
         full_cost: elements of one sample that all channels of all layers take.
         dense_saved_bytes: bytes that a step of full fine-tuning of the same network kept for its backward pass.
         notes: what a reader of the row must know.
@@ -52,6 +53,7 @@ class SchemeResult:
 
     scheme: str
     weights: str
+    learning_rate: float
     full_cost: int
     dense_saved_bytes: int
     notes: list[str] = field(default_factory=list)

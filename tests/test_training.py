@@ -1,0 +1,394 @@
+"""The fine-tuning loop: what trains, what a checkpoint holds, and that a resumed run has the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from image_folders import write_images
+
+from trady_kernels.data import ImageData, load_data, to_network_input
+from trady_kernels.models import loading
+from trady_kernels.models.loading import classifier_name, load_model
+from trady_kernels.training.atomic_write import write_atomically
+from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
+from trady_kernels.training.results import EpochFigures, SchemeResult
+from trady_kernels.training.run import resume_run, start_run
+from trady_kernels.training.run_folder import RunFolder
+from trady_kernels.training.settings import Settings
+
+
+@dataclass
+class Recorder:
+    """An observer that keeps what it is told, and may interrupt as a user would."""
+
+    interrupt_at_step: int | None = None
+    epochs: list[EpochFigures] = field(default_factory=list)
+    steps: int = 0
+
+    def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step(self, loss: float, accuracy: float) -> None:
+        self.steps += 1
+        if self.steps == self.interrupt_at_step:
+            raise KeyboardInterrupt
+
+    def on_epoch(self, figures: EpochFigures) -> None:
+        self.epochs.append(figures)
+
+
+class TinyNetwork(torch.nn.Module):
+    """Convolutions dense, depthwise and strided, with norms whose statistics and affines are random."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm1 = torch.nn.BatchNorm2d(8)
+        self.depthwise = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+        self.norm2 = torch.nn.BatchNorm2d(8)
+        self.pointwise = torch.nn.Conv2d(8, 12, 1)
+        self.norm3 = torch.nn.BatchNorm2d(12)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.classifier = torch.nn.Linear(12, num_classes)
+        for norm in (self.norm1, self.norm2, self.norm3):
+            torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+            torch.nn.init.normal_(norm.bias, std=0.3)
+            norm.running_mean.normal_(std=0.3)
+            norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, 3, H, W) -> (N, num_classes)
+        x = F.relu(self.norm1(self.stem(input)))
+        x = F.relu(self.norm2(self.depthwise(x)))
+        x = F.relu(self.norm3(self.pointwise(x)))
+        return self.classifier(self.dropout(x.mean((2, 3))))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on more threads, many times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = loading._Embedded(__name__, "TinyNetwork", {}, None, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    monkeypatch.setitem(loading.EMBEDDED, "tiny", entry)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    folder = write_images(tmp_path / "pets", {"cat": 18, "dog": 12, "eel": 10})
+    return Settings(
+        model="tiny",
+        data=str(folder),
+        image_size=8,
+        budget=150,
+        schemes=("trady",),
+        epochs=3,
+        warmup_epochs=1,
+        batch_size=5,
+        learning_rate=0.1,
+        threads=1,
+    )
+
+
+def data_of(settings: Settings) -> ImageData:
+    return load_data(settings.data, image_size=settings.image_size)
+
+
+def start_state(settings: Settings) -> dict[str, torch.Tensor]:
+    return load_model(settings.model, 3, seed=settings.seed).model.state_dict()
+
+
+def numbers(result: SchemeResult) -> list[dict[str, Any]]:
+    """What must not depend on the machine's load."""
+    rows = [dataclasses.asdict(epoch) for epoch in result.epochs]
+    return [
+        {name: value for name, value in row.items() if name not in ("step_ms", "seconds")} for row in rows
+    ]
+
+
+# -- schedule and files ----------------------------------------------------------------------------
+
+
+def test_learning_rate_rises_then_falls_as_a_cosine() -> None:
+    factors = [learning_rate_factor(step, 20, 4) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    for step in range(4, 20):
+        assert math.isclose(factors[step], 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)))
+    assert learning_rate_factor(20, 20, 4) == 0
+    assert learning_rate_factor(0, 10, 0) == 1
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk_full", "ctrl_c"])
+def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "checkpoint.pt"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def write_half(file: Any) -> None:
+        file.write(b"ne")
+        file.flush()
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomically(path, write_half)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+
+
+# -- one scheme ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["trady", "s-topk-random", "d-full-random", "head-only", "full"])
+def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, scheme: str) -> None:
+    data = data_of(settings)
+    whole = train_scheme(scheme, settings, data, tmp_path / "whole.pt", Recorder())
+    parts = tmp_path / "parts.pt"
+    for interrupt_at_step in (9, 8):  # in the second epoch; then, having gone on with it, in the third
+        with pytest.raises(KeyboardInterrupt):
+            train_scheme(scheme, settings, data, parts, Recorder(interrupt_at_step), resume=True)
+        torch.manual_seed(99)
+    resumed = train_scheme(scheme, settings, data, parts, Recorder(), resume=True)
+    assert numbers(resumed) == numbers(whole) and len(whole.epochs) == 3
+    states = [torch.load(path)["model"] for path in (tmp_path / "whole.pt", parts)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    finished = Recorder()
+    again = train_scheme(scheme, settings, data, parts, finished, resume=True)
+    assert again.to_json() == resumed.to_json() and finished.steps == 0
+
+
+@pytest.mark.parametrize("scheme", ["trady", "head-only", "full"])
+def test_checkpoint_loads_into_the_plain_network(tmp_path: Path, settings: Settings, scheme: str) -> None:
+    data = data_of(settings)
+    result = train_scheme(scheme, settings, data, tmp_path / "c.pt", Recorder())
+    plain = TinyNetwork(3)
+    plain.load_state_dict(torch.load(tmp_path / "c.pt")["model"], strict=True)
+    plain.eval()
+    with torch.no_grad():
+        output = plain(to_network_input(data.test.images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)))
+    assert int((output.argmax(1) == data.test.labels).sum()) / len(data.test) == result.top1
+    torch.testing.assert_close(
+        F.cross_entropy(output, data.test.labels).item(), result.epochs[-1].test_loss, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_only_what_the_scheme_selects_moves(tmp_path: Path, settings: Settings) -> None:
+    data, start = data_of(settings), start_state(settings)
+    moved = {}
+    for scheme in ("trady", "head-only", "full"):
+        train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        end = torch.load(tmp_path / f"{scheme}.pt")["model"]
+        assert end.keys() == start.keys()
+        moved[scheme] = {name for name in start if not torch.equal(end[name], start[name])}
+    head = {"classifier.weight", "classifier.bias"}
+    assert moved["head-only"] == head
+    convolutions = {"stem.weight", "depthwise.weight", "pointwise.weight"}
+    assert head < moved["trady"] <= head | convolutions
+    statistics = {name for name in start if "running" in name or "tracked" in name}
+    assert moved["full"] == start.keys() - statistics
+
+
+def test_figures_are_measured_and_inside_the_budget(tmp_path: Path, settings: Settings) -> None:
+    data = data_of(settings)
+    results = {
+        scheme: train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        for scheme in ("trady", "head-only", "full")
+    }
+    trady, head, full = results["trady"], results["head-only"], results["full"]
+    assert all(0 < epoch.cost <= 150 for epoch in trady.epochs)
+    assert trady.full_cost == head.full_cost == full.full_cost == full.cost
+    assert (head.cost, head.gradient_share, full.gradient_share) == (0, 0, 1)
+    assert 0 < trady.gradient_share < 1
+    assert head.saved_bytes < trady.saved_bytes < full.saved_bytes
+    assert full.saved_bytes == full.dense_saved_bytes == trady.dense_saved_bytes
+    assert trady.top1 == trady.epochs[-1].top1
+    assert all(epoch.step_ms > 0 and epoch.seconds > 0 for epoch in full.epochs)
+
+
+def test_seed_decides_the_numbers(tmp_path: Path, settings: Settings) -> None:
+    data = data_of(settings)
+    first, again, other = (
+        train_scheme(
+            "trady", dataclasses.replace(settings, seed=seed), data, tmp_path / f"{index}.pt", Recorder()
+        )
+        for index, seed in enumerate((3, 3, 4))
+    )
+    assert numbers(first) == numbers(again) != numbers(other)
+
+
+def test_training_learns(tmp_path: Path, settings: Settings) -> None:
+    longer = dataclasses.replace(settings, epochs=12)
+    result = train_scheme("full", longer, data_of(settings), tmp_path / "c.pt", Recorder())
+    assert result.epochs[-1].train_loss < 0.7 * result.epochs[0].train_loss
+    assert result.top1 > 0.6
+
+
+def test_divergence_is_reported(tmp_path: Path, settings: Settings) -> None:
+    wild = dataclasses.replace(settings, learning_rate=1e30)
+    with pytest.raises(Diverged, match=r"^learning_rate: with 1e\+30 the loss became"):
+        train_scheme("full", wild, data_of(settings), tmp_path / "c.pt", Recorder())
+
+
+# -- settings and run folders ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0},
+        {"batch_size": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"warmup_epochs": 7.0},
+        {"schemes": ()},
+        {"schemes": ("trady", "trady")},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_bad_settings(settings: Settings, change: dict[str, Any]) -> None:
+    (name, _value) = next(iter(change.items()))
+    with pytest.raises(ValueError, match=rf"^{name}: got .*, expected"):
+        dataclasses.replace(settings, **change)
+
+
+def test_settings_survive_json(settings: Settings) -> None:
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert settings.difference(settings) is None
+    assert settings.difference(dataclasses.replace(settings, budget="5%")) == "budget"
+    with pytest.raises(ValueError, match="momentum missing or unknown"):
+        Settings.from_json({**settings.to_json(), "momentum": 0.9})
+
+
+def _train(settings: Settings, folder: Path) -> None:
+    start_run(settings, folder).train(Recorder())
+
+
+def test_run_writes_everything_and_resumes(tmp_path: Path, settings: Settings) -> None:
+    both = dataclasses.replace(settings, schemes=("trady", "head-only"))
+    whole = start_run(both, tmp_path / "whole")
+    rows = whole.train(Recorder())
+    run = start_run(both, tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        run.train(Recorder(interrupt_at_step=9))
+    content = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert len(content["schemes"]["trady"]["epochs"]) == 1
+    resumed = resume_run(tmp_path / "parts", {"epochs": 3})
+    assert [numbers(row) for row in resumed.train(Recorder())] == [numbers(row) for row in rows]
+    content = json.loads((tmp_path / "parts" / "results.json").read_text())
+    assert content["settings"] == both.to_json()
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["data"]["train_samples"] == 32
+    assert [len(row["epochs"]) for row in content["schemes"].values()] == [3, 3]
+    assert content["schemes"]["trady"]["top1"] == rows[0].top1
+    names = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert names == {"results.json", "checkpoint-trady.pt", "checkpoint-head-only.pt"}
+
+
+def test_a_killed_run_resumes_although_the_results_lag_behind(tmp_path: Path, settings: Settings) -> None:
+    _train(settings, tmp_path / "run")
+    path = tmp_path / "run" / "results.json"
+    content = json.loads(path.read_text())
+    finished = content["schemes"]
+    path.write_text(json.dumps({**content, "schemes": {}}))  # killed between checkpoint and results
+    resume_run(tmp_path / "run", {}).train(Recorder())
+    assert json.loads(path.read_text())["schemes"] == finished
+
+
+@dataclass(frozen=True)
+class ResumeCase:
+    name: str
+    asked: dict[str, Any]
+    spoil: Callable[[Path, Settings], object]
+    match: str
+
+
+def _change_data(folder: Path, settings: Settings) -> None:
+    next((Path(settings.data) / "cat").iterdir()).unlink()
+
+
+def _foreign_checkpoint(folder: Path, settings: Settings) -> None:
+    path = folder / "checkpoint-trady.pt"
+    content = torch.load(path)
+    torch.save({**content, "settings": {**content["settings"], "seed": 8}}, path)
+
+
+def _damage(name: str) -> Callable[[Path, Settings], object]:
+    return lambda folder, settings: (folder / name).write_bytes((folder / name).read_bytes()[:60])
+
+
+RESUMES = (
+    ResumeCase("seed", {"seed": 1}, lambda *_: None, "^seed: got 1, but the run in .* has 0"),
+    ResumeCase("budget", {"budget": "5%"}, lambda *_: None, "^budget: got '5%', but the run in .* has 150"),
+    ResumeCase(
+        "schemes", {"schemes": ("full",)}, lambda *_: None, "^schemes: got full, but the run in .* has trady"
+    ),
+    ResumeCase("data", {}, _change_data, r"^data: .* is no longer what the run"),
+    ResumeCase("foreign_checkpoint", {}, _foreign_checkpoint, "is of another run: its seed is 8, expected 0"),
+    ResumeCase(
+        "damaged_checkpoint", {}, _damage("checkpoint-trady.pt"), r"^checkpoint: .* could not be read"
+    ),
+    ResumeCase("damaged_results", {}, _damage("results.json"), r"^resume: .*results\.json is damaged"),
+)
+
+
+@pytest.mark.parametrize("case", RESUMES, ids=lambda case: case.name)
+def test_resume_refuses_what_would_change_the_numbers(
+    tmp_path: Path, settings: Settings, case: ResumeCase
+) -> None:
+    _train(dataclasses.replace(settings, epochs=1), tmp_path / "run")
+    case.spoil(tmp_path / "run", settings)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match=case.match) as caught:
+        resume_run(tmp_path / "run", case.asked)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_folders_that_cannot_take_a_run(tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"^output: .*file/run cannot be written to \(Not a directory\)"):
+        start_run(settings, tmp_path / "file" / "run")
+    with pytest.raises(FileNotFoundError, match=r"^resume: .*nowhere holds no run"):
+        resume_run(tmp_path / "nowhere", {})
+    _train(dataclasses.replace(settings, epochs=1), tmp_path / "run")
+    with pytest.raises(FileExistsError, match=r"^output: .* holds a run already; go on with it by --resume"):
+        start_run(settings, tmp_path / "run")
+
+
+def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The superuser may write anywhere, so the refusal of the system is played.
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(
+        PermissionError, match=r"^output: .* cannot be written to \(Permission denied\); give another"
+    ):
+        RunFolder(tmp_path / "run").create()
+
+
+def test_bad_settings_leave_no_folder(tmp_path: Path, settings: Settings) -> None:
+    for change in ({"budget": "12 bananas"}, {"schemes": ("trudy",)}, {"model": "tyni"}, {"device": "tpu"}):
+        with pytest.raises(ValueError):
+            start_run(dataclasses.replace(settings, **change), tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_classifier_is_found() -> None:
+    assert classifier_name(TinyNetwork(3), 3) == "classifier"
+    assert classifier_name(TinyNetwork(3), 5) is None
