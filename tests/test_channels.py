@@ -467,3 +467,51 @@ def test_second_derivatives_through_torch_func_are_refused(dense: Any) -> None:
     torch.testing.assert_close(outer, grad)
     with pytest.raises(RuntimeError, match="has no double backward"):
         outer.sum().backward()
+
+
+# -- what else handles modules ---------------------------------------------------------------------
+
+
+def test_assigned_rows_are_taken(dense: Any) -> None:
+    layer = sparse_of(dense)
+    rows = nn.Parameter(torch.ones_like(layer.channel_weight))
+    layer.channel_weight = rows
+    assert layer.channel_weight is rows
+    assert_agree(layer)
+    torch.optim.SGD([rows], lr=0.1).step(lambda: layer(input_of(layer)).sum().backward())  # type: ignore[arg-type, return-value]
+    assert_agree(layer)
+    for name in ("weight", "channel_weight"):
+        with pytest.raises(ValueError, match=rf"{name}: got shape \(3,\), expected"):
+            setattr(layer, name, nn.Parameter(torch.zeros(3)))
+    assert layer.channel_weight is rows
+
+
+def test_symbolic_trace_keeps_the_gradient(dense: Any) -> None:
+    layer = sparse_of(dense)
+    traced = torch.fx.symbolic_trace(nn.Sequential(layer, nn.ReLU()))
+    x = input_of(layer)
+    assert torch.equal(traced(x), layer(x).relu())
+    calls = [node for node in traced.graph.nodes if node.op == "call_function"]
+    assert len(calls) == 1
+    traced(x).sum().backward()
+    expected = layer.channel_weight.grad
+    layer.channel_weight.grad = None
+    layer(x).relu().sum().backward()
+    torch.testing.assert_close(layer.channel_weight.grad, expected)
+
+
+def test_export(dense: Any) -> None:
+    layer = sparse_of(dense)
+    x = input_of(layer)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_compiled_optimizer_step(dense: Any) -> None:
+    layer = sparse_of(dense)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    layer(input_of(layer)).square().sum().backward()
+    torch.compile(optimizer.step, backend="eager")()
+    assert_agree(layer)
+    assert not torch.equal(layer.weight, before)
+    torch._dynamo.reset()

@@ -265,7 +265,7 @@ def test_closure() -> None:
             optimizer.zero_grad()
             loss = layer(x).square().mean()
             loss.backward()
-            return float(loss)
+            return loss.item()
 
         first = closure()
         for _ in range(3):

@@ -278,7 +278,7 @@ class SparseChannels(nn.Module):
         """
         weight, rows = self.weight, self.channel_weight
         own_weight, own_rows = self._own
-        if rows is own_rows:
+        if rows is own_rows or isinstance(rows, torch.fx.Proxy):
             if weight is own_weight and not torch.compiler.is_compiling():
                 self.synchronize()
             return weight, rows
@@ -293,7 +293,8 @@ class SparseChannels(nn.Module):
 
         ``channel_weight`` stays the same object and takes the rows of the new channels; its ``.grad`` is
         cleared. State that an optimiser keeps for channels that stay is carried over, that of channels that
-        leave is dropped, and entering channels start as in a fresh optimiser.
+        leave is dropped, and entering channels start as in a fresh optimiser. Under DDP every rank has to
+        select the same channels, and another number of them needs a new wrapper.
 
         Args:
             channels: None for all, an int for that many at random, or a 1-D tensor or sequence of indices.
@@ -388,13 +389,23 @@ class SparseChannels(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         # While a state_dict is being loaded the rows are hidden, and it takes the weight itself afterwards.
         known = self.__dict__.get("_parameters", {})
-        adopts = name == "weight" and "channel_weight" in known and isinstance(value, nn.Parameter)
-        if adopts and value.shape != self.weight.shape:
-            raise ValueError(f"weight: got shape {tuple(value.shape)}, expected {tuple(self.weight.shape)}")
+        adopts = (
+            name in ("weight", "channel_weight")
+            and "channel_weight" in known
+            and isinstance(value, nn.Parameter)
+        )
+        if adopts and value.shape != known[name].shape:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected {tuple(known[name].shape)}; select() "
+                "changes the number of rows"
+            )
         super().__setattr__(name, value)
-        if adopts:
+        if adopts and name == "weight":
             value.requires_grad_(False)
             self._take_weight()
+        elif adopts:
+            self._adopt()
+            self._push()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._holds_own():

@@ -10,6 +10,8 @@ from torch import nn
 from trady_kernels.functional import sparse_conv2d
 from trady_kernels.nn.channels import Channels, SparseChannels
 
+torch.fx.wrap("sparse_conv2d")  # one node of a traced graph, as a dense layer is
+
 
 class SparseConv2d(SparseChannels, nn.Conv2d):
     r"""``nn.Conv2d`` that trains the weights of selected input channels and keeps only those for backward.

@@ -10,6 +10,8 @@ from torch import nn
 from trady_kernels.functional import sparse_linear
 from trady_kernels.nn.channels import Channels, SparseChannels
 
+torch.fx.wrap("sparse_linear")  # one node of a traced graph, as a dense layer is
+
 
 class SparseLinear(SparseChannels, nn.Linear):
     r"""``nn.Linear`` that trains the weights of selected input features and keeps only those for backward.

@@ -202,6 +202,7 @@ _MOMENTS = {"exp_avg": _zero, "exp_avg_sq": _zero, "max_exp_avg_sq": _zero}
 _ADAM = _Rule(_MOMENTS, update=_adam, remaining=_moments_settle)
 
 RULES: dict[type[Optimizer], _Rule] = {
+    # With dampening, the first step of an entering row is (1 - dampening) times a fresh optimiser's.
     torch.optim.SGD: _Rule({"momentum_buffer": _zero}),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
@@ -383,12 +384,14 @@ def _held(optimizer: Optimizer) -> Iterator[tuple[Group, Layer]]:
                 yield group, layer
 
 
+@torch._disable_dynamo
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for _, layer in _held(optimizer):
         layer.synchronize()
         rearrange(optimizer, layer)
 
 
+@torch._disable_dynamo
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for group, layer in _held(optimizer):
