@@ -224,6 +224,15 @@ def test_twice_is_once() -> None:
     assert all(flags(model).values())
 
 
+def test_twice_keeps_the_head_that_was_asked_for() -> None:
+    for head in ("neck", None):
+        model = tk.sparsify(trained_net(), example(), head=head)
+        trained = flags(model)
+        tk.sparsify(model, example())
+        assert tk.conversion_report(model).head == head
+        assert flags(model) == trained
+
+
 def test_copies_and_pickles_can_be_densified() -> None:
     model = tk.sparsify(trained_net(), example()).eval()
     tk.select_fraction(model, 0.5)

@@ -103,18 +103,14 @@ def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    # The fused inference path of attention layers does not call the linears that training calls.
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
         try:
-            torch.backends.mha.set_fastpath_enabled(False)
             for parameter, _ in gradients:
                 parameter.grad = None
             if training is not None:
                 model.train(training)
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)
             for module, mode in modes.items():
                 module.training = mode
             with torch.no_grad():
