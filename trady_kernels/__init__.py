@@ -7,9 +7,9 @@ from trady_kernels.convert import (
     sparsify,
     trainable_parameters,
 )
-from trady_kernels.functional import sparse_conv2d, sparse_linear
+from trady_kernels.functional import frozen_batch_norm, sparse_conv2d, sparse_linear
 from trady_kernels.memory import MemoryReport, measure_memory
-from trady_kernels.nn import SparseConv2d, SparseLinear
+from trady_kernels.nn import FrozenBatchNorm2d, SparseConv2d, SparseLinear
 from trady_kernels.ops import backend
 from trady_kernels.selection import ChannelSampler, LayerRanking, rank_layers
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChannelSampler",
+    "FrozenBatchNorm2d",
     "LayerRanking",
     "MemoryReport",
     "SparseConv2d",
@@ -24,6 +25,7 @@ __all__ = [
     "backend",
     "conversion_report",
     "densify",
+    "frozen_batch_norm",
     "measure_memory",
     "rank_layers",
     "select_fraction",
