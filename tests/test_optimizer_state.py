@@ -389,7 +389,7 @@ def test_optimiser_without_a_selected_layer_warns_once() -> None:
         UserWarning, match="SGD steps without 1 selected channel_weight that has a gradient"
     ) as caught:
         train(model, optimizer)
-    assert len(caught) == 1
+    assert len(caught) == 1 and caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer)

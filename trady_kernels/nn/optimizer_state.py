@@ -450,7 +450,7 @@ def _warn_of_forgotten(optimizer: Optimizer) -> None:
             f"{type(optimizer).__name__} steps without {count} selected channel_weight that has a gradient: "
             "give the optimiser trainable_parameters(model), which includes layers with no channel selected "
             "yet",
-            stacklevel=4,
+            stacklevel=7,  # the caller of optimizer.step()
         )
 
 
