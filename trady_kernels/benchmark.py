@@ -1,7 +1,8 @@
 """Times of the operators beside what one would otherwise run: ATen on the compact input, and the dense call.
 
-All contenders of a row run interleaved, in an order that rotates from one round to the next: the one after
-a large call starts with cold caches, and on a shared machine only figures of the same rounds compare.
+All contenders of a row run interleaved, in a new order each round (the same orders in every run): the one after
+a large call starts with cold caches, and on a shared machine only figures of the same rounds compare. Rotating
+would not do, since each contender would keep its predecessor.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import datetime
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -194,18 +196,25 @@ def calm_malloc() -> None:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **settings})
 
 
+def _clock() -> Callable[[], float]:
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def interleaved(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median microseconds of each contender over ``rounds`` rounds of all of them in rotating order."""
+    """Median microseconds of each contender over ``rounds`` rounds of all of them, each in another order.
+
+    With one thread it is that thread's own time: what other processes take on a shared machine is not in it.
+    """
+    clock = _clock()
     names = list(contenders)
     for call in contenders.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
-            start = time.perf_counter()
+        for name in random.Random(turn).sample(names, len(names)):
+            start = clock()
             contenders[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) * 1e6 for name, values in times.items()}
 
 
@@ -382,6 +391,7 @@ def environment() -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
+        "clock": _clock().__name__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -30,7 +30,7 @@ LIMITS = (
     Limit("1x1 strided", torch.contiguous_format, 48),
     Limit("1x1 strided", torch.channels_last, ANY),
     Limit("kxk", torch.contiguous_format, 12),
-    Limit("kxk", torch.channels_last, 2),
+    Limit("kxk", torch.channels_last, 4),
     Limit("grouped", torch.contiguous_format, ANY),
     Limit("grouped", torch.channels_last, ANY),
 )
