@@ -192,8 +192,9 @@ def test_saved_rankings_load_as_they_were(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["ranking.json"]
 
 
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_file_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     file = tmp_path / "ranking.json"
     tk.LayerRanking({"a": 1.0}).save(file)
@@ -202,7 +203,7 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full_disk)
+    monkeypatch.setattr(os, fails, full_disk)
     with pytest.raises(OSError, match="No space left"):
         tk.LayerRanking({"a": 2.0}).save(file)
     assert file.read_bytes() == before
