@@ -1,0 +1,1 @@
+"""The fine-tuning loop, its checkpoints, and what a run leaves behind."""
