@@ -11,11 +11,12 @@ import torch
 #: Schemes that set a run's floor and ceiling.
 BASELINES = ("head-only", "full")
 
-#: Peak learning rate of a scheme where none is asked for. Frozen norms leave full fine-tuning of the embedded
-#: network little room (at 0.05 its ReLU6s die); a few channels at a time need a higher rate to get anywhere.
-#: Chosen on digits held out of the training images (EfficientNet-Lite0, MNIST, 5 epochs).
+#: Peak learning rate of a scheme where none is asked for, chosen on a fifth of the training digits, held out
+#: (EfficientNet-Lite0, MNIST, 5 epochs, seed 0). Full: 0.01 reached 96.8% by epoch 3; at 0.05 and 0.1 the network
+#: with frozen norms died at 10%. Head only: 0.05 92.5%, less at 0.025 and from 0.1 on. Samplers (trady, 28,000
+#: elements): 0.02 93%, 0.1 94.8%, 0.2 95.5%; few channels at a time need the higher rate.
 LEARNING_RATES = {"full": 0.01, "head-only": 0.05}
-LEARNING_RATE_OF_SAMPLERS = 0.1
+LEARNING_RATE_OF_SAMPLERS = 0.2
 
 
 @dataclass(frozen=True)
