@@ -386,8 +386,11 @@ def table(rows: Sequence[Row]) -> str:
 
 def environment() -> dict[str, object]:
     """What a figure needs beside it: device, versions, threads, instruction set, commit, date, load."""
+    program = Path(sys.argv[0])
     facts: dict[str, object] = {
-        "command": " ".join(["python", *(Path(sys.argv[0]).name, *sys.argv[1:])]),
+        "command": " ".join(
+            ["python", program.name if program.is_absolute() else str(program), *sys.argv[1:]]
+        ),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
