@@ -29,7 +29,7 @@ template <class T>
 TRADY_INLINE vector_of<T> add_pairs(vector_of<T> a, vector_of<T> b) {
   Index<T> even, odd;
   for (int i = 0; i < LANES<T>; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+  return shuffle(a, b, even) + shuffle(a, b, odd);
 }
 // Lane i of the result is the sum of v[i]'s lanes.
 template <class T, int COUNT>
@@ -57,7 +57,7 @@ TRADY_INLINE vector_of<S> load_alternate(const S* in, int count) {
   const vector_of<S> low = load_first(in, first), high = load_first(in + LANES<S>, reach - first);
   Index<scalar_of<S>> even;
   for (int i = 0; i < LANES<S>; i++) even[i] = 2 * i;
-  return __builtin_shuffle(low, high, even);
+  return shuffle(low, high, even);
 }
 template <class T, class S>
 TRADY_INLINE void copy(T* __restrict out, const S* __restrict in, int64_t step, int64_t count) {

@@ -66,12 +66,12 @@ typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
 TRADY_INLINE f32 even_lanes(f32 a, f32 b) {
   i32 even;
   for (int i = 0; i < LANES<float>; i++) even[i] = 2 * i;
-  return __builtin_shuffle(a, b, even);
+  return shuffle(a, b, even);
 }
 TRADY_INLINE f64 even_lanes(f64 a, f64 b) {
   i64 even;
   for (int i = 0; i < LANES<double>; i++) even[i] = 2 * i;
-  return __builtin_shuffle(a, b, even);
+  return shuffle(a, b, even);
 }
 
 // What a vector of output columns meets in an input row, for each kernel column.

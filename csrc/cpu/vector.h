@@ -179,7 +179,25 @@ TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
 }
 #endif
 
-// ---- reductions -------------------------------------------------------------------------------------------
+// ---- permutations and reductions
+// -------------------------------------------------------------------------------------------
+
+// Lane i of the result is lane index[i] of a, or of b where index[i] is past a's last. With constant indices both
+// compilers make it the permutations of the instruction set.
+template <class V, class I>
+TRADY_INLINE V shuffle(V a, V b, I index) {
+#if defined(__clang__)
+  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(a[0]));
+  V result;
+  for (int lane = 0; lane < lanes; ++lane) {
+    const int from = static_cast<int>(index[lane]);
+    result[lane] = from < lanes ? a[from] : b[from - lanes];
+  }
+  return result;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
 
 template <class V>
 TRADY_INLINE auto sum(V value) {
