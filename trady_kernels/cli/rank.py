@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Rank, show the ranks, write the file."""
     console = make_console()
     check_writable("output", args.output)
+    provenance = describe(torch.device(args.device))
     with usage_errors(), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("ranking", total=args.steps)
         ranking = rank_model(
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(ranking))
     ranking.save(args.output)
     content = json.loads(args.output.read_text())
-    write_json(args.output, content | {"provenance": describe(torch.device(args.device))})
+    write_json(args.output, content | {"provenance": provenance})
     console.print(f"written to {args.output}; use it with: trady finetune --ranking {args.output}")
     return 0
 

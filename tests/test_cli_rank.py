@@ -1,0 +1,32 @@
+"""``trady rank``: the file it writes is a ranking that ``trady finetune`` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from image_folders import write_images
+
+from trady_kernels.cli import main
+from trady_kernels.selection import LayerRanking
+
+
+def test_rank_writes_a_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pets = write_images(tmp_path / "pets", {"cat": 6, "dog": 6})
+    file = tmp_path / "ranking.json"
+    small = ["--model", "mobilenet_v2_w035", "--image-size", "32", "--batch-size", "4"]
+    arguments = ["rank", *small, "--data", str(pets), "--steps", "2", "--output", str(file)]
+    assert main(arguments) == 0
+    assert "layers hold 97% of the cumulative score" in capsys.readouterr().out
+    ranking = LayerRanking.load(file)
+    assert len(ranking) == 52 and ranking.metric == "rgn"
+    assert json.loads(file.read_text())["provenance"]["versions"]["torch"]
+    before = list(ranking.items())
+    assert main(arguments) == 0
+    assert list(LayerRanking.load(file).items()) == before
+    assert main([*arguments, "--steps", "0"]) == 2
+    assert main([*arguments, "--metric", "size"]) == 2
+    assert main([*arguments, "--output", str(tmp_path / "no" / "file.json")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert list(LayerRanking.load(file).items()) == before
