@@ -98,6 +98,18 @@ def test_counted_and_measured_agree_under_autocast() -> None:
     assert stored == sampler.cost.bytes - 4 * sampler.cost.weight_elements > 0
 
 
+def test_autocasts_copies_of_weights_are_no_inputs() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        report = tk.measure_memory(model, torch.randn(16, 8))
+    assert report.by_kind == {"linear input": 2 * 16 * 8 * 2, "other": 8 * 4 * 2}
+
+
+def test_an_input_of_the_weights_shape_is_an_input() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    assert tk.measure_memory(model, torch.randn(4, 8)).by_kind == {"linear input": 4 * 8 * 4}
+
+
 def test_a_selected_layer_keeps_less_than_a_dense_one() -> None:
     dense = as_trained(ResidualNet()).train()
     batch = (torch.randn(8, 3, 32, 32), torch.arange(8) % 5)

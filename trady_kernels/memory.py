@@ -188,12 +188,9 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _kind(module: nn.Module | None, tensor: torch.Tensor) -> str:
     weight = getattr(module, "weight", None)
-    if (
-        isinstance(weight, torch.Tensor)
-        and weight.dim() > 1
-        and tensor.shape in (weight.shape, weight.mT.shape)
-    ):
-        return "other"  # a copy of the weight, as autocast makes
+    if isinstance(weight, torch.Tensor) and weight.dim() > 1 and tensor.dtype != weight.dtype:
+        if tensor.shape in (weight.shape, weight.mT.shape):
+            return "other"  # the copy of the weight that autocast makes
     for kind, classes in _KINDS:
         if isinstance(module, classes):
             return kind
