@@ -106,9 +106,11 @@ def reload(layer: SparseConv2d, optimizer: optim.Optimizer, case: Case, form: st
 def test_staying_rows_carry_state_and_entering_rows_are_fresh(case: Case, form: str, order: str) -> None:
     layer = layer_of()
     optimizer = case.make([layer.channel_weight], form)
-    grads = gradients(20)
+    grads = gradients(13)
+    # torch keeps NAdam's product of momenta in float32, and once loaded in the parameter's float64
+    exact = 1e-9 if case.cls is optim.NAdam and order.startswith("loaded") else 1e-15
     staying = Twin(layer, [1, 4], case, form)
-    for grad in grads[:10]:
+    for grad in grads[:5]:
         step(layer, optimizer, grad)
         staying.step(grad)
     assert staying.distance(layer) == 0
@@ -118,21 +120,21 @@ def test_staying_rows_carry_state_and_entering_rows_are_fresh(case: Case, form: 
     layer.select([1, 3, 4, 5], optimizer if order == "handed over" else None)
     if order == "loaded after select":
         optimizer = reload(layer, optimizer, case, form)
-    for grad in grads[10:16]:
+    for grad in grads[5:9]:
         step(layer, optimizer, grad)
         staying.step(grad)
         entering.step(grad)
-        assert staying.distance(layer) < 1e-12  # NAdam's product is kept in another dtype once loaded
+        assert staying.distance(layer) < exact
         assert entering.distance(layer) < 1e-6
     late = Twin(layer, [0], case, form)  # had state once, left, and comes back beside rows of two ages
     layer.select([0, 1, 3])
-    for grad in grads[16:]:
+    for grad in grads[9:]:
         step(layer, optimizer, grad)
         for twin in (staying, entering, late):
             twin.step(grad)
         assert late.distance(layer) < 1e-6
         rows = layer.channel_weight
-        assert float((rows[1] - staying.rows[0]).detach().abs().max()) < 1e-12
+        assert float((rows[1] - staying.rows[0]).detach().abs().max()) < exact
         assert float((rows[2] - entering.rows[0]).detach().abs().max()) < 1e-6
 
 
