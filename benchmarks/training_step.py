@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels import measure_memory, select_fraction, sparsify, trainable_parameters
-from trady_kernels.benchmark import calm_malloc, environment, interleaved
+from trady_kernels.benchmark import calm_malloc, conditions, interleaved
 from trady_kernels.models import EfficientNetLite0
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -103,7 +103,7 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
-            json.dumps({**environment(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+            json.dumps({**conditions(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
         )
 
 

@@ -83,7 +83,9 @@ CONV_CASES = (
     ConvCase("no padding", 2, 8, 16, (9, 8), 3),
     ConvCase("padding beyond the input", 2, 4, 8, (2, 3), 2, padding=(4, 5)),
     ConvCase("5x5", 2, 6, 9, (11, 12), 2, kernel_size=(5, 5), padding=(2, 2)),
-    ConvCase("7x7 kernel, stride 2", 2, 3, 16, (23, 22), 3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3)),
+    ConvCase(
+        "7x7 kernel, stride 2", 2, 3, 16, (23, 22), 3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3)
+    ),
     ConvCase("kernel of many columns", 1, 3, 6, (6, 40), 2, kernel_size=(2, 21), padding=(1, 0)),
     ConvCase("patches", 2, 3, 12, (32, 32), 2, kernel_size=(16, 16), stride=(16, 16)),
     ConvCase("all asymmetric", 2, 8, 12, (17, 11), 5, (3, 2), (2, 1), (0, 2), (1, 3)),

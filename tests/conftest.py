@@ -10,6 +10,10 @@ import torch
 
 from trady_kernels.ops.backend import unavailable
 
+# Thousands of small operators: a second thread costs more than it brings, and many times more on a busy machine.
+# Tests of parallel code set their own number.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:

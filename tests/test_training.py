@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from image_folders import write_images
 
+from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import ImageData, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.training.atomic_write import write_atomically
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import resume_run, start_run

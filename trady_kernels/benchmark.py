@@ -7,25 +7,22 @@ would not do, since each contender would keep its predecessor.
 
 from __future__ import annotations
 
-import datetime
 import math
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from trady_kernels.ops import backend, conv2d_channel_grad, gather_channels, last_kernel, linear_channel_grad
 from trady_kernels.ops.backend import unavailable
+from trady_kernels.provenance import describe
 
 
 @dataclass(frozen=True)
@@ -384,44 +381,14 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def environment() -> dict[str, object]:
-    """What a figure needs beside it: device, versions, threads, instruction set, commit, date, load."""
-    program = Path(sys.argv[0])
-    facts: dict[str, object] = {
-        "command": " ".join(
-            ["python", program.name if program.is_absolute() else str(program), *sys.argv[1:]]
-        ),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "clock": _clock().__name__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if not unavailable("cpp"):
-        from trady_kernels import _C
-
-        facts["instruction_set"] = _C.isa()
-    if hasattr(os, "getloadavg"):
-        facts["load_average"] = round(os.getloadavg()[0], 2)
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        facts["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return facts
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def report(rows: Sequence[Row]) -> dict[str, object]:
     """Everything of a run as JSON takes it."""
-    return {**environment(), "rows": [asdict(row) for row in rows]}
+    return {**conditions(), "rows": [asdict(row) for row in rows]}
+
+
+def conditions() -> dict[str, object]:
+    """What a figure needs beside it: command, versions, commit, machine, clock and load."""
+    facts = describe(torch.device("cpu")) | {"clock": _clock().__name__}
+    if hasattr(os, "getloadavg"):
+        facts["load_average"] = round(os.getloadavg()[0], 2)
+    return facts

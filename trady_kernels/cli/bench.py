@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.benchmark import (
     LAYERS,
     LINEARS,
@@ -25,7 +26,6 @@ from trady_kernels.benchmark import (
 )
 from trady_kernels.cli import BadUsage
 from trady_kernels.cli.console import check_writable, make_console
-from trady_kernels.training.atomic_write import write_json
 
 _DESCRIPTION = """\
 Time the operators on the layers of real networks, each beside ATen on the already compact input (gathering is in
@@ -41,23 +41,12 @@ examples:
 _NETWORKS = tuple(dict.fromkeys(layer.network for layer in LAYERS))
 
 
-def _conv2d(layers: list[ConvLayer], args: argparse.Namespace) -> Iterator[Row]:
-    return conv2d_rows(
-        layers, args.selected, batch=args.batch_size, memory_format=args.format, rounds=args.rounds
-    )
-
-
-def _gather(layers: list[ConvLayer], args: argparse.Namespace) -> Iterator[Row]:
-    return gather_rows(
-        layers, args.selected, batch=args.batch_size, memory_format=args.format, rounds=args.rounds
-    )
-
-
 #: Benchmarks of one layer at a time, by operator.
-_BY_LAYER: dict[str, Callable[[list[ConvLayer], argparse.Namespace], Iterator[Row]]] = {
-    "conv2d_channel_grad": _conv2d,
-    "gather_channels": _gather,
+_BY_LAYER: dict[str, Callable[..., Iterator[Row]]] = {
+    "conv2d_channel_grad": conv2d_rows,
+    "gather_channels": gather_rows,
 }
+FORMATS = ("contiguous", "channels_last")
 _OPERATORS = (*_BY_LAYER, "linear_channel_grad")
 
 
@@ -85,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K[,K]",
         help="numbers of selected channels beside C/4 (default: 1,4,16)",
     )
-    parser.add_argument("--format", choices=("contiguous", "channels_last"), default="contiguous")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="memory format of the convolutions' tensors (default: both)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images (default: %(default)s)")
     parser.add_argument(
         "--rounds", type=int, default=9, help="calls of each contender (default: %(default)s)"
@@ -108,19 +99,39 @@ def run(args: argparse.Namespace) -> int:
     layers = distinct(layer for layer in LAYERS if layer.network in networks)
     rows: list[Row] = []
     for operator in (args.operator,) if args.operator else _OPERATORS:
-        by_layer = _BY_LAYER.get(operator)
-        steps: list[Iterator[Row]] = (
-            [by_layer([layer], args) for layer in layers]
-            if by_layer
-            else [linear_rows([size], args.selected, rounds=args.rounds) for size in LINEARS]
-        )
-        for step in track(steps, operator, console=console, disable=not console.is_terminal):
-            rows += step
-    for operator in dict.fromkeys(row.operator for row in rows):
-        console.print(
-            f"\n{operator}, {args.format}, batch {args.batch_size}, {args.threads} threads", markup=False
-        )
-        console.print(table([row for row in rows if row.operator == operator]), soft_wrap=True, markup=False)
+        for memory_format in (args.format,) if args.format else FORMATS:
+            steps = _steps(operator, memory_format, layers, args)
+            found = [
+                row
+                for step in track(
+                    steps, f"{operator}, {memory_format}", console=console, disable=not console.is_terminal
+                )
+                for row in step
+            ]
+            if found:
+                about = f"{operator}, {memory_format}, batch {args.batch_size}, {args.threads} threads"
+                console.print(f"{about}\n{table(found)}\n", soft_wrap=True, markup=False)
+            rows += found
     if args.json is not None:
         write_json(args.json, report(rows))
     return 0
+
+
+def _steps(
+    operator: str, memory_format: str, layers: list[ConvLayer], args: argparse.Namespace
+) -> list[Iterator[Row]]:
+    """The rows of one operator, a layer at a time, so that a progress bar can count them."""
+    if operator in _BY_LAYER:
+        return [
+            _BY_LAYER[operator](
+                [layer],
+                args.selected,
+                batch=args.batch_size,
+                memory_format=memory_format,
+                rounds=args.rounds,
+            )
+            for layer in layers
+        ]
+    if memory_format != FORMATS[0]:  # a linear layer has but one
+        return []
+    return [linear_rows([size], args.selected, rounds=args.rounds) for size in LINEARS]

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder
 from trady_kernels.data.mnist import find_mnist
 from trady_kernels.models.loading import find_efficientnet_lite0_weights
 from trady_kernels.ops import available, last_kernel
 from trady_kernels.ops.backend import OPERATORS, build_record
-from trady_kernels.training.atomic_write import write_json
-from trady_kernels.training.provenance import commit, machine, versions
+from trady_kernels.provenance import commit, machine, versions
 
 _DESCRIPTION = """\
 Show versions, the machine, which backends can run and why the others cannot, the instruction set of the C++ kernels,

@@ -12,11 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import _INTERRUPTED, Failed, usage_errors
 from trady_kernels.cli.console import TrainingProgress, check_writable, in_bytes, make_console
 from trady_kernels.cost import Budget
 from trady_kernels.selection import SCHEMES
-from trady_kernels.training.atomic_write import write_json
 from trady_kernels.training.loop import Diverged
 from trady_kernels.training.plot import plot_accuracy
 from trady_kernels.training.results import SchemeResult

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from rich.table import Table
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.cli.console import check_writable, in_bytes, make_console
 from trady_kernels.cli.network import (
     add_network_arguments,
@@ -19,7 +20,6 @@ from trady_kernels.cli.network import (
     make_sampler,
 )
 from trady_kernels.memory import KINDS, MemoryReport, measure_memory
-from trady_kernels.training.atomic_write import write_json
 
 _DESCRIPTION = """\
 Run one training step of the dense network and one with the channels that a budget buys, and show the bytes that

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.cli.network import (
     add_network_arguments,
@@ -14,7 +15,6 @@ from trady_kernels.cli.network import (
     make_network,
     make_sampler,
 )
-from trady_kernels.training.atomic_write import write_json
 
 _DESCRIPTION = """\
 Show, for every layer, its input channels, what training one of them costs, its place in the layer ranking, and how

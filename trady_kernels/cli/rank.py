@@ -10,12 +10,12 @@ import torch
 from rich.progress import Progress
 from rich.table import Table
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import usage_errors
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data import load_data
+from trady_kernels.provenance import describe
 from trady_kernels.selection import LayerRanking
-from trady_kernels.training.atomic_write import write_json
-from trady_kernels.training.provenance import describe
 from trady_kernels.training.ranking import rank_model
 
 _EPILOG = """\

@@ -220,6 +220,14 @@ def unavailable(name: str) -> str | None:
     return _reasons.get(name)
 
 
+def instruction_set() -> str | None:
+    """Instruction set that the C++ kernels run on now; None without compiled code."""
+    if unavailable("cpp"):
+        return None
+    name: str = importlib.import_module("trady_kernels._C").isa()
+    return name
+
+
 def available() -> dict[str, str | None]:
     """Every backend, with None where it runs here and otherwise the reason and the mend."""
     return {name: unavailable(name) for name in BACKENDS}

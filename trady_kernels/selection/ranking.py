@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trady_kernels.atomic_write import write_json
 from trady_kernels.batch import Example, input_of, loss_of, without_trace
 from trady_kernels.cost import Layer, LayerCost, measure_layers
 from trady_kernels.nn.channels import SparseChannels
@@ -108,24 +109,13 @@ class LayerRanking(Mapping[str, float]):
         Raises:
             OSError: the file cannot be written.
         """
-        path = Path(path)
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "metric": self.metric,
             "scores": self._scores,
         }
-        # Renamed into place once it is whole on the disk.
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(draft, "w") as file:
-                json.dump(content, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_json(Path(path), content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerRanking:

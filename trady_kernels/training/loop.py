@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trady_kernels.atomic_write import save_checkpoint
 from trady_kernels.data import ImageData, LabelledImages, to_network_input
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, classifier_name, load_model, read_checkpoint
-from trady_kernels.training.atomic_write import save_checkpoint
 from trady_kernels.training.regimes import Regime, find_ranking, prepare_dense, prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trady_kernels.training.atomic_write import write_atomically
+from trady_kernels.atomic_write import write_atomically
 from trady_kernels.training.results import SchemeResult
 
 # Okabe and Ito's colours, told apart with any colour vision; the markers tell the schemes apart without colour.

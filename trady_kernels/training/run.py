@@ -11,9 +11,9 @@ import torch
 from trady_kernels.cost import Budget
 from trady_kernels.data import ImageData, load_data
 from trady_kernels.models.loading import load_model, read_checkpoint
+from trady_kernels.provenance import describe
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.loop import Observer, train_scheme
-from trady_kernels.training.provenance import describe
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder

