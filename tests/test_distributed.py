@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 from pathlib import Path
@@ -16,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from trady_kernels import SparseConv2d, SparseLinear
 
 WORLD = 2
+# Before it kept their version counters, a broadcast of buffers between two forwards made any backward raise that had
+# saved one, nn.BatchNorm2d's in training too.
+BROADCAST = "_unsafe_preserve_version_counter" in inspect.getsource(DistributedDataParallel)
 
 
 def network() -> nn.Sequential:
@@ -48,11 +52,15 @@ def train(model: nn.Module, inner: nn.Sequential, x: torch.Tensor) -> dict[str, 
             loss_of(model, x).backward()
             optimizer.step()
     inner[2].select([1, 5])  # type: ignore[operator]  # other counts: a new wrapper
-    wrapped = DistributedDataParallel(inner) if dist.is_initialized() else inner
+    wrapped = wrap(inner) if dist.is_initialized() else inner
     optimizer.zero_grad()
     loss_of(wrapped, x).backward()
     optimizer.step()
     return inner.state_dict()
+
+
+def wrap(inner: nn.Module) -> DistributedDataParallel:
+    return DistributedDataParallel(inner, broadcast_buffers=BROADCAST)
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -62,7 +70,7 @@ def work(rank: int, port: int, folder: str) -> None:
     try:
         torch.manual_seed(rank)  # other weights and channels on each rank: the wrapper takes rank 0's
         inner = network()
-        state = train(DistributedDataParallel(inner), inner, batch().chunk(WORLD)[rank])
+        state = train(wrap(inner), inner, batch().chunk(WORLD)[rank])
         torch.save((inner[4].channels, state), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
