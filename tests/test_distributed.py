@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from trady_kernels import SparseConv2d, SparseLinear
 
 WORLD = 2
-# Before it kept their version counters, a broadcast of buffers between two forwards made any backward raise that had
-# saved one, nn.BatchNorm2d's in training too.
-BROADCAST = "_unsafe_preserve_version_counter" in inspect.getsource(DistributedDataParallel)
+# Before torch's broadcast of buffers kept their version counters, one between two forwards made the backward of
+# anything raise that had saved a buffer, nn.BatchNorm2d's in training too.
+TWO_FORWARDS = "_unsafe_preserve_version_counter" in inspect.getsource(DistributedDataParallel)
 
 
 def network() -> nn.Sequential:
@@ -38,8 +38,8 @@ def batch() -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    # two forwards before one backward
-    return (model(x).square().sum() + model(-x).square().sum()) / len(x)
+    outputs = (model(x), model(-x)) if TWO_FORWARDS else (model(x),)
+    return torch.stack([output.square().sum() for output in outputs]).sum() / len(x)
 
 
 def train(model: nn.Module, inner: nn.Sequential, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -52,15 +52,11 @@ def train(model: nn.Module, inner: nn.Sequential, x: torch.Tensor) -> dict[str, 
             loss_of(model, x).backward()
             optimizer.step()
     inner[2].select([1, 5])  # type: ignore[operator]  # other counts: a new wrapper
-    wrapped = wrap(inner) if dist.is_initialized() else inner
+    wrapped = DistributedDataParallel(inner) if dist.is_initialized() else inner
     optimizer.zero_grad()
     loss_of(wrapped, x).backward()
     optimizer.step()
     return inner.state_dict()
-
-
-def wrap(inner: nn.Module) -> DistributedDataParallel:
-    return DistributedDataParallel(inner, broadcast_buffers=BROADCAST)
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -70,7 +66,7 @@ def work(rank: int, port: int, folder: str) -> None:
     try:
         torch.manual_seed(rank)  # other weights and channels on each rank: the wrapper takes rank 0's
         inner = network()
-        state = train(wrap(inner), inner, batch().chunk(WORLD)[rank])
+        state = train(DistributedDataParallel(inner), inner, batch().chunk(WORLD)[rank])
         torch.save((inner[4].channels, state), Path(folder) / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
