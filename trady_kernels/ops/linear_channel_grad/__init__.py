@@ -27,10 +27,11 @@ def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
 
 
 #: Up to how many features the C++ kernel is taken on the CPU; ATen's product above. Measured with AVX-512 against
-#: MKL, one thread, rows 1 to 8192, outputs 10 to 3072: 1.0 to 2.5 times as fast up to 24 features, level at 32 to 64,
-#: half as fast at 192. The half types have no limit: there the kernel is 2 to 20 times as fast, and ATen rounds the
-#: sums to the half type before we can widen them.
-_MOST_FEATURES = {torch.float32: 24, torch.float64: 24}
+#: MKL, one idle thread, 8 to 8,192 rows, 96 to 1,536 outputs: in float32 and float64 level up to 4 features once the
+#: calls around both are counted (both then read grad_output at memory speed), 0.7 to 0.9 of MKL from 8 on. The half
+#: types have no limit: there the kernel is 2 to 3 times as fast, and ATen rounds the sums to the half type before we
+#: can widen them.
+_MOST_FEATURES = {torch.float32: 4, torch.float64: 4}
 
 
 def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
