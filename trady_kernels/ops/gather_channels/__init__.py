@@ -24,14 +24,20 @@ def _validate(input: torch.Tensor, channels: torch.Tensor) -> None:
 
 
 def _choose(input: torch.Tensor, channels: torch.Tensor) -> str:
-    return "cuda" if input.is_cuda else "cpp"
+    """By layout: of contiguous planes both copy at memory speed, and ATen's call is 3 us shorter.
+
+    Elsewhere, measured on one thread at batch 8: channels_last 3 to 10 times as fast as ATen.
+    """
+    if input.is_cuda:
+        return "cuda"
+    return "aten" if input.dim() > 2 and input.is_contiguous() else "cpp"
 
 
 _operator = Operator(
     "gather_channels(Tensor input, Tensor channels) -> Tensor",
     reference=reference,
     fake=_fake,
-    kernels={},
+    kernels={"aten": reference},  # ATen's index_select is also the definition
     choose=_choose,
     validate=_validate,
 )
