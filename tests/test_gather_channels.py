@@ -134,8 +134,9 @@ def test_cuda(layout: str) -> None:
         (torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), "cpp"),
         (torch.zeros(2, 3, 4, 5)[..., 1:], "cpp"),
         (torch.zeros(7, 3), "cpp"),
+        (torch.empty(2, 3, 1, 1, memory_format=torch.channels_last).zero_(), "cpp"),
     ],
-    ids=("contiguous", "channels_last", "slice", "features"),
+    ids=("contiguous", "channels_last", "slice", "features", "channels_last pixel"),
 )
 def test_choice_by_layout(input: torch.Tensor, kernel: str) -> None:
     gather_channels(input, torch.tensor([1]))

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.choice import cpp_or_aten
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad as aten
-from trady_kernels.ops.conv2d_channel_grad.choice import choose
 from trady_kernels.ops.conv2d_channel_grad.reference import conv2d_channel_grad as reference
+from trady_kernels.ops.layout import memory_format_of
 
 
 def _fake(
@@ -69,13 +70,43 @@ def _validate(
             )
 
 
+def _family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> str:
+    if groups != 1:
+        return "grouped"
+    if kernel_size[0] != 1 or kernel_size[1] != 1:
+        return "kxk"
+    return "1x1" if stride[0] == 1 and stride[1] == 1 else "1x1 strided"
+
+
+def _choose(
+    input_selected: torch.Tensor,
+    grad_output: torch.Tensor,
+    channels: torch.Tensor,
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> str:
+    if input_selected.is_cuda:
+        return "aten"
+    return cpp_or_aten(
+        "conv2d_channel_grad",
+        _family(kernel_size, stride, groups),
+        memory_format_of(grad_output),
+        input_selected.dtype,
+        channels.shape[0],
+    )
+
+
 _operator = Operator(
     "conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, "
     "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     reference=reference,
     fake=_fake,
     kernels={"aten": aten},
-    choose=choose,
+    choose=_choose,
     validate=_validate,
 )
 

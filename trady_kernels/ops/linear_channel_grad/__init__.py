@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.choice import cpp_or_aten
 from trady_kernels.ops.linear_channel_grad.aten import linear_channel_grad as aten
 from trady_kernels.ops.linear_channel_grad.reference import linear_channel_grad as reference
 
@@ -26,19 +27,11 @@ def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
         )
 
 
-#: Up to how many features the C++ kernel is taken on the CPU; ATen's product above. Measured with AVX-512 against
-#: MKL, one idle thread, 8 to 8,192 rows, 96 to 1,536 outputs: in float32 and float64 level up to 4 features once the
-#: calls around both are counted (both then read grad_output at memory speed), 0.7 to 0.9 of MKL from 8 on. The half
-#: types have no limit: there the kernel is 2 to 3 times as fast, and ATen rounds the sums to the half type before we
-#: can widen them.
-_MOST_FEATURES = {torch.float32: 4, torch.float64: 4}
-
-
 def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
-    most = _MOST_FEATURES.get(input_selected.dtype)
-    return (
-        "aten" if input_selected.is_cuda or (most is not None and input_selected.shape[-1] > most) else "cpp"
-    )
+    if input_selected.is_cuda:
+        return "aten"
+    features, dtype = input_selected.shape[-1], input_selected.dtype
+    return cpp_or_aten("linear_channel_grad", "linear", torch.contiguous_format, dtype, features)
 
 
 _operator = Operator(

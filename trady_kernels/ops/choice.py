@@ -1,0 +1,77 @@
+"""The one table by which ``auto`` takes a C++ kernel or ATen on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+ANY = 1 << 62
+
+_FLOAT = (torch.float32,)
+_FLOATS = (torch.float32, torch.float64)
+#: ATen rounds the sums of the half types to the half type before they can be widened: for them there is no limit.
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Up to how many selected channels a C++ kernel is taken; above, ATen on the compact input.
+
+    Attributes:
+        operator: name of the operator.
+        family: kind of call, as the operator names it.
+        memory_format: of the tensor that has all channels.
+        most_selected: the limit.
+        dtypes: what the limit holds for; other dtypes always run in C++.
+    """
+
+    operator: str
+    family: str
+    memory_format: torch.memory_format
+    most_selected: int
+    dtypes: tuple[torch.dtype, ...] = _FLOAT
+
+
+_CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+
+#: Measured with AVX-512 on one thread against torch 2.13 (oneDNN and MKL), on the layers of MobileNetV2, ResNet-18 and
+#: EfficientNet-Lite0 at batch 8 (``trady bench``, benchmarks/results).
+#:
+#: * ``ANY`` for convolutions in channels_last is also where oneDNN is not to be trusted: strided 1x1 with few channels
+#:   (oneDNN#6035), strided and padded depthwise (pytorch#50042).
+#: * linear: level up to 4 features once the calls around both are counted (both then read grad_output at memory
+#:   speed), 0.7 to 0.9 of MKL from 8 on.
+#: * gather: of contiguous planes both copy at memory speed, and ATen's call is 3 us shorter; in channels_last, and of
+#:   features, C++ is 3 to 10 times as fast.
+LIMITS = (
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, 16),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, 16),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, 48),
+    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, ANY),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, 12),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, 4),
+    Limit("conv2d_channel_grad", "grouped", _CONTIGUOUS, ANY),
+    Limit("conv2d_channel_grad", "grouped", _CHANNELS_LAST, ANY),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, 4, _FLOATS),
+    Limit("gather_channels", "planes", _CONTIGUOUS, 0, _FLOATS + _HALVES),
+    Limit("gather_channels", "planes", _CHANNELS_LAST, ANY),  # of one pixel: contiguous either way
+    Limit("gather_channels", "strided planes", _CONTIGUOUS, ANY),
+    Limit("gather_channels", "strided planes", _CHANNELS_LAST, ANY),
+    Limit("gather_channels", "features", _CONTIGUOUS, ANY),
+)
+_TABLE = {(limit.operator, limit.family, limit.memory_format): limit for limit in LIMITS}
+
+
+def cpp_or_aten(
+    operator: str, family: str, memory_format: torch.memory_format, dtype: torch.dtype, selected: int
+) -> str:
+    """``"cpp"`` or ``"aten"`` by the table. Simple comparisons only: sizes may be symbolic.
+
+    Args:
+        operator, family, memory_format: the row.
+        dtype: of the input.
+        selected: number of selected channels.
+    """
+    limit = _TABLE[operator, family, memory_format]
+    return "aten" if dtype in limit.dtypes and selected > limit.most_selected else "cpp"
