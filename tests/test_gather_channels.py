@@ -85,7 +85,7 @@ def test_large_enough_for_threads() -> None:
     check(torch.randn(5000, 64), channels)
 
 
-@pytest.mark.parametrize("name", ["cpp", "reference"])
+@pytest.mark.parametrize("name", ["cpp", "aten", "reference"])
 @pytest.mark.parametrize("index", [5, -1, 1 << 40])
 def test_index_out_of_range(name: str, index: int) -> None:
     with (

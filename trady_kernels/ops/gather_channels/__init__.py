@@ -6,6 +6,7 @@ import torch
 
 from trady_kernels.ops.backend import Operator
 from trady_kernels.ops.choice import cpp_or_aten
+from trady_kernels.ops.gather_channels.aten import gather_channels as aten
 from trady_kernels.ops.gather_channels.reference import gather_channels as reference
 from trady_kernels.ops.layout import memory_format_of
 
@@ -35,7 +36,7 @@ _operator = Operator(
     "gather_channels(Tensor input, Tensor channels) -> Tensor",
     reference=reference,
     fake=_fake,
-    kernels={"aten": reference},  # ATen's index_select is also the definition
+    kernels={"aten": aten},
     choose=_choose,
     validate=_validate,
 )

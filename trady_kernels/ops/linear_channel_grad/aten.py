@@ -10,6 +10,7 @@ def linear_channel_grad(
     grad_output: torch.Tensor,  # (..., O)
 ) -> torch.Tensor:  # (k, O)
     """One matrix product; half types are accumulated in float32 inside and widened afterwards."""
-    accumulate = torch.promote_types(input_selected.dtype, torch.float32)
-    x, dy = input_selected.flatten(0, -2), grad_output.flatten(0, -2)
-    return torch.mm(x.t(), dy).to(accumulate)
+    if input_selected.dim() > 2:
+        input_selected, grad_output = input_selected.flatten(0, -2), grad_output.flatten(0, -2)
+    grad = torch.mm(input_selected.t(), grad_output)
+    return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
