@@ -85,7 +85,7 @@ def test_large_enough_for_threads() -> None:
     check(torch.randn(5000, 64), channels)
 
 
-@pytest.mark.parametrize("name", ["cpp", "aten", "reference"])
+@pytest.mark.parametrize("name", ["cpp", "reference"])
 @pytest.mark.parametrize("index", [5, -1, 1 << 40])
 def test_index_out_of_range(name: str, index: int) -> None:
     with (
@@ -125,19 +125,3 @@ def test_cuda(layout: str) -> None:
             assert output.stride() == torch.empty(output.shape, memory_format=memory_format_of(x)).stride(), (
                 case
             )
-
-
-@pytest.mark.parametrize(
-    ("input", "kernel"),
-    [
-        (torch.zeros(2, 3, 4, 5), "aten"),
-        (torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), "cpp"),
-        (torch.zeros(2, 3, 4, 5)[..., 1:], "cpp"),
-        (torch.zeros(7, 3), "cpp"),
-        (torch.empty(2, 3, 1, 1, memory_format=torch.channels_last).zero_(), "cpp"),
-    ],
-    ids=("contiguous", "channels_last", "slice", "features", "channels_last pixel"),
-)
-def test_choice_by_layout(input: torch.Tensor, kernel: str) -> None:
-    gather_channels(input, torch.tensor([1]))
-    assert last_kernel("gather_channels") == kernel

@@ -10,8 +10,6 @@ ANY = 1 << 62
 
 _FLOAT = (torch.float32,)
 _FLOATS = (torch.float32, torch.float64)
-#: ATen rounds the sums of the half types to the half type before they can be widened: for them there is no limit.
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,8 @@ class Limit:
         family: kind of call, as the operator names it.
         memory_format: of the tensor that has all channels.
         most_selected: the limit.
-        dtypes: what the limit holds for; other dtypes always run in C++.
+        dtypes: what the limit holds for; other dtypes always run in C++. ATen rounds the sums of the half types to
+            the half type before they can be widened.
     """
 
     operator: str
@@ -42,8 +41,6 @@ _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 #:   (oneDNN#6035), strided and padded depthwise (pytorch#50042).
 #: * linear: level up to 4 features once the calls around both are counted (both then read grad_output at memory
 #:   speed), 0.7 to 0.9 of MKL from 8 on.
-#: * gather: of contiguous planes both copy at memory speed, and ATen's call is 3 us shorter; in channels_last, and of
-#:   features, C++ is 3 to 10 times as fast.
 LIMITS = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, 16),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, 16),
@@ -54,11 +51,6 @@ LIMITS = (
     Limit("conv2d_channel_grad", "grouped", _CONTIGUOUS, ANY),
     Limit("conv2d_channel_grad", "grouped", _CHANNELS_LAST, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, 4, _FLOATS),
-    Limit("gather_channels", "planes", _CONTIGUOUS, 0, _FLOATS + _HALVES),
-    Limit("gather_channels", "planes", _CHANNELS_LAST, ANY),  # of one pixel: contiguous either way
-    Limit("gather_channels", "strided planes", _CONTIGUOUS, ANY),
-    Limit("gather_channels", "strided planes", _CHANNELS_LAST, ANY),
-    Limit("gather_channels", "features", _CONTIGUOUS, ANY),
 )
 _TABLE = {(limit.operator, limit.family, limit.memory_format): limit for limit in LIMITS}
 

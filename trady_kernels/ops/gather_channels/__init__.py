@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 
 from trady_kernels.ops.backend import Operator
-from trady_kernels.ops.choice import cpp_or_aten
-from trady_kernels.ops.gather_channels.aten import gather_channels as aten
 from trady_kernels.ops.gather_channels.reference import gather_channels as reference
 from trady_kernels.ops.layout import memory_format_of
 
@@ -26,17 +24,14 @@ def _validate(input: torch.Tensor, channels: torch.Tensor) -> None:
 
 
 def _choose(input: torch.Tensor, channels: torch.Tensor) -> str:
-    if input.is_cuda:
-        return "cuda"
-    family = "features" if input.dim() == 2 else "planes" if input.is_contiguous() else "strided planes"
-    return cpp_or_aten("gather_channels", family, memory_format_of(input), input.dtype, channels.shape[0])
+    return "cuda" if input.is_cuda else "cpp"
 
 
 _operator = Operator(
     "gather_channels(Tensor input, Tensor channels) -> Tensor",
     reference=reference,
     fake=_fake,
-    kernels={"aten": aten},
+    kernels={},
     choose=_choose,
     validate=_validate,
 )
