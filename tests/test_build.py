@@ -196,7 +196,7 @@ import torch, trady_kernels.ops as ops
 ops.linear_channel_grad(torch.randn(4, 2), torch.randn(4, 3))
 print(ops.last_kernel("linear_channel_grad"), ops.__file__)
 """
-    ran = run(sys.executable, "-W", "error", "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
+    ran = run(sys.executable, "-W", "error", "-c", code, cwd=site, PYTHONPATH=str(site))
     assert ran.stdout == f"cpp {site / 'trady_kernels' / 'ops' / '__init__.py'}\n", ran.stderr
 
 
