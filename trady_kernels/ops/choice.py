@@ -39,8 +39,7 @@ _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 #:
 #: * ``ANY`` for convolutions in channels_last is also where oneDNN is not to be trusted: strided 1x1 with few channels
 #:   (oneDNN#6035), strided and padded depthwise (pytorch#50042).
-#: * linear: level up to 4 features once the calls around both are counted (both then read grad_output at memory
-#:   speed), 0.7 to 0.9 of MKL from 8 on.
+#: * linear: up to 4 features both read grad_output at memory speed; above, MKL is ahead.
 LIMITS = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, 16),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, 16),
