@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -46,6 +47,10 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
 }
 
 
+def _tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def test_every_operator_has_samples() -> None:
     assert set(SAMPLES) == set(OPERATORS)
 
@@ -65,27 +70,31 @@ def test_fake_has_the_strides_of_every_kernel(name: str) -> None:
                 *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
             )
         for kernel_name, kernel in operator.kernels.items():
-            output = kernel(*arguments)
-            assert output.shape == fake.shape and output.dtype == fake.dtype, kernel_name
-            assert output.stride() == fake.stride(), kernel_name
+            outputs = kernel(*copy.deepcopy(arguments))
+            for output, expected in zip(_tuple(outputs), _tuple(fake), strict=True):
+                assert output.shape == expected.shape and output.dtype == expected.dtype, kernel_name
+                assert output.stride() == expected.stride(), kernel_name
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_forced_backend_runs(name: str) -> None:
     operator = OPERATORS[name]
     for arguments in SAMPLES[name]:
-        expected = operator.kernels["reference"](*arguments)
+        expected_arguments = copy.deepcopy(arguments)
+        expected = operator.kernels["reference"](*expected_arguments)
         for kernel in operator.kernels:
             if kernel == "cuda":
                 continue
+            written = copy.deepcopy(arguments)
             with backend(kernel):
-                torch.testing.assert_close(operator(*arguments), expected)
+                torch.testing.assert_close(operator(*written), expected)
+            torch.testing.assert_close(written, expected_arguments)  # also what is written in place
             assert last_kernel(name) == kernel
 
 
 def _events(name: str, arguments: tuple[Any, ...]) -> set[str]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        OPERATORS[name](*arguments)
+        OPERATORS[name](*copy.deepcopy(arguments))
     return {event.key for event in profiler.key_averages()}
 
 

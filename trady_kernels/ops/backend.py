@@ -43,7 +43,8 @@ class Operator:
     """One operator of ``torch.ops.trady``: schema, kernels by backend, and the choice among them.
 
     Args:
-        schema: signature as ``torch.library`` reads it, e.g. ``"double(Tensor x) -> Tensor"``.
+        schema: signature as ``torch.library`` reads it, e.g. ``"double(Tensor x) -> Tensor"``. Results may be
+            several, and an argument may be written in place (``Tensor(a!)``).
         reference: plain PyTorch implementation; also what ``torch.ops.trady.<name>`` runs on a device
             that has no compiled kernel.
         fake: shape, dtype and strides of the result, for ``torch.compile``.
@@ -58,9 +59,9 @@ class Operator:
         self,
         schema: str,
         *,
-        reference: Callable[..., torch.Tensor],
-        fake: Callable[..., torch.Tensor],
-        kernels: dict[str, Callable[..., torch.Tensor]],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        kernels: dict[str, Callable[..., Any]],
         choose: Callable[..., str],
         validate: Callable[..., None],
     ) -> None:
@@ -74,7 +75,7 @@ class Operator:
         self.validate = validate
         OPERATORS[self.name] = self
 
-    def __call__(self, *args: Any) -> torch.Tensor:
+    def __call__(self, *args: Any) -> Any:
         self.validate(*args)
         if _forced is None:
             name = self.choose(*args)
