@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
+from trady_kernels.functional.norm import FrozenNorm, norm_scale
 from trady_kernels.ops import conv2d_channel_grad, gather_channels
 
 #: Zeros around the input: (left, right, top, bottom), the order that ``F.pad`` takes.
@@ -23,13 +24,30 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
-def _margins(padding: str | tuple[int, int], kernel_size: Sequence[int], dilation: Sequence[int]) -> Margins:
+def _pair_or_margins(padding: int | Sequence[int]) -> tuple[int, int] | Margins:
+    if isinstance(padding, int) or len(padding) != 4:
+        return _pair(padding)
+    symmetric, by_hand = _split(padding)  # type: ignore[arg-type]
+    return tuple(padding) if any(by_hand) else symmetric  # type: ignore[return-value]
+
+
+def margins_of(padding: str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> Margins:
+    """What a convolution's ``padding`` puts around its input: a string, (height, width) or margins themselves."""
     if padding == "valid":
         return (0, 0, 0, 0)
     if padding == "same":  # an odd total puts the extra element behind, as torch does
         height, width = (dilation[i] * (kernel_size[i] - 1) for i in (0, 1))
         return (width // 2, width - width // 2, height // 2, height - height // 2)
+    if len(padding) == 4:
+        return tuple(padding)  # type: ignore[arg-type, return-value]
     return (padding[1], padding[1], padding[0], padding[0])  # type: ignore[return-value]
+
+
+def _split(margins: Margins) -> tuple[tuple[int, int], Margins]:
+    """Margins as what a convolution pads, the same on both sides, and what has to be padded by hand."""
+    left, right, top, bottom = margins
+    height, width = min(top, bottom), min(left, right)
+    return (height, width), (left - width, right - width, top - height, bottom - height)
 
 
 def _convolve(
@@ -37,16 +55,48 @@ def _convolve(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     stride: tuple[int, int],
-    padding: str | tuple[int, int],
+    padding: str | tuple[int, int] | Margins,
     dilation: tuple[int, int],
     groups: int,
     padding_mode: str,
+    norm: FrozenNorm | None,
 ) -> torch.Tensor:
-    """The very calls of ``nn.Conv2d.forward``, so that the output is bit-equal to it."""
+    """The very calls of ``nn.Conv2d.forward``, so that without margins and norm the output is bit-equal to it."""
+    if norm is not None:
+        weight, bias = _with_norm(weight, bias, norm)
     if padding_mode != "zeros":
-        input = F.pad(input, _margins(padding, weight.shape[2:], dilation), mode=padding_mode)
+        input = F.pad(input, margins_of(padding, weight.shape[2:], dilation), mode=padding_mode)
         padding = (0, 0)
+    elif isinstance(padding, tuple) and len(padding) == 4:
+        padding, by_hand = _split(padding)
+        input = F.pad(input, by_hand)
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+
+
+def _with_norm(
+    weight: torch.Tensor, bias: torch.Tensor | None, norm: FrozenNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the convolution that has the norm in it, in the weight's dtype."""
+    scale = norm_scale(norm.weight, norm.running_var, norm.eps)
+    shift = scale * (-norm.running_mean if bias is None else bias - norm.running_mean)
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    return _scaled(weight, scale, weight.dtype), shift.to(weight.dtype)
+
+
+def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (weight * scale[:, None, None, None]).to(dtype)
+
+
+def _row_scale(
+    scale: torch.Tensor,  # (C',)
+    channels: torch.Tensor,  # (k,)
+    in_channels: int,
+    groups: int,
+) -> torch.Tensor:  # (k or 1, C'/groups, 1, 1)
+    """Scale of each output that a row of ``channel_weight`` goes to: those of the group its channel is in."""
+    by_group = scale.view(groups, -1, 1, 1)
+    return by_group if groups == 1 else by_group[channels.div(in_channels // groups, rounding_mode="floor")]
 
 
 def _unpad_reflect(grad: torch.Tensor, shape: Sequence[int], margins: Margins) -> torch.Tensor:
@@ -98,19 +148,28 @@ class _SparseConv2d(torch.autograd.Function):
         channel_weight: torch.Tensor | None,  # (k, C'/groups, kh, kw)
         channels: torch.Tensor,  # (k,)
         stride: tuple[int, int],
-        padding: str | tuple[int, int],
+        padding: str | tuple[int, int] | Margins,
         dilation: tuple[int, int],
         groups: int,
         padding_mode: str,
+        norm_weight: torch.Tensor | None,  # (C',)
+        norm_bias: torch.Tensor | None,  # (C',)
+        running_mean: torch.Tensor | None,  # (C',)
+        running_var: torch.Tensor | None,  # (C',)
+        eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        norm = None
+        if running_mean is not None and running_var is not None:
+            norm = FrozenNorm(norm_weight, norm_bias, running_mean, running_var, eps)
+        output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
         if channel_weight is None or channels.shape[0] == input.shape[1]:
             return output, None
         return output, gather_channels(input, channels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        input, weight, bias, channel_weight, channels, *ctx.convolution = inputs
+        input, weight, bias, channel_weight, channels, *ctx.convolution = inputs[:10]
+        norm_weight, _, _, running_var, ctx.eps = inputs[10:]
         _, selected = output
         if selected is not None:
             ctx.mark_non_differentiable(selected)
@@ -122,6 +181,8 @@ class _SparseConv2d(torch.autograd.Function):
             selected,
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
+            norm_weight,
+            running_var,
         )
         ctx.kernel_size = weight.shape[2:]
         ctx.input_layout = input.shape, input.stride()
@@ -134,21 +195,17 @@ class _SparseConv2d(torch.autograd.Function):
     @first_order_only("sparse_conv2d")
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * 10
-        selected, weight, channels = ctx.saved_tensors
+            return (None,) * 15
+        selected, weight, channels, norm_weight, running_var = ctx.saved_tensors
         stride, padding, dilation, groups, padding_mode = ctx.convolution
         shape, strides = ctx.input_layout
         bias_dtype, rows_dtype = ctx.dtypes
-        margins = _margins(padding, ctx.kernel_size, dilation)
-        left, right, top, bottom = margins
-        if padding_mode == "zeros":
-            # convolutions pad both sides alike; what 'same' adds behind is padded by hand
-            symmetric, by_hand = [top, left], (0, right - left, 0, bottom - top)
-        else:
-            symmetric, by_hand = [0, 0], margins
+        margins = margins_of(padding, ctx.kernel_size, dilation)
+        symmetric, by_hand = _split(margins) if padding_mode == "zeros" else ((0, 0), margins)
         padded = any(by_hand)
         mode = "constant" if padding_mode == "zeros" else padding_mode
 
+        scale = None if running_var is None else norm_scale(norm_weight, running_var, ctx.eps)
         grad_input = grad_bias = grad_rows = None
         if ctx.needs_input_grad[3]:
             grad_rows = conv2d_channel_grad(
@@ -161,15 +218,20 @@ class _SparseConv2d(torch.autograd.Function):
                 symmetric,
                 dilation,
                 groups,
-            ).to(rows_dtype)
+            )
+            if scale is not None:
+                grad_rows = grad_rows * _row_scale(scale, channels, shape[1], groups)
+            grad_rows = grad_rows.to(rows_dtype)
         if ctx.needs_input_grad[0]:
+            dtype = grad_output.dtype
+            weight = weight.to(dtype) if scale is None else _scaled(weight, scale, dtype)
             size = shape
             if padded:
                 size = (*shape[:2], shape[2] + by_hand[2] + by_hand[3], shape[3] + by_hand[0] + by_hand[1])
             grad_input = torch.ops.aten.convolution_backward(
                 grad_output,
                 _stand_in(grad_output, size, strides),
-                weight.to(grad_output.dtype),
+                weight,
                 None,
                 stride,
                 symmetric,
@@ -180,14 +242,17 @@ class _SparseConv2d(torch.autograd.Function):
                 [True, False, False],
             )[0]
             if padded and padding_mode == "zeros":
-                grad_input = grad_input[:, :, : shape[2], : shape[3]].clone(
-                    memory_format=_memory_format(strides)
-                )
+                inner = grad_input[:, :, by_hand[2] :, by_hand[0] :][:, :, : shape[2], : shape[3]]
+                grad_input = inner.clone(memory_format=_memory_format(strides))
             elif padded:
                 grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum((0, 2, 3)).to(bias_dtype)
-        return grad_input, None, grad_bias, grad_rows, *(None,) * 6
+            if scale is None:
+                grad_bias = grad_output.sum((0, 2, 3))
+            else:
+                grad_bias = grad_output.sum((0, 2, 3), dtype=scale.dtype) * scale
+            grad_bias = grad_bias.to(bias_dtype)
+        return grad_input, None, grad_bias, grad_rows, *(None,) * 11
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -205,13 +270,20 @@ def sparse_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
+    norm: FrozenNorm | None = None,
 ) -> torch.Tensor:  # (N, C', H', W') or (C', H', W')
     r"""``F.conv2d`` whose weight gradient goes to the rows of the selected input channels alone.
 
     .. math:: dW[c, o, i, j] = \sum_{n, h, w} x_{pad}[n, c, h s_h + i d_h, w s_w + j d_w] \; dY[n, o, h, w]
 
-    Kept for backward: the selected channels of the input where ``channel_weight`` requires grad, and a
-    reference to ``weight`` where the input does (TraDy, arXiv 2510.19675, section 3).
+    With a norm folded in, :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` scales the weight on its way into the
+    convolution, and :math:`dY` on its way out: :math:`dX` is that of :math:`s[o] W`, and
+
+    .. math:: dW[c, o] = s[o] \; dW'[c, o], \qquad db = s \sum dY
+
+    Kept for backward: the selected channels of the input where ``channel_weight`` requires grad, and
+    references: to ``weight`` where the input does, and to the norm's weight and variance (TraDy, arXiv
+    2510.19675, section 3).
 
     Args:
         input: ``(N, C, H, W)`` or ``(C, H, W)``.
@@ -222,11 +294,14 @@ def sparse_conv2d(
             row an input channel; None where nothing but the input and the bias gets a gradient. Its
             values are not read.
         channels: ``(k,)`` int64, sorted and unique, the input channel of each row.
-        stride, padding, dilation, groups: as ``F.conv2d`` takes them, ``'same'`` and ``'valid'`` included.
+        stride, padding, dilation, groups: as ``F.conv2d`` takes them, ``'same'`` and ``'valid'`` included;
+            ``padding`` also as (left, right, top, bottom), as ``F.pad`` takes them.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+        norm: a batch norm in evaluation mode that the output goes through. While its weight or bias requires
+            grad it is not folded, and the convolution's output is kept for it.
 
     Returns:
-        ``(N, C', H', W')`` or ``(C', H', W')``, bit-equal to ``nn.Conv2d``'s.
+        ``(N, C', H', W')`` or ``(C', H', W')``, without ``norm`` bit-equal to ``nn.Conv2d``'s.
 
     Raises:
         TypeError: ``input`` is not a tensor.
@@ -246,13 +321,18 @@ def sparse_conv2d(
         )
     stride, dilation = _pair(stride), _pair(dilation)
     if not isinstance(padding, str):
-        padding = _pair(padding)
+        padding = _pair_or_margins(padding)
+    if norm is not None and norm.trains:
+        output = sparse_conv2d(
+            input, weight, bias, channel_weight, channels, stride, padding, dilation, groups, padding_mode
+        )
+        return norm(output)
     if channel_weight is not None and not channel_weight.requires_grad:
         channel_weight = None
     if not torch.is_grad_enabled() or not (
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode)
+        return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
     input = cast_input(input)
     output, _ = apply(
         _SparseConv2d,
@@ -266,5 +346,6 @@ def sparse_conv2d(
         dilation,
         groups,
         padding_mode,
+        *((None, None, None, None, 0.0) if norm is None else norm),
     )
     return output if dim == 4 else output.squeeze(0)

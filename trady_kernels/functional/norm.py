@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,37 @@ def _scale_and_shift(
     eps: float,
 ) -> torch.Tensor:
     return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, True)
+
+
+def norm_scale(weight: torch.Tensor | None, running_var: torch.Tensor, eps: float) -> torch.Tensor:
+    r""":math:`\gamma / \sqrt{\sigma^2 + \epsilon}` in the statistics' dtype, in float32 for half types."""
+    variance = running_var.to(torch.promote_types(running_var.dtype, torch.float32))
+    scale = torch.rsqrt(variance + eps)
+    return scale if weight is None else scale * weight
+
+
+class FrozenNorm(NamedTuple):
+    """A batch norm in evaluation mode: what a convolution needs to fold it in.
+
+    Attributes:
+        weight, bias: ``(C,)`` or None, gamma and beta.
+        running_mean, running_var: ``(C,)``.
+        eps: added to the variance.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    eps: float
+
+    @property
+    def trains(self) -> bool:
+        """Whether gamma or beta gets a gradient."""
+        return any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias))
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, ...) -> (N, C, ...)
+        return _scale_and_shift(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
 
 class _FrozenBatchNorm(torch.autograd.Function):

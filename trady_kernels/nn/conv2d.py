@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from trady_kernels.functional import sparse_conv2d
+from trady_kernels.functional import FrozenNorm, sparse_conv2d
+from trady_kernels.functional.conv2d import Margins, margins_of
 from trady_kernels.nn.channels import Channels, SparseChannels
 
 torch.fx.wrap("sparse_conv2d")  # one node of a traced graph, as a dense layer is
+
+
+def can_fold_margins(convolution: nn.Conv2d, margins: Sequence[int]) -> bool:
+    """Whether zeros around a convolution's input are the same as more padding of its own.
+
+    Args:
+        convolution: the layer, dense or sparse.
+        margins: (left, right, top, bottom); negative ones cut the input, which no convolution does.
+    """
+    if len(margins) != 4 or min(margins) < 0:
+        return False
+    return convolution.padding_mode == "zeros" or not any(_own_margins(convolution))
+
+
+def _own_margins(convolution: nn.Conv2d) -> Margins:
+    return margins_of(convolution.padding, convolution.kernel_size, convolution.dilation)
 
 
 class SparseConv2d(SparseChannels, nn.Conv2d):
@@ -27,12 +45,18 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         channel_weight: ``(k, C'/groups, kh, kw)``, the trainable rows, one a selected input channel; the
             same object for the life of the module, and not in ``state_dict()``.
         channels: ``(k,)`` int64, sorted, the input channel of each row.
+        folded_norm: the batch norm that ``fold`` took in, or None; no submodule.
+        folded_margins: (left, right, top, bottom), the zeros that ``fold`` took in, or None.
 
     Raises:
         TypeError, ValueError, IndexError: bad ``channels``, or what ``nn.Conv2d`` raises.
 
     Source: TraDy, arXiv 2510.19675, section 3; Sparse Update, arXiv 2206.15472.
     """
+
+    # In the instance's __dict__ once folded: a registered submodule would be in state_dict() twice.
+    folded_norm: nn.BatchNorm2d | None = None
+    folded_margins: Margins | None = None
 
     def __init__(
         self,
@@ -86,8 +110,71 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         """An ``nn.Conv2d`` with copies of this layer's values, in its mode and on its device."""
         return self._copy_to(nn.Conv2d(**_arguments(self)))
 
+    def fold(self, norm: nn.BatchNorm2d | None = None, margins: Sequence[int] | None = None) -> SparseConv2d:
+        """Do from now on the work of the frozen norm behind this layer, and of the zero padding before it.
+
+        The modules there have to become the identity (``FoldedBatchNorm2d``, ``FoldedZeroPad2d``). The norm's
+        parameters and statistics are read at every forward and stay where they are: ``state_dict()`` and this
+        layer's ``weight`` do not change. Gradients are those with respect to ``weight``.
+
+        Args:
+            norm: a batch norm with running statistics, used as in evaluation mode; None leaves what is folded.
+                While its weight or bias requires grad it trains, at the price of its input being kept.
+            margins: (left, right, top, bottom), the zeros around the input; None leaves what is folded.
+
+        Returns:
+            This layer.
+
+        Raises:
+            TypeError: ``norm`` is not an ``nn.BatchNorm2d``.
+            ValueError: ``norm`` has no running statistics or another number of features than this layer has
+                output channels; ``margins`` are not four ints from 0, or the layer pads with something else
+                than zeros (``can_fold_margins`` tells). Nothing has changed then.
+        """
+        if norm is not None:
+            if not isinstance(norm, nn.BatchNorm2d):
+                raise TypeError(f"norm: got {type(norm).__name__}, expected an nn.BatchNorm2d or None")
+            if norm.running_mean is None or norm.running_var is None:
+                raise ValueError("norm: got track_running_stats=False, expected running statistics to fold")
+            if norm.num_features != self.out_channels:
+                raise ValueError(
+                    f"norm: got {norm.num_features} features, expected {self.out_channels}, the layer's "
+                    "output channels"
+                )
+        if margins is not None:
+            margins = tuple(margins)
+            if not can_fold_margins(self, margins):
+                raise ValueError(
+                    f"margins: got {margins} for a layer with padding={self.padding!r} and padding_mode="
+                    f"{self.padding_mode!r}, expected (left, right, top, bottom) from 0, and padding_mode='zeros'"
+                )
+            self.__dict__["folded_margins"] = margins
+        if norm is not None:
+            self.__dict__["folded_norm"] = norm
+        return self
+
+    def unfold(self) -> SparseConv2d:
+        """Forget what ``fold`` took in: the layer is a convolution alone again.
+
+        Returns:
+            This layer.
+        """
+        self.__dict__.pop("folded_norm", None)
+        self.__dict__.pop("folded_margins", None)
+        return self
+
+    def hand_back(self, dense: type[nn.Module]) -> None:
+        super().hand_back(dense)
+        SparseConv2d.unfold(self)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (N, C', H', W')
         weight, rows = self._operands()
+        padding, padding_mode = self.padding, self.padding_mode
+        if self.folded_margins is not None:
+            own = _own_margins(self)
+            padding = tuple(a + b for a, b in zip(own, self.folded_margins, strict=True))
+            padding_mode = "zeros"
+        norm = self.folded_norm
         return sparse_conv2d(
             input,
             weight,
@@ -95,11 +182,20 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
             rows,
             self.channels,
             self.stride,
-            self.padding,
+            padding,
             self.dilation,
             self.groups,
-            self.padding_mode,
+            padding_mode,
+            None
+            if norm is None
+            else FrozenNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps),  # type: ignore[arg-type]
         )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.folded_margins is not None:
+            text += f", folded_margins={self.folded_margins}"
+        return text if self.folded_norm is None else f"{text}, folded_norm=(eps={self.folded_norm.eps})"
 
     @property
     def channel_count(self) -> int:

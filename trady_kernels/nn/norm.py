@@ -70,3 +70,13 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         dense = nn.BatchNorm2d(self.num_features, self.eps, self.momentum, self.affine, True, *place)
         dense.load_state_dict(self.state_dict())
         return dense.train(self.training)
+
+
+class FoldedBatchNorm2d(FrozenBatchNorm2d):
+    """A ``FrozenBatchNorm2d`` whose work the convolution before it does (``SparseConv2d.fold``): the identity.
+
+    It still holds the parameters and statistics, which the convolution reads at every forward.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        return input

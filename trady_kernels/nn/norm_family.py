@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trady_kernels.nn.norm import FrozenBatchNorm2d
+from trady_kernels.nn.norm import FoldedBatchNorm2d, FrozenBatchNorm2d
 
 
 class FrozenBatchNorm1d(nn.BatchNorm1d):
@@ -34,3 +34,13 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (N, C, H, W)
         return self.act(self.drop(super().forward(input)))
+
+
+class FoldedBatchNormAct2d(FoldedBatchNorm2d):
+    """A ``FrozenBatchNormAct2d`` whose norm the convolution before it does: ``drop`` and ``act`` alone."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        return self.act(self.drop(input))
