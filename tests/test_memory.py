@@ -14,6 +14,7 @@ from torch import nn
 
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
+from trady_kernels.memory import saved_by_module
 
 N, C, SIZE = 4, 6, 5
 MAP = N * C * SIZE * SIZE * 4  # bytes of one activation
@@ -30,6 +31,37 @@ class Case:
     by_kind: dict[str, int]
 
 
+class Elsewhere(nn.Module):
+    """What another library calls its own activation, norm or layer: it keeps its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square()
+
+
+def named(name: str, *children: nn.Module) -> nn.Module:
+    module = type(name, (Elsewhere,), {})()
+    for index, child in enumerate(children):
+        module.add_module(str(index), child)
+    return module
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Gated(nn.Module):
+    """A skip and a scale around a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(C, C, 1)
+        self.scale = nn.Parameter(torch.ones(C, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x) * self.scale
+
+
 CONV = nn.Conv2d(C, C, 1)
 CASES = (
     Case("conv", lambda: (CONV, nn.Conv2d(C, C, 1)), {"conv input": MAP}),
@@ -43,7 +75,42 @@ CASES = (
     Case("dropout", lambda: (CONV, nn.Dropout(0.5)), {"dropout": MAP}),
     Case("pooling", lambda: (CONV, nn.AvgPool2d(1)), {"pooling": MAP}),
     Case("linear", lambda: (CONV, nn.Linear(SIZE, 2)), {"linear input": MAP}),
+    Case("residual", lambda: (CONV, Gated()), {"conv input": MAP, "residual": MAP}),
+    Case(
+        "a subclass of torch's norm",
+        lambda: (CONV, LayerNorm2d(C)),
+        {"norm": MAP + 2 * 4 * N * SIZE * SIZE},  # and each position's statistics
+    ),
+    Case("a leaf that nothing tells", lambda: (CONV, nn.Identity(), named("Squares")), {"other": MAP}),
 )
+#: Class names of timm, Hugging Face and torchvision that subclass no layer of torch's.
+FOREIGN = {
+    "GELUActivation": "activation",
+    "QuickGELU": "activation",
+    "HardSwish": "activation",
+    "RmsNorm2dFp32": "norm",
+    "T5LayerNorm": "norm",
+    "EvoNorm2dB0": "norm",
+    "DropPath": "dropout",
+    "BeitDropPath": "dropout",
+    "StochasticDepth": "dropout",
+    "FastAdaptiveAvgPool": "pooling",
+    "BlurPool2d": "pooling",
+    "BertSelfAttention": "attention",
+    "EfficientChannelAttn": "attention",
+    "Conv1D": "linear input",
+    "Rotation": "other",
+}
+#: The same with modules inside: what their own operations keep.
+FOREIGN_CONTAINERS = {
+    "RmsNormAct2d": "norm",
+    "Attention": "attention",
+    "Conv2dNormActivation": "residual",
+    "ConvNormAct": "residual",
+    "BertPooler": "residual",
+    "SqueezeExcite": "residual",
+    "SwiGLU": "residual",
+}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -53,7 +120,39 @@ def test_kinds(case: Case) -> None:
     assert report.by_kind == case.by_kind
     assert report.saved_bytes == sum(case.by_kind.values()) == sum(report.by_module.values())
     assert report.batch_bytes == MAP  # the first convolution's input
-    assert set(report.by_module) <= {"0", "1", "2"}
+    assert {name.partition(".")[0] for name in report.by_module} <= {"0", "1", "2"}
+
+
+def test_kinds_of_classes_that_subclass_none_of_torchs() -> None:
+    def kind(module: nn.Module) -> str:
+        (kind,) = tk.measure_memory(nn.Sequential(CONV, module), x()).by_kind
+        return kind
+
+    assert {name: kind(named(name)) for name in FOREIGN} == FOREIGN
+    with_children = {name: kind(named(name, nn.Identity())) for name in FOREIGN_CONTAINERS}
+    assert with_children == FOREIGN_CONTAINERS
+
+
+def test_what_a_bare_forward_keeps() -> None:
+    model = nn.Sequential(nn.Conv2d(C, C, 1), nn.SiLU(), Gated())
+    batch = x()
+    with saved_by_module(model, batch) as saved:
+        output = model(batch)
+    assert saved.by_module == {"1": MAP, "2.inner": MAP, "2": MAP} and saved.batch_bytes == MAP
+    assert saved.parameter_bytes == 4 * (2 * C * C + C)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    output.sum().backward()
+    assert saved.saved_bytes == 3 * MAP
+    with torch.no_grad(), saved_by_module(model) as saved:
+        model(batch)
+    assert (saved.saved_bytes, saved.parameter_bytes, saved.batch_bytes) == (0, 0, 0)
+
+
+def test_gradients_by_parameter() -> None:
+    model = nn.Sequential(nn.Conv2d(3, C, 1), nn.Linear(SIZE, 2).requires_grad_(False))
+    report = tk.measure_memory(model, torch.randn(N, 3, SIZE, SIZE))
+    assert report.gradients == {"0.weight": 4 * 3 * C, "0.bias": 4 * C}
+    assert report.gradient_bytes == 4 * 4 * C
 
 
 def test_views_count_their_whole_storage_once() -> None:
@@ -69,7 +168,7 @@ def test_views_count_their_whole_storage_once() -> None:
     report = tk.measure_memory(Views(), torch.randn(16, 8))
     products = 16 * 4
     assert report.saved_bytes == 16 * 8 * 4 + products
-    assert report.by_kind == {"other": report.saved_bytes}
+    assert report.by_kind == {"residual": report.saved_bytes}
     assert report.by_module == {"": report.saved_bytes}
 
 
@@ -81,7 +180,7 @@ def test_counted_and_measured_agree(budget: str, dtype: torch.dtype) -> None:
     sampler = tk.ChannelSampler(tk.sparsify(model, batch[0]), batch[0], budget=budget)
     report = tk.measure_memory(model, batch, F.cross_entropy)
     of_layers = {name: report.by_module.get(name, 0) for name in sparse_layers(model)}
-    gradients = sum(layer.channel_weight.numel() * dtype.itemsize for layer in sparse_layers(model).values())
+    gradients = sum(report.gradients.get(f"{name}.channel_weight", 0) for name in of_layers)
     assert gradients + sum(of_layers.values()) == sampler.cost.bytes
     for name, channels in sampler.selection.items():
         stored = sampler.layers[name].channel.activation_elements * len(channels) * len(batch[0])
