@@ -15,22 +15,6 @@ from trady_kernels.nn.channels import Channels, SparseChannels
 torch.fx.wrap("sparse_conv2d")  # one node of a traced graph, as a dense layer is
 
 
-def can_fold_margins(convolution: nn.Conv2d, margins: Sequence[int]) -> bool:
-    """Whether zeros around a convolution's input are the same as more padding of its own.
-
-    Args:
-        convolution: the layer, dense or sparse.
-        margins: (left, right, top, bottom); negative ones cut the input, which no convolution does.
-    """
-    if len(margins) != 4 or min(margins) < 0:
-        return False
-    return convolution.padding_mode == "zeros" or not any(_own_margins(convolution))
-
-
-def _own_margins(convolution: nn.Conv2d) -> Margins:
-    return margins_of(convolution.padding, convolution.kernel_size, convolution.dilation)
-
-
 class SparseConv2d(SparseChannels, nn.Conv2d):
     r"""``nn.Conv2d`` that trains the weights of selected input channels and keeps only those for backward.
 
@@ -143,7 +127,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
                 )
         if margins is not None:
             margins = tuple(margins)
-            if not can_fold_margins(self, margins):
+            if not self.can_fold_margins(margins):
                 raise ValueError(
                     f"margins: got {margins} for a layer with padding={self.padding!r} and padding_mode="
                     f"{self.padding_mode!r}, expected (left, right, top, bottom) from 0, and padding_mode='zeros'"
@@ -171,7 +155,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         weight, rows = self._operands()
         padding, padding_mode = self.padding, self.padding_mode
         if self.folded_margins is not None:
-            own = _own_margins(self)
+            own = self._own_margins()
             padding = tuple(a + b for a, b in zip(own, self.folded_margins, strict=True))
             padding_mode = "zeros"
         norm = self.folded_norm
