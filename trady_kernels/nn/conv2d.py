@@ -94,6 +94,24 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         """An ``nn.Conv2d`` with copies of this layer's values, in its mode and on its device."""
         return self._copy_to(nn.Conv2d(**_arguments(self)))
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether ``fold`` took anything in."""
+        return self.folded_norm is not None or self.folded_margins is not None
+
+    def _own_margins(self) -> Margins:
+        return margins_of(self.padding, self.kernel_size, self.dilation)
+
+    def can_fold_margins(self, margins: Sequence[int]) -> bool:
+        """Whether zeros around the input are the same as more padding of the layer's own.
+
+        Args:
+            margins: (left, right, top, bottom); negative ones cut the input, which no convolution does.
+        """
+        if len(margins) != 4 or min(margins) < 0:
+            return False
+        return self.padding_mode == "zeros" or not any(self._own_margins())
+
     def fold(self, norm: nn.BatchNorm2d | None = None, margins: Sequence[int] | None = None) -> SparseConv2d:
         """Do from now on the work of the frozen norm behind this layer, and of the zero padding before it.
 
