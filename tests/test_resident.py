@@ -84,7 +84,8 @@ def resident_and_counted(
 def assert_agree(network: Callable[[bool], tuple[nn.Module, Example]], sparse: bool) -> int:
     found, saved, peak = in_fresh_process(resident_and_counted, network, sparse)
     assert found.graph_bytes == pytest.approx(saved, rel=WITHIN)
-    assert found.peak_bytes == pytest.approx(peak, rel=WITHIN)
+    # What an operator allocates and never touches is in the allocator's peak alone.
+    assert found.graph_bytes < found.peak_bytes <= peak * (1 + WITHIN)
     return saved
 
 
@@ -134,6 +135,11 @@ def test_errors_of_a_fresh_process_arrive() -> None:
         in_fresh_process(int, "seven")
     with pytest.raises(RuntimeError, match="_exit: its process died without a result"):
         in_fresh_process(os._exit, 3)
+
+
+def test_a_process_that_keeps_freed_memory_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="expected one inside in_fresh_process"):
+        measure_resident(nn.Linear(3, 2), torch.randn(2, 3))
 
 
 def test_where_resident_memory_is_unknown_one_sentence_says_so(

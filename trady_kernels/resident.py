@@ -58,6 +58,8 @@ def unavailable() -> str | None:
 def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call a function in a Python process started for it, which ends with it.
 
+    From its start the process gives every freed block of 64 KiB or more back to the system at once.
+
     Args:
         function: importable by its name, as pickle needs it.
         args, kwargs: its arguments, which are pickled.
@@ -69,7 +71,8 @@ def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
         RuntimeError: the process died without one.
         Exception: whatever the function raises.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_free_at_once) as process:
         try:
             return process.submit(function, *args, **kwargs).result()
         except BrokenProcessPool as error:
@@ -84,10 +87,9 @@ def measure_resident(
 ) -> ResidentReport:
     """Run one training step and measure what the process grows by.
 
-    Call it through ``in_fresh_process``: it sets the C library to give every freed block back to the system at
-    once, for good. A copy of the network runs a step before, so that the code pages, thread stacks and
-    primitives of oneDNN that a first step loads are in no figure; whatever the network itself keeps is. The
-    figures are whole pages of 4 KiB, and the kernel's own counter may be a few hundred KiB late.
+    A copy of the network runs a step before, so that the code pages, thread stacks and primitives of oneDNN
+    that a first step loads are in no figure; whatever the network itself keeps is. The batch was there before.
+    The figures are whole pages of 4 KiB, and the kernel's own counter may be a few hundred KiB late.
 
     Args:
         model, batch, loss_fn: as in ``measure_memory``; on the CPU.
@@ -96,12 +98,17 @@ def measure_resident(
         The growth in bytes.
 
     Raises:
-        RuntimeError: the system does not tell resident memory.
+        RuntimeError: the system does not tell resident memory, or the caller is not run by
+            ``in_fresh_process``: an allocator that keeps freed blocks makes the figures too high.
         TypeError, ValueError: as in ``measure_memory``.
     """
     if (reason := unavailable()) is not None:
         raise RuntimeError(reason)
-    _free_at_once()
+    if not _frees_at_once:
+        raise RuntimeError(
+            "measure_resident: got a call in a process that keeps freed memory, expected one inside "
+            "in_fresh_process(function, ...)"
+        )
     with without_trace(model), torch.enable_grad():
         loss_of(copy.deepcopy(model), batch, loss_fn).backward()
         before = _settled()
@@ -126,7 +133,14 @@ def _settled() -> int:
     return _resident("VmRSS")
 
 
+_frees_at_once = False
+
+
 def _free_at_once() -> None:
+    if unavailable() is not None:
+        return
+    global _frees_at_once
+    _frees_at_once = True
     mallopt: Any = ctypes.CDLL(None).mallopt
     for setting, value in (
         (_M_ARENA_MAX, 1),
