@@ -147,6 +147,7 @@ class Setup:
             # torchvision 0.15 belongs to torch 2.0, and so on up; a build for another torch would replace ours.
             vision = f"torchvision==0.{int(TORCH.split('.')[1]) + 15}.*"
             self.step("timm and torchvision (optional)", TORCH, [*pinned, "timm", vision], required=False)
+            self.step("transformers (optional)", TORCH, [*pinned, "transformers"], required=False)
 
 
 def finetune(arguments: list[str]) -> None:
