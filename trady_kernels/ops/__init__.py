@@ -4,6 +4,11 @@ from trady_kernels.ops.backend import available, backend, last_kernel, load_comp
 from trady_kernels.ops.conv2d_channel_grad import conv2d_channel_grad
 from trady_kernels.ops.gather_channels import gather_channels
 from trady_kernels.ops.linear_channel_grad import linear_channel_grad
+from trady_kernels.ops.max_pool2d import max_pool2d_offsets, max_pool2d_offsets_backward
+from trady_kernels.ops.pack_bits import pack_bits
+from trady_kernels.ops.quantize_blocks import dequantize_blocks, quantize_blocks
+from trady_kernels.ops.rectify import rectify, rectify_
+from trady_kernels.ops.scale_by_bits import scale_by_bits
 
 load_compiled()
 
@@ -11,7 +16,15 @@ __all__ = [
     "available",
     "backend",
     "conv2d_channel_grad",
+    "dequantize_blocks",
     "gather_channels",
     "last_kernel",
     "linear_channel_grad",
+    "max_pool2d_offsets",
+    "max_pool2d_offsets_backward",
+    "pack_bits",
+    "quantize_blocks",
+    "rectify",
+    "rectify_",
+    "scale_by_bits",
 ]
