@@ -15,3 +15,17 @@ def memory_format_of(input: torch.Tensor) -> torch.memory_format:
     if input.dim() == 4 and input.stride(1) == 1 and input.stride(3) != 1:
         return torch.channels_last
     return torch.contiguous_format
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlaps, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
