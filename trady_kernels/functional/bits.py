@@ -1,0 +1,92 @@
+"""What the Functions share that keep one bit an element: when bits will do, and the gradient from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+from trady_kernels.functional.apply import apply
+from trady_kernels.ops import scale_by_bits
+from trady_kernels.ops.rectify import DTYPES
+
+
+def keeps_bits(input: torch.Tensor) -> bool:
+    """Whether a backward pass of this call is possible, and bits are enough for it.
+
+    Without a gradient nothing is kept, so torch's own function is as lean. It is also taken for dtypes that bits
+    are not made for, and under ``vmap`` and forward-mode transforms, which it knows the rules of.
+    """
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return False
+    if input.dtype not in DTYPES or input.layout is not torch.strided:
+        return False
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return True
+    return all(i.key() is TransformType.Grad for i in retrieve_all_functorch_interpreters())
+
+
+def overwritable(input: torch.Tensor) -> bool:
+    """Whether a Function may write its output into ``input`` itself.
+
+    Elsewhere the output is copied into it: a copy knows what views, leaves, transforms and compilation need, and
+    compiled it costs nothing.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if input.is_leaf or input._is_view():
+        return False
+    return input.is_contiguous() or (
+        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def scale_gradient(
+    grad_output: torch.Tensor,  # (...)
+    bits: torch.Tensor,  # (ceil(n / 8),)
+    on: float,
+    off: float | None,
+    stride: tuple[int, ...],
+) -> torch.Tensor:  # (...)
+    """``scale_by_bits`` of a gradient in any layout; linear in it, and so differentiable any number of times.
+
+    Args:
+        grad_output: ``(...)`` of n elements.
+        bits: ``(ceil(n / 8),)`` uint8, in the memory order of the output.
+        on, off: as ``scale_by_bits`` takes them.
+        stride: the output's strides, which the result has too.
+    """
+    if torch.is_grad_enabled() and grad_output.requires_grad:
+        return apply(_ScaleGradient, grad_output, bits, on, off, stride)
+    return _scale(grad_output, bits, on, off, stride)
+
+
+def _scale(
+    grad_output: torch.Tensor, bits: torch.Tensor, on: float, off: float | None, stride: tuple[int, ...]
+) -> torch.Tensor:
+    if grad_output.stride() != stride:
+        ordered = torch.empty_strided(
+            grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
+        )
+        grad_output = ordered.copy_(grad_output)
+    return scale_by_bits(grad_output, bits, on, off)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        grad_output: torch.Tensor, bits: torch.Tensor, on: float, off: float | None, stride: tuple[int, ...]
+    ) -> torch.Tensor:
+        return _scale(grad_output, bits, on, off, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, bits, *ctx.rest = inputs
+        ctx.save_for_backward(bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (bits,) = ctx.saved_tensors
+        return scale_gradient(grad_output, bits, *ctx.rest), None, None, None, None
