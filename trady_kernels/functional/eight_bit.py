@@ -1,0 +1,255 @@
+"""Saved tensors in 8 bits: what other people's operations keep for backward, packed while a network runs.
+
+A pair of hooks of ``torch.autograd.graph`` sees every tensor that an operation saves. Full-size floating tensors
+become codes of 8 bits with one scale per 64 elements (``quantize_blocks``), bool masks become bits, and what is
+none of both stays the reference that it was. Exact stay
+
+* what this package's own Functions save: selected channels, bits, winners of pools;
+* parameters, buffers and the batch, in whole or as a view: their memory is somebody else's;
+* tensors of fewer than ``MIN_ELEMENTS``, and statistics (the mean of a norm, the log-sum of an attention);
+* the input of a reentrant checkpoint, which is run again, and what a compiled region keeps;
+* what the head keeps, and everything after it (the loss that some networks compute themselves).
+
+Hooks of a caller around the network (``save_on_cpu``, a counter of bytes, a checkpoint around all of it) go on
+seeing everything that is kept: they are given codes, scales, bits and references at the moment they are saved.
+
+In-place writes: autograd checks no versions where hooks are active. A reference is checked here instead, with the
+same result: writing to it before backward raises. A packed tensor holds the values of the forward pass, so a
+write that dense autograd would refuse is harmless, and not refused.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import CheckpointFunction
+
+from trady_kernels.functional.apply import apply
+from trady_kernels.ops import dequantize_blocks, pack_bits, quantize_blocks
+from trady_kernels.ops.layout import is_dense
+from trady_kernels.ops.pack_bits import bytes_of_bits
+from trady_kernels.ops.quantize_blocks import blocks_of
+
+#: Tensors of fewer elements stay as they are: 16 KiB at most, where packing costs as much as the operation itself.
+MIN_ELEMENTS = 4096
+#: A tensor that needs no gradient and is this many times smaller than the largest one seen is a statistic of it:
+#: 1 / normalized_shape of a norm's input, 1 / head_dim of a query. They scale or sit in an exponent, so that an
+#: error of theirs is one of a whole row.
+STATISTIC = 16
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+_OUR_APPLY = apply.__code__
+
+_Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+_AS_IT_IS: _Hooks = (_same, _same)
+
+
+class _Reference:
+    """A tensor kept as it is."""
+
+    __slots__ = ("__weakref__", "origin", "tensor", "unpack", "version")
+
+    def __init__(self, tensor: torch.Tensor, outer: _Hooks | None) -> None:
+        self.unpack = None if outer is None else outer[1]
+        self.version = tensor._version
+        # Detached: an output that the graph keeps would keep its graph alive.
+        self.tensor = tensor.detach() if outer is None else outer[0](tensor)
+        self.origin: StorageWeakRef | None = None
+
+    def restore(self) -> torch.Tensor:
+        if self.unpack is not None:  # what hooks further out return has versions of its own
+            return self.unpack(self.tensor)
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor {tuple(self.tensor.shape)} needed for backward was modified in place: it is at version "
+                f"{self.tensor._version}, expected version {self.version}, that of the forward pass; step the "
+                "optimiser after backward, or write out of place"
+            )
+        return self.tensor
+
+
+class _Blocks:
+    """Codes and scales of a stretch of memory."""
+
+    __slots__ = ("__weakref__", "codes", "dtype", "origin", "scales", "unpack")
+
+    def __init__(self, tensor: torch.Tensor, origin: StorageWeakRef, outer: _Hooks | None) -> None:
+        codes, scales = quantize_blocks(tensor)
+        pack, self.unpack = outer or _AS_IT_IS
+        self.codes, self.scales, self.dtype = pack(codes), pack(scales), tensor.dtype
+        self.origin = origin  # while it is held, no other storage gets the address that the key is made of
+
+    def restore(self) -> torch.Tensor:
+        return dequantize_blocks(self.unpack(self.codes), self.unpack(self.scales), self.dtype)
+
+
+class _Bits:
+    """One bit for each element of a bool tensor."""
+
+    __slots__ = ("__weakref__", "bits", "elements", "origin", "unpack")
+
+    def __init__(self, mask: torch.Tensor, origin: StorageWeakRef, outer: _Hooks | None) -> None:
+        pack, self.unpack = outer or _AS_IT_IS
+        self.bits, self.elements = pack(pack_bits(mask)), mask.numel()
+        self.origin = origin
+
+    def restore(self) -> torch.Tensor:
+        bits = self.unpack(self.bits)
+        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        return (bits[:, None] >> places & 1).flatten()[: self.elements].bool()
+
+
+class _Packed:
+    """A tensor of which codes and scales, or bits, are kept."""
+
+    __slots__ = ("content", "shape", "stride")
+
+    def __init__(self, content: _Blocks | _Bits, shape: torch.Size, stride: tuple[int, ...]) -> None:
+        self.content, self.shape, self.stride = content, shape, stride
+
+    def restore(self) -> torch.Tensor:
+        return self.content.restore().as_strided(self.shape, self.stride)
+
+
+def _restore(kept: _Reference | _Packed) -> torch.Tensor:
+    return kept.restore()
+
+
+def _saves_exactly(frame: FrameType) -> bool:
+    """Whether the Python code that made the node is our own ``apply``, a checkpoint's or a compiled region's."""
+    code = frame.f_code
+    if code is _OUR_APPLY:
+        return True
+    if code is not _FUNCTION_APPLY:
+        return False
+    function = frame.f_locals["cls"]
+    return function is CheckpointFunction or function.__module__.startswith("torch._functorch.")
+
+
+class _Run:
+    """One forward of a network: what stays exact in it, and what is packed already."""
+
+    def __init__(self, references: Iterable[torch.Tensor], outer: _Hooks | None) -> None:
+        self.outer = outer
+        self.exact = False
+        self.largest = 0
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in references if type(tensor) in _PLAIN}
+        self.contents: WeakValueDictionary[tuple[Any, ...], _Blocks | _Bits] = WeakValueDictionary()
+        self.kept_whole: WeakValueDictionary[int, _Reference] = WeakValueDictionary()
+        self.hooks = saved_tensors_hooks(self.pack, _restore)
+
+    def pack(self, tensor: torch.Tensor) -> _Reference | _Packed:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
+            return _Reference(tensor, self.outer)
+        storage = tensor.untyped_storage()
+        elements, size = tensor.numel(), tensor.element_size()
+        if storage.nbytes() < MIN_ELEMENTS * size or storage.data_ptr() in self.known:
+            return _Reference(tensor, self.outer)
+        origin = StorageWeakRef(storage)
+        if origin.cdata in self.kept_whole:
+            return _Reference(tensor, self.outer)
+        if elements < MIN_ELEMENTS:
+            # A small part, such as the first token: the reference would keep the whole storage.
+            return _Reference(tensor.clone(), self.outer)
+        exact = self.exact or _saves_exactly(sys._getframe(1))
+        if exact or not self._pays(tensor, elements, storage.nbytes()):
+            reference = _Reference(tensor, self.outer)
+            reference.origin = origin
+            self.kept_whole[origin.cdata] = reference
+            return reference
+        return self._pack(tensor, origin)
+
+    def _pays(self, tensor: torch.Tensor, elements: int, storage_bytes: int) -> bool:
+        if tensor.dtype is torch.bool:
+            return bytes_of_bits(elements) < storage_bytes
+        if tensor.dtype not in _FLOATING or tensor.is_neg():
+            return False
+        if not tensor.requires_grad and elements * STATISTIC <= self.largest:
+            return False
+        self.largest = max(self.largest, elements)
+        return (
+            elements + 4 * blocks_of(elements) < storage_bytes
+        )  # an expanded tensor is smaller than its codes
+
+    def _pack(self, tensor: torch.Tensor, origin: StorageWeakRef) -> _Packed:
+        shape, stride = tensor.shape, tensor.stride()
+        # Two views of one stretch of memory have the same codes, whatever their shapes.
+        key: tuple[Any, ...] = (origin.cdata, tensor.storage_offset(), tensor._version, tensor.dtype)
+        if is_dense(tensor):
+            key = (*key, tensor.numel())
+        else:
+            key = (*key, shape, stride)
+            tensor = tensor.detach().clone()  # drops the gaps, keeps the order of the dimensions
+            stride = tensor.stride()
+        content = self.contents.get(key)
+        if content is None:
+            kind = _Bits if tensor.dtype is torch.bool else _Blocks
+            content = self.contents[key] = kind(tensor, origin, self.outer)
+        return _Packed(content, shape, stride)
+
+
+class _Stack(threading.local):
+    """What runs on this thread now: who was entered, and its run; None where nothing is packed."""
+
+    def __init__(self) -> None:
+        self.entered: list[tuple[object, _Run | None, bool]] = []
+
+
+_stack = _Stack()
+
+
+def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> None:
+    """Pack what is saved on this thread from now on, until ``leave(owner)``.
+
+    Does nothing where gradients are off, under ``torch.func`` (which refuses hooks), while compiling, and
+    inside another network that is packed already.
+
+    Args:
+        owner: whose forward begins.
+        references: gives the tensors that stay what they are: parameters, buffers, the batch.
+    """
+    if torch.compiler.is_compiling():
+        return
+    run, started = None, False
+    if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        run = getattr(outer[0], "__self__", None) if outer is not None else None
+        if not isinstance(run, _Run):
+            run, started = _Run(references(), outer), True
+            run.hooks.__enter__()
+    _stack.entered.append((owner, run, started))
+
+
+def leave(owner: object) -> None:
+    """End what ``enter(owner)`` began."""
+    # Where another hook raised before `enter` could run, there is nothing to end.
+    if torch.compiler.is_compiling() or not _stack.entered or _stack.entered[-1][0] is not owner:
+        return
+    _, run, started = _stack.entered.pop()
+    if started and run is not None:
+        run.hooks.__exit__(None, None, None)
+
+
+def stay_exact() -> None:
+    """Keep everything that is saved from now on in full, until the innermost ``enter`` is left."""
+    if torch.compiler.is_compiling() or not _stack.entered:
+        return
+    run = _stack.entered[-1][1]
+    if run is not None:
+        run.exact = True
