@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from trady_kernels.batch import Example, call, tensors_in, without_trace
 
@@ -79,6 +82,89 @@ class LayerCost:
         return self.channel * self.channels
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, to which the backward pass comes.
+
+    Attributes:
+        name: the layer's name in the network.
+        channels: input channels (features) of the layer.
+        macs: multiply-accumulates of one channel, of one sample: of its weight gradient, and of its input
+            gradient.
+        ancestors: names of the layers whose output this call's input is made from, directly or not: where
+            one of them trains, the input needs a gradient. A layer called again can be its own ancestor.
+        after_parameter: whether the input is also made from a parameter that trains outside of the layers
+            (a norm's affine, an embedding), and so needs a gradient in any case.
+    """
+
+    name: str
+    channels: int
+    macs: int
+    ancestors: frozenset[str]
+    after_parameter: bool
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a backward pass takes for one sample.
+
+    Attributes:
+        ends_at: name of the first layer, in the order of calls, that it comes to: nothing below is kept or
+            computed. None where nothing trains.
+        weight_grad_macs: multiply-accumulates of the weight gradients.
+        input_grad_macs: multiply-accumulates of the input gradients.
+    """
+
+    ends_at: str | None
+    weight_grad_macs: int
+    input_grad_macs: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of both."""
+        return self.weight_grad_macs + self.input_grad_macs
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, two a multiply-accumulate."""
+        return 2 * self.macs
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What a network's layers cost to train, and how gradients reach them.
+
+    Attributes:
+        layers: ``{layer name: LayerCost}`` in the order of the first call.
+        calls: every call that a gradient of the network's output comes back to, in order.
+    """
+
+    layers: Mapping[str, LayerCost]
+    calls: tuple[LayerCall, ...]
+
+    def backward(self, trained: Mapping[str, int]) -> Backward:
+        """Cost of a backward pass that ends at the lowest layer that trains.
+
+        Args:
+            trained: ``{layer name: input channels whose weights get a gradient}`` of every layer that
+                trains; 0 for one that trains its bias alone.
+        """
+        ends_at = None
+        weights = inputs = 0
+        for layer in self.calls:
+            flows_on = layer.after_parameter or not layer.ancestors.isdisjoint(trained)
+            if ends_at is None and (flows_on or layer.name in trained):
+                ends_at = layer.name
+            weights += trained.get(layer.name, 0) * layer.macs
+            inputs += flows_on * layer.channels * layer.macs
+        return Backward(ends_at, weights, inputs)
+
+    @property
+    def full_backward(self) -> Backward:
+        """Cost of all weight gradients and all input gradients but the first layer's."""
+        return self.backward({name: layer.channels for name, layer in self.layers.items()})
+
+
 def total(costs: Iterable[Cost]) -> Cost:
     """Sum of costs."""
     return sum(costs, Cost())
@@ -101,19 +187,85 @@ def _stored_dtype(input: torch.Tensor) -> torch.dtype:
     return input.dtype
 
 
-def measure_layers(model: nn.Module, example_input: Example) -> dict[str, LayerCost]:
-    """Cost of one channel of every ``nn.Conv2d`` and ``nn.Linear`` that a forward calls.
+class _Mark(torch.autograd.Function):
+    """Makes a layer's output, itself unchanged, a node of the autograd graph that knows the call."""
 
-    The network runs once, in eval mode and without gradients; modes, buffers and random numbers are left as
-    they were.
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, anchor: torch.Tensor, call: int) -> torch.Tensor:  # type: ignore[override]
+        ctx.mark_dirty(output)  # no view, so that an activation in place may follow
+        ctx.layer_call = call
+        return output
+
+
+@dataclass
+class _Origin:
+    """What tensors are made from, back to the nearest layers: numbers of their calls, and parameters."""
+
+    calls: set[int]
+    parameter: bool
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor]) -> _Origin:
+        origin = cls(set(), False)
+        edges: list[Any] = []
+        for tensor in tensors:
+            if tensor.grad_fn is not None:
+                edges.append(tensor.grad_fn)
+            elif tensor.requires_grad:
+                origin.parameter = True
+        seen = set(edges)
+        while edges:
+            node = edges.pop()
+            if hasattr(node, "layer_call"):
+                origin.calls.add(node.layer_call)
+            elif hasattr(node, "variable"):  # AccumulateGrad
+                origin.parameter = True
+            else:
+                further = {edge for edge, _ in node.next_functions if edge is not None} - seen
+                seen |= further
+                edges += further
+        return origin
+
+
+def _calls_reached(
+    called: list[LayerCost], origins: list[_Origin], outputs: list[torch.Tensor]
+) -> tuple[LayerCall, ...]:
+    """The calls that a gradient of ``outputs`` reaches; ``called`` holds the layer and cost of each call."""
+    ancestors: list[frozenset[str]] = []
+    after_parameter: list[bool] = []
+    for origin in origins:  # an input is made from earlier calls
+        names = {called[earlier].name for earlier in origin.calls}
+        ancestors.append(frozenset(names.union(*(ancestors[earlier] for earlier in origin.calls))))
+        after_parameter.append(origin.parameter or any(after_parameter[earlier] for earlier in origin.calls))
+    reached = _Origin.of(outputs).calls
+    for number in reversed(range(len(called))):
+        if number in reached:
+            reached |= origins[number].calls
+    return tuple(
+        LayerCall(
+            called[number].name,
+            called[number].channels,
+            called[number].channel.macs,
+            ancestors[number],
+            after_parameter[number],
+        )
+        for number in sorted(reached)
+    )
+
+
+def measure_network(model: nn.Module, example_input: Example) -> NetworkCost:
+    """Cost of one channel of every ``nn.Conv2d`` and ``nn.Linear`` that a forward calls, and their data flow.
+
+    The network runs once, in eval mode; modes, gradients, buffers and random numbers are left as they were.
+    The run builds an autograd graph, which tells exactly what each layer's input is made from, but drops
+    what the graph would keep. Not counted: products without such a layer (attention's, also the projections
+    inside ``nn.MultiheadAttention``; products of functional calls), norms, activations, pooling. The layers
+    inside a reentrant activation checkpoint look as if no gradient reached them.
 
     Args:
         model: the network, dense or sparse.
         example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments, of the
             batch size, resolution, dtype and autocast mode that training will use.
-
-    Returns:
-        ``{layer name: cost}`` in the order of the first call.
 
     Raises:
         TypeError: ``example_input`` is of another type, or holds no tensor.
@@ -130,8 +282,18 @@ def measure_layers(model: nn.Module, example_input: Example) -> dict[str, LayerC
         if isinstance(module, Layer):
             names[module] = name
     found: dict[str, LayerCost] = {}
+    called: list[LayerCost] = []
+    origins: list[_Origin] = []
+    entered: list[tuple[_Origin, bool]] = []
 
-    def count(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+    def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        input = args[0] if args else kwargs["input"]
+        entered.append((_Origin.of([input]), torch.is_grad_enabled()))
+        torch.set_grad_enabled(False)  # the mark stands for all that the layer does
+
+    def count(
+        layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+    ) -> torch.Tensor | None:
         assert isinstance(layer, Layer)
         input = args[0] if args else kwargs["input"]
         channels = channels_of(layer)
@@ -151,15 +313,38 @@ def measure_layers(model: nn.Module, example_input: Example) -> dict[str, LayerC
         )
         before = seen.channel if seen else Cost()
         found[name] = LayerCost(name, channels, before + weight + activation)
+        called.append(LayerCost(name, channels, activation))
+        origin, tracked = entered.pop()
+        origins.append(origin)
+        torch.set_grad_enabled(tracked)
+        if not tracked:  # the network's own no_grad(): nothing comes back here
+            return None
+        return _Mark.apply(output.detach(), anchor, len(called) - 1)
 
-    handles = [layer.register_forward_hook(count, with_kwargs=True) for layer in names]
-    try:
-        with without_trace(model, training=False), torch.no_grad():
-            call(model, example_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+    handles: list[Any] = []
+    with ExitStack() as run:
+        run.enter_context(without_trace(model, training=False))
+        run.enter_context(torch.inference_mode(False))
+        run.enter_context(torch.enable_grad())
+        run.enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing))
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                run.enter_context(module.no_sync())  # else it waits for a backward from now on
+        anchor = torch.ones((), requires_grad=True)
+        try:
+            for layer in names:
+                handles.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(layer.register_forward_hook(count, with_kwargs=True))
+            output = call(model, example_input)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return NetworkCost(found, _calls_reached(called, origins, list(tensors_in(output))))
+
+
+def measure_layers(model: nn.Module, example_input: Example) -> dict[str, LayerCost]:
+    """Cost of one channel of every layer: ``measure_network(model, example_input).layers``."""
+    return dict(measure_network(model, example_input).layers)
 
 
 _UNITS: Mapping[str, int] = {

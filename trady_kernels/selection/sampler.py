@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from trady_kernels.batch import Example
 from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
-from trady_kernels.cost import Budget, Cost, LayerCost, measure_layers, total
+from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.schemes import find_scheme
 
@@ -103,17 +103,19 @@ class ChannelSampler:
         modules = sparse_layers(model)
         if ranking is not None:
             _check_ranking(ranking, modules, model)
-        costs = measure_layers(model, example_input)
-        uncalled = [name for name in modules if name not in costs]
+        network = measure_network(model, example_input)
+        uncalled = [name for name in modules if name not in network.layers]
         if uncalled:
             raise ValueError(
                 f"example_input: the run does not call the sparse layer {uncalled[0]!r}, expected one that "
                 "calls every sparse layer: give sparsify the same example"
             )
-        self.layers: dict[str, LayerCost] = {name: costs[name] for name in modules}
+        self.layers: dict[str, LayerCost] = {name: network.layers[name] for name in modules}
         self.pool: list[str] = self._scheme.pool(self.layers, ranking)
         self.full_cost: Cost = total(cost.full for cost in self.layers.values())
         self._modules = modules
+        self._network = network
+        self._called = {name: model.get_submodule(name) for name in network.layers}
         self._ranking = ranking
         self._counts = counts
         self._conversion = _report_or_none(model)
@@ -134,6 +136,22 @@ class ChannelSampler:
     def cost(self) -> Cost:
         """Cost of the current selection."""
         return total(self.layers[name].channel * len(channels) for name, channels in self._selection.items())
+
+    @property
+    def backward(self) -> Backward:
+        """Cost of the backward pass for the current selection and the dense layers that train."""
+        trained = {name: len(channels) for name, channels in self._selection.items() if len(channels)}
+        for name, module in self._called.items():
+            if name not in trained and any(parameter.requires_grad for parameter in module.parameters()):
+                weight = getattr(module, "weight", None)
+                dense = name not in self.layers and weight is not None and weight.requires_grad
+                trained[name] = self._network.layers[name].channels if dense else 0
+        return self._network.backward(trained)
+
+    @property
+    def full_backward(self) -> Backward:
+        """Cost of full fine-tuning's backward pass: all weight gradients, all input gradients but the first layer's."""
+        return self._network.full_backward
 
     def resample(self, optimizer: Optimizer | None = None) -> None:
         """Draw again, if the scheme does, and select the new channels in the model's layers.
@@ -319,6 +337,7 @@ class ChannelSampler:
             f"{cost.elements / full.elements:.2%} of the full cost ({full.elements:,} elements), "
             f"{cost.macs / max(full.macs, 1):.2%} of its weight-gradient multiply-accumulates"
         )
+        notes.append(self._backward_note())
         if self._scheme.ranked and self._ranking is None:
             notes.append("no ranking given: the pool is every sparse layer")
         if self._conversion is not None:
@@ -330,6 +349,19 @@ class ChannelSampler:
                 f"stays dense and frozen: {name}, {why}" for name, why in self._conversion.dense.items()
             ]
         return notes
+
+    def _backward_note(self) -> str:
+        backward, full = self.backward, self.full_backward
+        if backward.ends_at is None:
+            return "the backward pass computes nothing: no layer trains"
+        order = list(self._called)
+        weights, inputs = 2 * backward.weight_grad_macs, 2 * backward.input_grad_macs
+        return (
+            f"the backward pass ends at {backward.ends_at}, layer {order.index(backward.ends_at) + 1} of "
+            f"{len(order)} in the order of calls: {backward.flops:,} FLOPs a sample, {weights:,} for weight gradients "
+            f"and {inputs:,} for input gradients, {backward.flops / max(full.flops, 1):.2%} of a full one "
+            f"({full.flops:,})"
+        )
 
 
 def _spent(selected: int, cost: Cost) -> tuple[str, ...]:
