@@ -10,9 +10,11 @@ import torch.nn.functional as F
 
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
+from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.norm import FrozenNorm, norm_scale
 from trady_kernels.ops import conv2d_channel_grad, gather_channels
+from trady_kernels.ops.layout import memory_format_of
 
 #: Zeros around the input: (left, right, top, bottom), the order that ``F.pad`` takes.
 Margins = tuple[int, int, int, int]
@@ -121,24 +123,6 @@ def _unpad_circular(grad: torch.Tensor, shape: Sequence[int], margins: Margins) 
 _UNPAD = {"reflect": _unpad_reflect, "replicate": _unpad_replicate, "circular": _unpad_circular}
 
 
-def _memory_format(stride: Sequence[int]) -> torch.memory_format:
-    """The rule of ``trady_kernels.ops.layout``, from the strides alone."""
-    return torch.channels_last if stride[1] == 1 and stride[3] != 1 else torch.contiguous_format
-
-
-def _stand_in(grad_output: torch.Tensor, shape: Sequence[int], stride: Sequence[int]) -> torch.Tensor:
-    """Uninitialised tensor of the input's shape and strides, which ``convolution_backward`` asks for.
-
-    It is never written or read. One element expanded would be smaller, but ``convolution_backward`` calls
-    ``.contiguous()`` on it, a full-size copy: 3 to 4 times the time of a depthwise channels_last layer.
-    """
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if extent == shape[0] * shape[1] * shape[2] * shape[3]:
-        return torch.empty_strided(shape, stride, dtype=grad_output.dtype, device=grad_output.device)
-    layout = _memory_format(stride)
-    return torch.empty(shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
-
-
 class _SparseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -185,7 +169,12 @@ class _SparseConv2d(torch.autograd.Function):
             running_var,
         )
         ctx.kernel_size = weight.shape[2:]
-        ctx.input_layout = input.shape, input.stride()
+        # the output's format too: a channels_last weight alone makes everything channels_last
+        formats = [memory_format_of(tensor) for tensor in (input, output[0])]
+        ctx.input_layout = (
+            input.shape,
+            torch.channels_last if torch.channels_last in formats else torch.contiguous_format,
+        )
         ctx.dtypes = (
             None if bias is None else bias.dtype,
             None if channel_weight is None else channel_weight.dtype,
@@ -198,7 +187,7 @@ class _SparseConv2d(torch.autograd.Function):
             return (None,) * 15
         selected, weight, channels, norm_weight, running_var = ctx.saved_tensors
         stride, padding, dilation, groups, padding_mode = ctx.convolution
-        shape, strides = ctx.input_layout
+        shape, memory_format = ctx.input_layout
         bias_dtype, rows_dtype = ctx.dtypes
         margins = margins_of(padding, ctx.kernel_size, dilation)
         symmetric, by_hand = _split(margins) if padding_mode == "zeros" else ((0, 0), margins)
@@ -228,22 +217,12 @@ class _SparseConv2d(torch.autograd.Function):
             size = shape
             if padded:
                 size = (*shape[:2], shape[2] + by_hand[2] + by_hand[3], shape[3] + by_hand[0] + by_hand[1])
-            grad_input = torch.ops.aten.convolution_backward(
-                grad_output,
-                _stand_in(grad_output, size, strides),
-                weight,
-                None,
-                stride,
-                symmetric,
-                dilation,
-                False,
-                [0, 0],
-                groups,
-                [True, False, False],
-            )[0]
+            grad_input = conv2d_input_grad(
+                grad_output, weight, size, memory_format, stride, symmetric, dilation, groups
+            )
             if padded and padding_mode == "zeros":
                 inner = grad_input[:, :, by_hand[2] :, by_hand[0] :][:, :, : shape[2], : shape[3]]
-                grad_input = inner.clone(memory_format=_memory_format(strides))
+                grad_input = inner.clone(memory_format=memory_format)
             elif padded:
                 grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
         if ctx.needs_input_grad[2]:
