@@ -34,6 +34,12 @@ def trained_net() -> ResidualNet:
     return as_trained(ResidualNet())
 
 
+def check_output(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for rounding: folded norms scale the weight instead of the output."""
+    atol = 4 * ROUNDING[expected.dtype] * float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+
 def kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(module) for name, module in model.named_modules()}
 
@@ -77,10 +83,10 @@ def test_forward_is_the_dense_networks_in_evaluation_and_frozen_in_training() ->
     x = example()
     expected = model(x)
     tk.sparsify(model, x)
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    torch.testing.assert_close(model.train()(x), expected)
+    check_output(model(x), expected)
+    check_output(model.train()(x), expected)
     tk.select_fraction(model, 0.5)
-    torch.testing.assert_close(model(x), expected)
+    check_output(model(x), expected)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
@@ -163,9 +169,9 @@ def test_round_trip_through_training(make: Callable[..., torch.optim.Optimizer])
     assert flags(model) == trained
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, saved[key]) for key, value in model.state_dict().items())
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    check_output(model(x), expected)
     plain.load_state_dict(saved, strict=True)
-    torch.testing.assert_close(plain.eval()(x), expected, rtol=0, atol=0)
+    assert torch.equal(plain.eval()(x), model(x))
     model.train()(x)
     assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
 
@@ -241,7 +247,7 @@ def test_copies_and_pickles_can_be_densified() -> None:
         assert tk.conversion_report(twin) == tk.conversion_report(model)
         assert kinds(tk.densify(twin)) == kinds(ResidualNet())
         assert all(flags(twin).values())
-        assert torch.equal(twin(x), model(x))
+        check_output(twin(x), model(x))
 
 
 def test_densify_of_layers_built_by_hand_and_of_dense_networks() -> None:
@@ -376,7 +382,7 @@ def test_what_stays_dense_is_frozen_and_named(case: Dense) -> None:
         assert f"{name}" in str(report) and why in str(report)
         assert kinds(model)[name] is classes[name]
         assert not any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
-    torch.testing.assert_close(model(x), expected)
+    check_output(model(x), expected)
     tk.select_fraction(model, 0.5)
     model.train()(x).sum().backward()
     tk.densify(model)
@@ -416,7 +422,7 @@ def test_norm_and_activation_in_one_module() -> None:
     tk.sparsify(model, x)
     assert tk.conversion_report(model).frozen_norms == ("1",)
     assert list(model.state_dict()) == keys
-    torch.testing.assert_close(model.train()(x), expected)
+    check_output(model.train()(x), expected)
     tk.densify(model)
     assert type(model[1]) is BatchNormAct2d
 
@@ -452,7 +458,7 @@ def test_a_module_in_two_places_and_in_a_plain_list() -> None:
     tk.sparsify(model, x)
     assert tk.conversion_report(model).sparse == ("first",)
     assert model.first is model.second is model.loose[0]
-    torch.testing.assert_close(model(x), expected)
+    check_output(model(x), expected)
     tk.select_fraction(model, 0.5)
     model(x).sum().backward()
     assert model.first.channel_weight.grad is not None
@@ -703,11 +709,11 @@ def test_other_peoples_networks(case: Foreign) -> None:
     assert (len(report.sparse), len(report.frozen_norms), report.head) == (case.sparse, case.norms, case.head)
     assert len(report.dense) == case.dense
     assert all("Conv2dSame has a forward of its own" in why for why in report.dense.values())
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    check_output(model(x), expected)
     tk.select_fraction(model, 0.1)
-    torch.testing.assert_close(model(x), expected)
+    check_output(model(x), expected)
     model.train()(x).sum().backward()
     assert all(layer.channel_weight.grad is not None for layer in sparse_layers(model).values())
     assert list(model.state_dict()) == keys
     assert kinds(tk.densify(model)) == classes
-    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=0)
+    check_output(model.eval()(x), expected)

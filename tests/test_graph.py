@@ -1,0 +1,148 @@
+"""What a graph proves, and above all what it does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from trady_kernels.convert.graph import Flow, trace_flow
+
+
+class Net(nn.Module):
+    """Two convolutions, a norm and an activation; the forward is the case's."""
+
+    def __init__(self, forward: Callable[[Net, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm, self.act = nn.BatchNorm2d(4), nn.ReLU()
+        self.same = nn.Identity()
+        self.body = forward
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.body(self, x)
+
+
+def flow_of(model: nn.Module, example: torch.Tensor | None = None) -> Flow:
+    calls: Counter[nn.Module] | None = None
+    if example is not None:
+        calls = Counter()
+        handles = [m.register_forward_hook(lambda m, *_: calls.update([m])) for m in model.modules()]
+        model.eval()(example)
+        for handle in handles:
+            handle.remove()
+    fresh = {m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)}
+    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls)
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    forward: Callable[[Net, torch.Tensor], object]
+    feeds: bool  # conv's output goes to the norm and nowhere else
+    overwrites: bool  # nobody but the activation needs its input
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def by_mode(net: Net, x: torch.Tensor) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) if net.training else net.act(net.norm(y)) + y
+
+
+def added_in_place(net: Net, x: torch.Tensor) -> object:
+    y = net.norm(net.conv(x))
+    y += x
+    return net.act(y)
+
+
+def added_in_place_to_what_is_used(net: Net, x: torch.Tensor) -> object:
+    y = net.norm(net.conv(x))
+    z = y
+    z += x
+    return net.act(z) * y
+
+
+CASES = (
+    Case("chain", lambda n, x: n.act(n.norm(n.conv(x))), True, True),
+    Case("keyword", lambda n, x: n.act(input=n.norm(input=n.conv(x))), True, True),
+    Case("twice in a row", lambda n, x: n.act(n.norm(n.conv(n.act(n.norm(n.conv(x)))))), True, True),
+    Case("output used beside the norm", lambda n, x: (y := n.conv(x), n.act(n.norm(y)) + y)[1], False, True),
+    Case("output returned too", lambda n, x: (y := n.conv(x), (n.act(n.norm(y)), y))[1], False, True),
+    Case("norm of two", lambda n, x: n.act(n.norm(n.conv(x))) + n.norm(n.other(x)), False, True),
+    Case("conv twice, once without", lambda n, x: n.act(n.norm(n.conv(x))) + n.conv(x), False, True),
+    Case("function between", lambda n, x: n.act(n.norm(n.conv(x).abs())), False, True),
+    Case("the norm's output is used", lambda n, x: (y := n.norm(n.conv(x)), n.act(y) + y)[1], True, False),
+    Case("acts on the input", lambda n, x: n.norm(n.conv(n.act(x))), True, False),
+    Case("acts on what exp keeps", lambda n, x: n.act(n.norm(n.conv(x)).exp()), True, False),
+    Case("acts on a view", lambda n, x: n.act(n.norm(n.conv(x)).flatten(1)), True, False),
+    Case("once of two", lambda n, x: n.act(n.act(n.norm(n.conv(x)))), True, False),
+    Case("after an addition", lambda n, x: n.act(n.norm(n.conv(x)) + x), True, True),
+    Case("after an addition to the input", lambda n, x: n.act(x + n.norm(n.conv(x))), True, False),
+    Case("after torch.add", lambda n, x: n.act(torch.add(x, n.norm(n.conv(x)))), True, True),
+    Case("after an addition in place", added_in_place, True, True),
+    Case("after an addition to what is used", added_in_place_to_what_is_used, True, False),
+    Case("through an identity", lambda n, x: n.act(n.same(n.norm(n.conv(x)))), True, True),
+    Case(
+        "through an identity that is used", lambda n, x: (y := n.norm(n.conv(x)), n.act(n.same(y)) + y)[1], True, False
+    ),
+    Case("only in training", by_mode, False, True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_a_graph_proves(case: Case) -> None:
+    net = Net(case.forward)
+    flow = flow_of(net)
+    assert flow.feeds_only(net.conv, net.norm) == case.feeds
+    assert (flow.user_of(net.conv) is net.norm) == case.feeds
+    assert flow.may_overwrite(net.act) == case.overwrites
+    assert not flow.feeds_only(net.norm, net.conv) and flow.user_of(net.other) is not net.act
+
+
+class Untraceable(nn.Module):
+    """Control flow on values around a block that can be traced."""
+
+    def __init__(self, reaches_in: bool) -> None:
+        super().__init__()
+        self.block = Net(lambda n, x: n.act(n.norm(n.conv(x))))
+        self.reaches_in = reaches_in
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 1e9:
+            return x
+        y = self.block(x)
+        return y + self.block.conv(x) if self.reaches_in else y
+
+
+@pytest.mark.parametrize("reaches_in", [False, True])
+def test_parts_are_proven_by_an_example_alone(reaches_in: bool) -> None:
+    net = Untraceable(reaches_in)
+    block = net.block
+    assert not flow_of(net).feeds_only(block.conv, block.norm)
+    flow = flow_of(net, torch.randn(1, 4, 3, 3))
+    assert flow.feeds_only(block.conv, block.norm) == (not reaches_in)
+    assert flow.may_overwrite(block.act)
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.conv(x)
+        return self.norm(self.last)
+
+
+def test_tracing_leaves_no_trace() -> None:
+    net = Remembers().train()
+    net.norm.eval()
+    before = {module: dict(module.__dict__) for module in net.modules()}
+    assert not flow_of(net).feeds_only(net.conv, net.norm)  # the attribute is one more place it goes to
+    assert {module: dict(module.__dict__) for module in net.modules()} == before

@@ -1,0 +1,106 @@
+"""Which class becomes which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from trady_kernels.nn.activation import (
+    LeanHardsigmoid,
+    LeanHardtanh,
+    LeanLeakyReLU,
+    LeanReLU,
+    LeanReLU6,
+)
+from trady_kernels.nn.channels import SparseChannels
+from trady_kernels.nn.conv2d import SparseConv2d
+from trady_kernels.nn.dropout import LeanDropout
+from trady_kernels.nn.linear import SparseLinear
+from trady_kernels.nn.norm import FoldedBatchNorm2d, FrozenBatchNorm2d
+from trady_kernels.nn.norm_family import (
+    FoldedBatchNormAct2d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm3d,
+    FrozenBatchNormAct2d,
+    FrozenSyncBatchNorm,
+)
+from trady_kernels.nn.padding import FoldedConstantPad2d, FoldedZeroPad2d
+from trady_kernels.nn.pooling import (
+    LeanAdaptiveAvgPool1d,
+    LeanAdaptiveAvgPool2d,
+    LeanAdaptiveAvgPool3d,
+    LeanAdaptiveMaxPool2d,
+    LeanAvgPool1d,
+    LeanAvgPool2d,
+    LeanAvgPool3d,
+    LeanMaxPool2d,
+)
+
+SPARSE: Mapping[type[nn.Module], type[SparseChannels]] = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
+FROZEN: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d,
+    nn.SyncBatchNorm: FrozenSyncBatchNorm,
+}
+#: A class stands before those it inherits from.
+LEAN: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.ReLU: LeanReLU,
+    nn.ReLU6: LeanReLU6,
+    nn.Hardtanh: LeanHardtanh,
+    nn.LeakyReLU: LeanLeakyReLU,
+    nn.Hardsigmoid: LeanHardsigmoid,
+    nn.Dropout: LeanDropout,
+    nn.MaxPool2d: LeanMaxPool2d,
+    nn.AdaptiveMaxPool2d: LeanAdaptiveMaxPool2d,
+    nn.AvgPool1d: LeanAvgPool1d,
+    nn.AvgPool2d: LeanAvgPool2d,
+    nn.AvgPool3d: LeanAvgPool3d,
+    nn.AdaptiveAvgPool1d: LeanAdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d: LeanAdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d: LeanAdaptiveAvgPool3d,
+}
+#: What stands beside a convolution, and its class once the convolution does its work.
+FOLDED_NORMS: Mapping[type[nn.Module], type[nn.Module]] = {
+    FrozenBatchNorm2d: FoldedBatchNorm2d,
+    FrozenBatchNormAct2d: FoldedBatchNormAct2d,
+}
+FOLDED_PADDING: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.ZeroPad2d: FoldedZeroPad2d,
+    nn.ConstantPad2d: FoldedConstantPad2d,
+}
+#: The class that ``densify`` gives a module which nobody recorded: layers built by hand.
+DENSE: Mapping[type[nn.Module], type[nn.Module]] = {
+    ours: dense for table in (SPARSE, FROZEN, LEAN) for dense, ours in table.items()
+}
+
+
+def base_in(table: Mapping[type[nn.Module], Any], module: nn.Module) -> type[nn.Module] | None:
+    """The class in ``table`` whose computation ``module`` does unchanged."""
+    kind = type(module)
+    for base in table:
+        if isinstance(module, base) and all(
+            getattr(kind, method, None) is getattr(base, method, None)
+            for method in ("forward", "_conv_forward")
+        ):
+            return base
+    return None
+
+
+def frozen_class(module: _BatchNorm) -> type[nn.Module] | None:
+    """The class of a batch norm once it is frozen; None where it cannot be."""
+    if isinstance(module, (*FROZEN.values(), FrozenBatchNormAct2d)):
+        return type(module)
+    if module.running_mean is None or module.running_var is None:
+        return None
+    # timm's norm and activation in one module; timm itself need not be installed.
+    if type(module).__name__ == "BatchNormAct2d" and {name for name, _ in module.named_children()} == {
+        "drop",
+        "act",
+    }:
+        return FrozenBatchNormAct2d
+    base = base_in(FROZEN, module)
+    return FROZEN[base] if base is not None else None

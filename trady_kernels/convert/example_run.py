@@ -1,0 +1,82 @@
+"""What an example run of a network calls."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from trady_kernels.batch import Example, call, tensors_in, without_trace
+
+NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass
+class Calls:
+    """What an example run calls.
+
+    Attributes:
+        layers: names of the convolutions and linears, in order of the calls.
+        head: name of the last one whose output is the network's; None if there is none.
+        counts: how often each module is called; None without an example.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    head: str | None = None
+    counts: Counter[nn.Module] | None = None
+
+
+def all_calls(names: Mapping[nn.Module, str]) -> Calls:
+    """Without an example: every layer is called, in the order of definition."""
+    layers = [
+        name
+        for module, name in names.items()
+        # The output projection of nn.MultiheadAttention, whose weight is used without a call.
+        if isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
+    return Calls(layers, head=layers[-1] if layers else None)
+
+
+def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_input: Example) -> Calls:
+    """Run the network once, in eval mode, and note what it calls."""
+    layers: list[str] = []
+    outputs: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+    counts: Counter[nn.Module] = Counter()
+    norm_is_last = False
+
+    def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal norm_is_last
+        counts[module] += 1
+        if isinstance(module, _ConvNd | nn.Linear):
+            layers.append(names[module])
+            norm_is_last = False
+            # A view of an output keeps its base alive, and with it the weak reference.
+            outputs.extend((names[module], weakref.ref(tensor)) for tensor in tensors_in(output))
+        elif isinstance(module, NORMS):
+            norm_is_last = True
+
+    handles = [module.register_forward_hook(called) for module in names]
+    try:
+        with without_trace(model, training=False), torch.no_grad():
+            output = call(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    head = None
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(output)}
+    for name, reference in outputs:
+        tensor = reference()
+        if tensor is not None and tensor.untyped_storage().data_ptr() in storages:
+            head = name
+    if head is None and layers and not norm_is_last:
+        head = layers[-1]
+    return Calls(layers, head, counts)

@@ -1,0 +1,429 @@
+"""``sparsify`` and ``densify``: a network's modules change their class in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from trady_kernels.batch import Example, call, without_trace
+from trady_kernels.convert import report
+from trady_kernels.convert.classes import (
+    DENSE,
+    FOLDED_NORMS,
+    FOLDED_PADDING,
+    LEAN,
+    SPARSE,
+    base_in,
+    frozen_class,
+)
+from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_calls
+from trady_kernels.convert.graph import Flow, trace_flow
+from trady_kernels.convert.report import ConversionReport, find_report
+from trady_kernels.memory import saved_by_module
+from trady_kernels.nn.channels import SparseChannels
+from trady_kernels.nn.conv2d import SparseConv2d
+from trady_kernels.nn.eight_bit import keep_in_eight_bits, keep_in_full
+from trady_kernels.nn.norm_family import FoldedBatchNormAct2d, FrozenBatchNormAct2d
+
+_RECORD = "_before_sparsify"
+_NORM_AND_ACT = (FrozenBatchNormAct2d, FoldedBatchNormAct2d)
+
+Lean = bool | Literal["8bit"]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A module as it was before ``sparsify``."""
+
+    kind: type[nn.Module]
+    requires_grad: Mapping[str, bool]
+
+
+@dataclass
+class _Plan:
+    """What becomes of each module, by name; nothing has changed yet."""
+
+    sparse: dict[str, type[nn.Module]] = field(default_factory=dict)
+    norms: dict[str, type[nn.Module]] = field(default_factory=dict)
+    lean: dict[str, type[nn.Module]] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+
+
+def sparsify(
+    model: Model,
+    example_input: Example | None = None,
+    *,
+    head: str | None = "auto",
+    freeze_norm: bool = True,
+    lean: Lean = True,
+) -> Model:
+    """Make a network's convolutions and linears sparse, in place, with no channel selected yet.
+
+    Afterwards only ``channel_weight``s and the head require gradients, and what stands between the layers
+    keeps as little as it can: frozen batch norms are folded into the convolution before them wherever a
+    ``torch.fx`` graph proves that its output goes nowhere else, and are an affine that keeps nothing
+    elsewhere; ReLU-like activations and dropout keep one bit an element, max pooling a byte. Modules stay the
+    same objects under the same names, with their hooks, modes, devices and dtypes, and ``state_dict()`` keeps
+    its keys and values. What stays as it was, and why, is in ``conversion_report(model)``. A second call
+    changes nothing more.
+
+    An activation works in place where the graph proves that nothing else needs its input: a hook that keeps
+    the output of the layer before it then sees it overwritten, as with ``inplace=True``. Layers that have hooks
+    already are left out of this and of folding.
+
+    Args:
+        model: the network.
+        example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments. The network
+            runs on it, in eval mode, and the layers that this run calls become sparse. Without it: all layers,
+            in the order of their definition, and nothing is folded in a network that fx cannot trace whole.
+        head: name of the module that stays dense and trains as a whole; "auto" for the last layer whose
+            output is the network's (the last layer called where an operation without layers follows); None
+            for no head.
+        freeze_norm: fix the statistics and affine of batch norms, under ``train()`` too, and the affine of
+            other norms. False leaves norms as they are, and trainable as they were.
+        lean: False leaves activations, pooling and dropout as they are. "8bit" also packs what all other
+            operations keep for backward (GELU, SiLU, Hardswish, layer norm, attention, gates) into one byte
+            an element, which costs exactness: see ``trady_kernels.functional.eight_bit``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example_input`` is of another type.
+        ValueError: ``head`` names no module, or one that is sparse already; ``lean`` is none of these;
+            ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
+            changed then.
+    """
+    _check_model(model)
+    if isinstance(model, _ConvNd | nn.Linear | _BatchNorm):
+        raise ValueError(
+            f"model: got a single {type(model).__name__}, expected a network that contains layers, such as "
+            "nn.Sequential(layer)"
+        )
+    if not isinstance(lean, bool) and lean != "8bit":
+        raise ValueError(f'lean: got {lean!r}, expected True, False or "8bit"')
+    names = {module: name for name, module in model.named_modules()}
+    earlier = find_report(model)
+    calls = example_calls(model, names, example_input) if example_input is not None else all_calls(names)
+    if head == "auto":
+        head = earlier.head if earlier else calls.head
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside_head = _modules_of_head(modules, head)
+    plan = _plan(names, inside_head, calls, freeze_norm=freeze_norm, lean=bool(lean))
+    if not plan.sparse:
+        raise ValueError(
+            f"model: got {type(model).__name__} in which no nn.Conv2d or nn.Linear besides the head can become "
+            "sparse, expected at least one"
+        )
+    flow = _trace(model, names, plan, calls)
+
+    kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, NORMS)}
+    for module in names:  # all of them before the first change: parameters may be shared
+        _record(module)
+    for module, name in names.items():
+        if name in plan.norms:
+            module.__class__ = plan.norms[name]
+        if module not in kept and not isinstance(module, SparseChannels):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+                parameter.grad = None  # an optimiser would still step on it
+        if name in plan.sparse and not isinstance(module, SparseChannels):
+            layer_class = plan.sparse[name]
+            assert issubclass(layer_class, SparseChannels)
+            layer_class.take_over(module, channels=())  # a count would draw at random
+        if name in plan.lean:
+            module.__class__ = plan.lean[name]
+    for module in inside_head:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(True)
+    folded = dict(earlier.folded) if earlier else {}
+    folded.update(_fold(names, flow))
+    for module in _overwriting(names, plan, flow):
+        module.__dict__["overwrites_input"] = True
+    if lean == "8bit":
+        keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
+    known = {*plan.sparse, *plan.norms, *plan.lean, *(names[module] for module in inside_head)}
+    model.__dict__[report.ATTRIBUTE] = ConversionReport(
+        head,
+        tuple(plan.sparse),
+        tuple(plan.norms),
+        plan.dense,
+        folded,
+        tuple(plan.lean),
+        {} if example_input is None else _kept_elsewhere(model, example_input, known),
+    )
+    return model
+
+
+def densify(model: Model) -> Model:
+    """Undo ``sparsify`` in place: the original classes and ``requires_grad`` flags, with the values of now.
+
+    Sparse layers and frozen norms that were built by hand become ``nn.Conv2d``, ``nn.Linear`` and batch norms
+    whose parameters train.
+
+    Args:
+        model: a network with sparse layers, or any other, which stays as it is.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check_model(model)
+    keep_in_full(model)
+    for module in list(model.modules()):
+        before = module.__dict__.pop(_RECORD, None)
+        module.__dict__.pop(report.ATTRIBUTE, None)
+        module.__dict__.pop("overwrites_input", None)
+        dense = before.kind if before else DENSE.get(type(module), type(module))
+        if isinstance(module, SparseChannels):
+            module.hand_back(dense)
+        elif type(module) is not dense:
+            module.__class__ = dense
+        else:
+            dense = None
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if before is not None:
+                parameter.requires_grad_(before.requires_grad.get(name, parameter.requires_grad))
+            elif dense is not None:
+                parameter.requires_grad_(True)
+    return model
+
+
+# -- which module becomes which --------------------------------------------------------------------
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = [
+        name for name, tensor in tensors if isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+    ]
+    if lazy:
+        raise ValueError(
+            f"model: got the uninitialised lazy parameter {lazy[0]!r}, expected a network that has run once"
+        )
+
+
+def _plan(
+    names: Mapping[nn.Module, str],
+    inside_head: Set[nn.Module],
+    calls: Calls,
+    *,
+    freeze_norm: bool,
+    lean: bool,
+) -> _Plan:
+    reasons = _reasons_to_stay(names, calls)
+    plan = _Plan()
+    for module, name in names.items():
+        if module in inside_head:
+            continue
+        lean_base = base_in(LEAN, module) if lean else None
+        if isinstance(module, SparseChannels):
+            plan.sparse[name] = type(module)
+        elif isinstance(module, _ConvNd | nn.Linear):
+            base = base_in(SPARSE, module)
+            if name in reasons:
+                plan.dense[name] = reasons[name]
+            elif base is None:
+                plan.dense[name] = f"{type(module).__name__} has no sparse form"
+            else:
+                plan.sparse[name] = SPARSE[base]
+        elif isinstance(module, _BatchNorm) and freeze_norm:
+            frozen = frozen_class(module)
+            if frozen is None:
+                plan.dense[name] = f"{type(module).__name__} cannot be frozen: its statistics follow train()"
+            else:
+                plan.norms[name] = frozen
+        elif type(module) in LEAN.values():
+            plan.lean[name] = type(module)
+        elif lean_base is not None:
+            plan.lean[name] = LEAN[lean_base]
+        elif _has_own_weights(module):
+            plan.dense[name] = f"{type(module).__name__} has no sparse form"
+    return plan
+
+
+def _record(module: nn.Module) -> None:
+    if _RECORD not in module.__dict__:
+        flags = {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
+        kind = type(module)
+        if kind in DENSE:  # built by hand, so it is frozen by nature
+            kind, flags = DENSE[kind], dict.fromkeys(flags, True)
+        module.__dict__[_RECORD] = _Before(kind, flags)
+
+
+def _modules_of_head(modules: Mapping[str, nn.Module], head: str | None) -> set[nn.Module]:
+    if head is None:
+        return set()
+    if head not in modules or head == "":
+        near = [name for name in modules if isinstance(head, str) and name and (head in name or name in head)]
+        hint = f"; near it: {', '.join(near[-3:])}" if near else ""
+        raise ValueError(
+            f'head: got {head!r}, expected "auto", None or the name of a module of the network{hint}'
+        )
+    inside = set(modules[head].modules())
+    if any(isinstance(module, SparseChannels) for module in inside):
+        raise ValueError(
+            f"head: got {head!r}, which is sparse already, expected a dense one: densify(model) first"
+        )
+    return inside
+
+
+def _owners(names: Mapping[nn.Module, str]) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for module, name in names.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _reasons_to_stay(names: Mapping[nn.Module, str], calls: Calls) -> dict[str, str]:
+    owners, called = _owners(names), set(calls.layers)
+    reasons = {}
+    for module, name in names.items():
+        if not isinstance(module, _ConvNd | nn.Linear):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
+            reasons[name] = "its weight is computed (parametrised), not a plain parameter"
+        elif not weight.is_floating_point():
+            reasons[name] = f"its weight is {weight.dtype}"
+        elif len(owners[id(weight)]) > 1:
+            others = ", ".join(repr(other) for other in owners[id(weight)] if other != name)
+            reasons[name] = f"its weight is shared with {others}"
+        elif name not in called:
+            reasons[name] = "no call reaches it: its weight is used directly, or not at all"
+        elif isinstance(module, tuple(SPARSE)) and base_in(SPARSE, module) is None:
+            reasons[name] = f"{type(module).__name__} has a forward of its own"
+    return reasons
+
+
+def _has_own_weights(module: nn.Module) -> bool:
+    """Whether a module that is no layer we know computes with matrices of its own (attention, recurrence)."""
+    if isinstance(module, (*NORMS, nn.Embedding, nn.EmbeddingBag)):
+        return False
+    return any(
+        "weight" in name and parameter is not None and parameter.dim() > 1
+        for name, parameter in module._parameters.items()
+    )
+
+
+def _kept_elsewhere(model: nn.Module, example_input: Example, known: Set[str]) -> dict[str, int]:
+    """Bytes that modules not in ``known`` keep when everything before them trains."""
+
+    def train(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.requires_grad:
+            return output.requires_grad_().clone()  # no leaf, which nothing may overwrite
+        return None
+
+    handles = [
+        layer.register_forward_hook(train) for layer in model.modules() if isinstance(layer, SparseChannels)
+    ]
+    try:
+        with without_trace(model), torch.enable_grad(), saved_by_module(model, example_input) as saved:
+            for module in model.modules():
+                if isinstance(module, NORMS):
+                    module.training = False  # batch statistics of a small example may not exist
+            call(model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: size for name, size in saved.by_module.items() if name not in known}
+
+
+# -- what a graph allows ---------------------------------------------------------------------------
+
+
+def _trace(model: nn.Module, names: Mapping[nn.Module, str], plan: _Plan, calls: Calls) -> Flow:
+    fresh = {
+        module
+        for module, name in names.items()
+        if (name in plan.sparse or name in plan.norms or type(module) in (*SPARSE, nn.BatchNorm2d))
+        and not issubclass(
+            plan.norms.get(name, type(module)), FrozenBatchNormAct2d
+        )  # its output is its act's
+        and not _is_watched(module)
+    }
+    leaves = {module for module in names if isinstance(module, _BatchNorm)}
+    return trace_flow(model, leaves=leaves, fresh=fresh, calls=calls.counts)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what goes in or comes out."""
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )
+
+
+def _fold(names: Mapping[nn.Module, str], flow: Flow) -> dict[str, str]:
+    """Fold norms and paddings into their convolutions where that is exact; ``{name: name of the convolution}``."""
+    folded = {}
+    padding_of: dict[nn.Module, nn.Module] = {}
+    for module in names:
+        user = flow.user_of(module)
+        if base_in(FOLDED_PADDING, module) is not None and user is not None and not _is_watched(module):
+            padding_of[user] = module
+    for conv, name in names.items():
+        if not isinstance(conv, SparseConv2d) or _is_watched(conv):
+            continue
+        norm = flow.user_of(conv)
+        if not isinstance(norm, nn.BatchNorm2d) or type(norm) not in FOLDED_NORMS or _is_watched(norm):
+            norm = None
+        padding = padding_of.get(conv)
+        margins = None if padding is None else _margins_of(padding)
+        if margins is not None and not conv.can_fold_margins(margins):
+            margins = padding = None
+        if norm is None and margins is None:
+            continue
+        conv.fold(norm, margins)
+        if norm is not None:
+            norm.__class__ = FOLDED_NORMS[type(norm)]
+            folded[names[norm]] = name
+        if padding is not None and margins is not None:
+            base = base_in(FOLDED_PADDING, padding)
+            assert base is not None
+            padding.__class__ = FOLDED_PADDING[base]
+            folded[names[padding]] = name
+    return folded
+
+
+def _margins_of(padding: nn.Module) -> tuple[int, int, int, int] | None:
+    """What a padding module adds (left, right, top, bottom); None unless it adds zeros."""
+    assert isinstance(padding, nn.ConstantPad2d)
+    return padding.padding if padding.value == 0 else None
+
+
+def _overwriting(names: Mapping[nn.Module, str], plan: _Plan, flow: Flow) -> list[nn.Module]:
+    """The lean modules that may work in place."""
+    overwriting = []
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for parent in names:
+        for child in parent.children():
+            parents.setdefault(child, []).append(parent)
+    for module, name in names.items():
+        if name not in plan.lean or not hasattr(module, "overwrites_input") or _is_watched(module):
+            continue
+        owners = parents.get(module, [])
+        inside_norm = len(owners) == 1 and isinstance(owners[0], _NORM_AND_ACT)
+        if inside_norm or flow.may_overwrite(module):
+            overwriting.append(module)
+    return overwriting
