@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, normalization, pooling
 from torch.profiler import ProfilerActivity, profile
 
@@ -165,14 +166,16 @@ def saved_by_module(model: nn.Module, batch: Example = ()) -> Iterator[SavedByte
     inputs = {_storage(tensor) for tensor in tensors_in(batch)} - parameters
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
-    seen: set[int] = set()
+    seen: dict[int, StorageWeakRef] = {}
     saved = SavedBytes()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         key = _storage(tensor)
-        if key not in seen:
-            seen.add(key)
-            size = tensor.untyped_storage().nbytes()
+        if (
+            key not in seen or seen[key].expired()
+        ):  # a part of the graph may be dropped, its addresses used again
+            storage = tensor.untyped_storage()
+            seen[key], size = StorageWeakRef(storage), storage.nbytes()
             if key in parameters:
                 saved.parameter_bytes += size
             elif key in inputs:

@@ -5,31 +5,66 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from rich.table import Table
 
+from trady_kernels import resident
 from trady_kernels.atomic_write import write_json
+from trady_kernels.cli import BadUsage, Failed
 from trady_kernels.cli.console import check_writable, in_bytes, make_console
+from trady_kernels.cli.memory_plot import FORMATS, plot_memory
 from trady_kernels.cli.network import (
     add_network_arguments,
     add_selection_arguments,
+    in_autocast,
     make_batch,
     make_network,
     make_sampler,
 )
+from trady_kernels.convert import sparse_layers
 from trady_kernels.memory import KINDS, MemoryReport, measure_memory
+from trady_kernels.resident import ResidentReport, in_fresh_process, measure_resident
 
 _DESCRIPTION = """\
 Run one training step of the dense network and one with the channels that a budget buys, and show the bytes that
-each keeps between forward and backward, by kind and by module, and the allocator's high-water mark."""
+each keeps between forward and backward, by kind and by module; the allocator's high-water mark; and what the whole
+process grows by, each step in a process of its own."""
 
 _EPILOG = """\
 examples:
   trady memory --model efficientnet_lite0 --budget 28000
-  trady memory --budget 1MiB --batch-size 8 --image-size 224 --modules 20
-  trady memory --model timm:resnet18 --budget 5% --json memory.json"""
+  trady memory --budget 1MiB --batch-size 8 --image-size 224 --modules 20 --plot memory.png
+  trady memory --model timm:resnet18 --budget 5% --autocast bfloat16 --json memory.json"""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One step: what torch counts, and what the system sees (None where it does not tell)."""
+
+    counted: MemoryReport
+    resident: ResidentReport | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.counted.to_dict() | {"resident": self.resident.to_dict() if self.resident else None}
+
+
+@dataclass(frozen=True)
+class _Selected:
+    """Measured bytes of what the budget counts: inputs that the sparse layers keep, gradients of their rows."""
+
+    inputs: int
+    weight_gradients: int
+
+    @property
+    def together(self) -> int:
+        return self.inputs + self.weight_gradients
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,49 +79,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="modules to list, those that keep most in the dense step first; 0 for none (default: %(default)s)",
     )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"draw the bytes by kind here ({', '.join(FORMATS)})"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure both steps and print the tables."""
-    if args.json is not None:
-        check_writable("json", args.json)
+    _check_files(args)
     console = make_console()
     dense_model, batch = make_network(args), make_batch(args)
     sparse_model = copy.deepcopy(dense_model)
     sampler = make_sampler(sparse_model, batch, args)
-    with console.status("measuring the dense step"):
-        dense = measure_memory(dense_model, (batch.images, batch.labels), F.cross_entropy)
-    with console.status("measuring the sparse step"):
-        sparse = measure_memory(sparse_model, (batch.images, batch.labels), F.cross_entropy)
+    no_resident = resident.unavailable()
+    columns = (SpinnerColumn(), *Progress.get_default_columns()[:3], TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=2 if no_resident else 4)
 
-    cost = sampler.cost
+        def stage(text: str, measure: Callable[[], Any]) -> Any:
+            progress.update(task, description=text)
+            result = measure()
+            progress.advance(task)
+            return result
+
+        def measured(name: str, model: Any) -> _Measured:
+            with in_autocast(args):
+                counted = stage(
+                    f"{name} step",
+                    lambda: measure_memory(model, (batch.images, batch.labels), F.cross_entropy),
+                )
+            if no_resident:
+                return _Measured(counted, None)
+            return _Measured(
+                counted,
+                stage(f"{name} step in a process of its own", lambda: _measure_apart(args, name == "sparse")),
+            )
+
+        dense, sparse = measured("dense", dense_model), measured("sparse", sparse_model)
+
+    cost, selected = sampler.cost, _selected(sparse_model, sparse.counted)
+    budget = sampler.budget if sampler.budget is not None else "no budget"
+    images = f"{args.batch_size} images of {args.image_size}x{args.image_size}"
+    console.print(f"{args.model}, {images}, {dense.counted.device}")
     console.print(
-        f"{args.model}, {args.batch_size} images of {args.image_size}x{args.image_size}, {dense.device}"
-    )
-    console.print(
-        f"dense: all parameters train; sparse: {sampler.scheme} at "
-        f"{sampler.budget if sampler.budget is not None else 'no budget'}, {cost.elements:,} elements of one sample\n"
+        f"dense: all parameters train; sparse: {sampler.scheme} at {budget}, {cost.elements:,} elements of one sample\n"
     )
     console.print(_comparison(dense, sparse))
+    if no_resident:
+        console.print(no_resident)
     console.print(
-        f"counted: weight gradients and stored inputs of the selected channels take {in_bytes(cost.bytes)} in this "
-        f"batch; measured: the sparse step keeps {in_bytes(sparse.saved_bytes)}"
+        f"what the budget counts, selected inputs and weight gradients: {in_bytes(cost.bytes)} counted, "
+        f"{in_bytes(selected.together)} measured ({in_bytes(selected.inputs)} and "
+        f"{in_bytes(selected.weight_gradients)})"
     )
+    if cost.bytes:
+        console.print(
+            f"the sparse step keeps {in_bytes(sparse.counted.saved_bytes)} in all, "
+            f"{sparse.counted.saved_bytes / cost.bytes:.3g} times what is counted"
+        )
     if args.modules > 0:
-        console.print(_modules(dense, sparse, args.modules))
+        console.print(_modules(dense.counted, sparse.counted, args.modules))
+    if args.plot is not None:
+        title = f"{args.model}, {images}" + ("" if sampler.budget is None else f", budget {args.budget}")
+        plot_memory(args.plot, dense.counted, sparse.counted, title)
+        console.print(f"drawn in {args.plot}")
     if args.json is not None:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot")}
         write_json(
             args.json,
             {
                 "settings": settings,
                 "counted": {**dataclasses.asdict(cost), "elements": cost.elements},
+                "measured": dataclasses.asdict(selected) | {"together": selected.together},
                 "dense": dense.to_dict(),
                 "sparse": sparse.to_dict(),
             },
         )
     return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_writable("json", args.json)
+    if args.plot is not None:
+        if args.plot.suffix[1:].lower() not in FORMATS:
+            raise BadUsage(f"plot: got {args.plot}, expected a name that ends in .{', .'.join(FORMATS)}")
+        check_writable("plot", args.plot)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise BadUsage(
+                "plot: drawing needs matplotlib; install it with: pip install 'trady-kernels[cli]'"
+            )
+
+
+def _measure_apart(args: argparse.Namespace, sparse: bool) -> ResidentReport:
+    try:
+        return in_fresh_process(_resident, args, sparse)
+    except RuntimeError as error:
+        raise Failed(str(error)) from error
+
+
+def _resident(args: argparse.Namespace, sparse: bool) -> ResidentReport:
+    model, batch = make_network(args), make_batch(args)
+    if sparse:
+        make_sampler(model, batch, args)
+    with in_autocast(args):
+        return measure_resident(model, (batch.images, batch.labels), F.cross_entropy)
+
+
+def _selected(model: Any, report: MemoryReport) -> _Selected:
+    names = sparse_layers(model)
+    return _Selected(
+        sum(report.by_module.get(name, 0) for name in names),
+        sum(report.gradients.get(f"{name}.channel_weight", 0) for name in names),
+    )
 
 
 def _table(heading: str) -> Table:
@@ -101,15 +207,21 @@ def _add(table: Table, name: str, dense: int, sparse: int) -> None:
     table.add_row(name, in_bytes(dense), in_bytes(sparse), f"{sparse / dense:.1%}" if dense else "-")
 
 
-def _comparison(dense: MemoryReport, sparse: MemoryReport) -> Table:
+def _comparison(dense: _Measured, sparse: _Measured) -> Table:
     table = _table("kept for backward")
+    both = dense.counted, sparse.counted
     for kind in KINDS:
-        if kind in dense.by_kind or kind in sparse.by_kind:
-            _add(table, kind, dense.by_kind.get(kind, 0), sparse.by_kind.get(kind, 0))
+        if any(kind in report.by_kind for report in both):
+            _add(table, kind, *(report.by_kind.get(kind, 0) for report in both))
     table.add_section()
-    _add(table, "together", dense.saved_bytes, sparse.saved_bytes)
-    _add(table, "parameters referenced", dense.parameter_bytes, sparse.parameter_bytes)
-    _add(table, "peak of the step", dense.peak_bytes, sparse.peak_bytes)
+    _add(table, "together", *(report.saved_bytes for report in both))
+    _add(table, "parameters referenced", *(report.parameter_bytes for report in both))
+    table.add_section()
+    _add(table, "gradients", *(report.gradient_bytes for report in both))
+    _add(table, "allocator's peak in the step", *(report.peak_bytes for report in both))
+    if dense.resident and sparse.resident:
+        _add(table, "process, graph alive", dense.resident.graph_bytes, sparse.resident.graph_bytes)
+        _add(table, "process, peak in the step", dense.resident.peak_bytes, sparse.resident.peak_bytes)
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,14 @@ from torch import nn
 
 from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
+from trady_kernels.convert.network import Lean
 from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, ChannelSampler
 from trady_kernels.training.regimes import find_ranking
+
+AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
+LEAN: dict[str, Lean] = {"on": True, "off": False, "8bit": "8bit"}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,18 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, batch_size: int, i
     parser.add_argument(
         "--image-size", type=int, default=image_size, help="side of the images (default: %(default)s)"
     )
+    parser.add_argument(
+        "--autocast",
+        choices=AUTOCAST,
+        default="off",
+        help="run the steps under autocast (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-format",
+        choices=MEMORY_FORMATS,
+        default="contiguous",
+        help="of the images and weights (default: %(default)s)",
+    )
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +73,13 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranking", metavar="FILE", help="layer ranking instead of the one that ships for the model"
     )
+    parser.add_argument(
+        "--lean",
+        choices=LEAN,
+        default="on",
+        help="what stands between the layers keeps bits (on), its tensors (off), or bits and everything else in one "
+        "byte an element, which is not exact (8bit) (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
 
 
@@ -68,7 +93,8 @@ def make_network(args: argparse.Namespace) -> nn.Module:
         if getattr(args, name) < 1:
             raise BadUsage(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
     with usage_errors():
-        return load_model(args.model, args.classes, pretrained=False).model.train()
+        model = load_model(args.model, args.classes, pretrained=False).model.train()
+    return model.to(memory_format=MEMORY_FORMATS[args.memory_format])  # type: ignore[call-overload]
 
 
 def make_batch(args: argparse.Namespace) -> Batch:
@@ -76,9 +102,15 @@ def make_batch(args: argparse.Namespace) -> Batch:
     generator = torch.Generator().manual_seed(0)
     size = (args.batch_size, 3, args.image_size, args.image_size)
     return Batch(
-        torch.randn(size, generator=generator),
+        torch.randn(size, generator=generator).contiguous(memory_format=MEMORY_FORMATS[args.memory_format]),
         torch.randint(args.classes, (args.batch_size,), generator=generator),
     )
+
+
+def in_autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
+    """The autocast mode that the arguments ask for."""
+    dtype = AUTOCAST[args.autocast]
+    return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> ChannelSampler:
@@ -90,7 +122,9 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
     budget = int(args.budget) if args.budget.isdecimal() else args.budget
     with usage_errors():
         ranking = find_ranking(args.ranking, args.model)
-        sparsify(model, batch.images, head=classifier_name(model, args.classes) or "auto")
-        return ChannelSampler(
-            model, batch.images, budget=budget, scheme=args.scheme, ranking=ranking, seed=args.seed
-        )
+        head = classifier_name(model, args.classes) or "auto"
+        sparsify(model, batch.images, head=head, lean=LEAN[args.lean])
+        with in_autocast(args):
+            return ChannelSampler(
+                model, batch.images, budget=budget, scheme=args.scheme, ranking=ranking, seed=args.seed
+            )
