@@ -30,3 +30,6 @@ ROUNDING = {
     torch.bfloat16: 2.0**-7,
     torch.float16: 2.0**-9,
 }
+
+# Unit roundoff of the dtype itself: what one rounding to it costs.
+DTYPE_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in ROUNDING}
