@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+#: What oneDNN computes on every CPU with AVX-512; other dtypes have slower transposed convolutions.
+_ONEDNN = (torch.float32, torch.bfloat16)
+
 
 def conv2d_input_grad(
     grad_output: torch.Tensor,  # (N, C', H', W')
@@ -19,11 +22,11 @@ def conv2d_input_grad(
 ) -> torch.Tensor:  # (N, C, H, W)
     """Gradient of a convolution with respect to its input.
 
-    Which of torch's operators is taken was measured on one core in float32, on the layers of MobileNetV2,
-    EfficientNet-Lite0, ResNet and ResNeXt at batch 8: against ``convolution_backward`` the product takes 0.5 to
-    0.9 of the time (a strided one 0.3 to 0.6), the transposed convolution 0.7 to 1.05 for dense and depthwise
-    layers, with the same bits. It takes up to 2.7 for 1x1 kernels and 3 for groups, which therefore
-    have other ways.
+    Which of torch's operators is taken was measured on one core, on the layers of MobileNetV2,
+    EfficientNet-Lite0, ResNet and ResNeXt at batch 8, in shares of ``convolution_backward``'s time and with the
+    same bits but for a few roundings: a product takes 0.3 to 1 for 1x1 layers, where the transposed convolution
+    takes 1.1 to 2.7; elsewhere the transposed convolution takes 0.6 to 1.05 in oneDNN, but up to 3 for groups and
+    outside of oneDNN.
 
     Args:
         grad_output: ``(N, C', H', W')``.
@@ -37,25 +40,31 @@ def conv2d_input_grad(
         ``(N, C, H, W)``.
     """
     grad_output = grad_output.contiguous(memory_format=memory_format)
-    kernel_size = weight.shape[2:]
-    if grad_output.device.type != "cpu" or (groups != 1 and not groups == weight.shape[0] == shape[1]):
-        grad = _by_backward(grad_output, weight, shape, memory_format, stride, padding, dilation, groups)
-    elif groups == 1 and tuple(kernel_size) == (1, 1) and not any(padding):
+    is_dense = groups == 1
+    is_depthwise = groups == weight.shape[0] == shape[1]
+    on_cpu = grad_output.device.type == "cpu"
+    if on_cpu and is_dense and tuple(weight.shape[2:]) == (1, 1) and not any(padding):
         grad = _product(grad_output, weight, memory_format)
         if tuple(stride) != (1, 1):
             pixels = grad
             grad = torch.empty(shape, dtype=pixels.dtype, device=pixels.device, memory_format=memory_format)
             grad.zero_()[:, :, :: stride[0], :: stride[1]] = pixels
-    else:
+    elif on_cpu and (is_dense or is_depthwise) and grad_output.dtype in _ONEDNN:
         grad = _transposed(grad_output, weight, shape, stride, padding, dilation, groups)
+    else:
+        grad = _by_backward(grad_output, weight, shape, memory_format, stride, padding, dilation, groups)
     return grad.contiguous(memory_format=memory_format)
 
 
 def _product(
     grad_output: torch.Tensor, weight: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    # mm would be cast by an autocast around backward, where convolutions are left alone
-    if memory_format == torch.channels_last and not torch._C._is_any_autocast_enabled():
+    # An autocast around backward would cast mm, and leaves this operator alone. In bfloat16 mm is slower.
+    if (
+        memory_format == torch.channels_last
+        and grad_output.dtype != torch.bfloat16
+        and not torch._C._is_any_autocast_enabled()
+    ):
         batch, out_channels, height, width = grad_output.shape
         pixels = grad_output.permute(0, 2, 3, 1).reshape(-1, out_channels)
         grad = torch.mm(pixels, weight.reshape(out_channels, -1))
