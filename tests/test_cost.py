@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -8,8 +12,18 @@ import torch
 from networks import ResidualNet, as_trained
 from torch import nn
 
-from trady_kernels.cost import Budget, Cost, LayerCost, measure_layers, total
+from trady_kernels.cost import (
+    Backward,
+    Budget,
+    Cost,
+    LayerCall,
+    LayerCost,
+    measure_layers,
+    measure_network,
+    total,
+)
 from trady_kernels.models import MobileNetV2
+from trady_kernels.models.loading import load_model
 
 
 def test_mobilenet_v2_costs_what_the_paper_says() -> None:
@@ -78,6 +92,7 @@ def test_measuring_leaves_no_trace() -> None:
     model = as_trained(ResidualNet()).train()
     model.norm.eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.stem.weight.requires_grad_(False)
     state = torch.get_rng_state()
 
     def draw(module: nn.Module, args: object) -> None:
@@ -88,7 +103,170 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and model.blocks[0].norm1.training and not model.norm.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.blocks.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert torch.is_grad_enabled()
+
+
+# -- the data flow ---------------------------------------------------------------------------------
+
+
+def inputs_that_need_a_gradient(model: nn.Module, x: torch.Tensor, trained: str) -> set[str]:
+    """Names of the layers whose input requires grad when one layer's weight alone trains."""
+    needing = set()
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+
+            def note(module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+                if args[0].requires_grad:
+                    needing.add(name)
+
+            handles.append(module.register_forward_pre_hook(note))
+    weight = model.get_submodule(trained).weight
+    assert isinstance(weight, nn.Parameter)
+    weight.requires_grad_(True)
+    model(x)
+    weight.requires_grad_(False)
+    for handle in handles:
+        handle.remove()
+    return needing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "residual",
+        "torchvision:resnet18",  # downsampling convs
+        "timm:mobilenetv3_small_050",  # squeeze-excite
+        "timm:test_vit",
+        "torchvision:squeezenet1_1",  # branches
+    ],
+)
+def test_ancestors_are_the_layers_that_make_an_input_need_a_gradient(name: str) -> None:
+    library = name.partition(":")[0]
+    if library != name and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed: pip install {library}")
+    model = as_trained(ResidualNet() if library == name else load_model(name, 5, pretrained=False).model)
+    size = 160 if name == "timm:test_vit" else 32
+    x = torch.randn(1, 3, size, size)
+    model.eval().requires_grad_(False)
+    network = measure_network(model, x)
+    assert [call.name for call in network.calls] == list(network.layers)
+    for layer in network.layers:
+        expected = inputs_that_need_a_gradient(model, x, layer)
+        assert {call.name for call in network.calls if layer in call.ancestors} == expected, layer
+    assert not any(call.after_parameter for call in network.calls)
+
+
+class Maze(nn.Module):
+    """Branches, views written in place, a layer called twice, one without gradient, one without use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.branch = nn.Conv2d(2, 2, 1)
+        self.blind = nn.Conv2d(3, 4, 1)
+        self.twice = nn.Conv2d(4, 4, 1)
+        self.unused = nn.Conv2d(2, 2, 1)
+        self.cut = nn.Conv2d(2, 4, 1)
+        self.linear = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, input: torch.Tensor) -> dict[str, object]:
+        x = self.first(input)
+        x[:, :2].relu_()
+        branch = self.branch(x[:, 2:])
+        x = x.clone()
+        x[:, :2] = branch
+        self.unused(branch)
+        with torch.no_grad():
+            shift = self.blind(input)
+        y = self.cut(branch.detach())
+        y = self.twice(input=nn.functional.relu_(self.twice(y)))
+        tokens = nn.functional.relu_(self.linear((x + shift + y).flatten(2).transpose(1, 2)))
+        return {"out": [self.last(tokens * self.scale)], "shape": x.shape}
+
+
+MAZE = (  # layer, channels, MACs a channel, ancestors, whether a parameter stands before it
+    LayerCall("first", 3, 4 * 30, frozenset(), False),
+    LayerCall("branch", 2, 2 * 30, frozenset({"first"}), False),
+    LayerCall("cut", 2, 4 * 30, frozenset(), False),
+    LayerCall("twice", 4, 4 * 30, frozenset({"cut"}), False),
+    LayerCall("twice", 4, 4 * 30, frozenset({"cut", "twice"}), False),
+    LayerCall("linear", 4, 4 * 30, frozenset({"first", "branch", "cut", "twice"}), False),
+    LayerCall("last", 4, 2 * 30, frozenset({"first", "branch", "cut", "twice", "linear"}), True),
+)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("made", "context"),
+    [
+        (lambda: Maze(), nullcontext),
+        (lambda: Maze(), torch.no_grad),
+        (lambda: Maze(), torch.inference_mode),
+        (lambda: compiled(Maze()), nullcontext),
+    ],
+    ids=["plain", "no_grad", "inference_mode", "compiled"],
+)
+def test_a_maze(made: Callable[[], nn.Module], context: Callable[[], AbstractContextManager[None]]) -> None:
+    model = made()
+    with context():
+        network = measure_network(model, torch.randn(2, 3, 5, 6))
+    assert set(network.layers) == {call.name for call in MAZE} | {"blind", "unused"}
+    assert network.calls == MAZE
+
+
+@dataclass(frozen=True)
+class Trained:
+    name: str
+    trained: Mapping[str, int]
+    backward: Backward
+
+
+TRAINED = (
+    Trained("nothing but the parameter", {}, Backward("last", 0, 4 * 60)),
+    Trained("a layer nothing comes back to", {"blind": 3}, Backward("last", 0, 4 * 60)),
+    Trained("a bias", {"linear": 0}, Backward("linear", 0, 4 * 60)),
+    Trained("one of two calls", {"twice": 1}, Backward("twice", 2 * 120, 4 * 120 + 4 * 120 + 4 * 60)),
+    Trained("below", {"cut": 2, "last": 3}, Backward("cut", 2 * 120 + 3 * 60, 3 * 4 * 120 + 4 * 60)),
+)
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=lambda case: case.name)
+def test_backward_of_a_maze(case: Trained) -> None:
+    network = measure_network(Maze(), torch.randn(2, 3, 5, 6))
+    backward = network.backward(case.trained)
+    assert backward == case.backward
+    assert backward.flops == 2 * backward.macs == 2 * (backward.weight_grad_macs + backward.input_grad_macs)
+
+
+def test_nothing_trains() -> None:
+    assert measure_network(ResidualNet().requires_grad_(False), torch.randn(1, 3, 8, 8)).backward(
+        {}
+    ) == Backward(None, 0, 0)
+
+
+def test_the_run_keeps_no_activation() -> None:
+    alive: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            alive.append(sum(reference() is not None for reference in references))
+            output = input.sigmoid() * 2
+            references.append(weakref.ref(output.untyped_storage()))
+            return output
+
+    references: list[weakref.ref[torch.UntypedStorage]] = []
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(2, 2, 1), Watched())]
+    measure_network(nn.Sequential(*layers), torch.randn(1, 2, 5, 5))
+    assert len(alive) == 6 and max(alive) <= 1
 
 
 GOOD = (
