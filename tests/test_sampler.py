@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
+import math
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +14,13 @@ import pytest
 import torch
 from networks import ResidualNet, as_trained
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
-from trady_kernels.cost import Cost, total
+from trady_kernels.cost import Backward, Cost, total
 from trady_kernels.models import MobileNetV2
+from trady_kernels.models.loading import load_model
 from trady_kernels.nn import SparseLinear
 from trady_kernels.selection import SCHEMES
 
@@ -296,6 +301,106 @@ def test_a_state_of_something_else_is_refused_and_changes_nothing(case: BadState
     after = drawn.state_dict()
     assert equal(after["selection"], before["selection"])
     assert torch.equal(after["generator"], before["generator"])
+
+
+# -- the backward pass -----------------------------------------------------------------------------
+
+
+def conv_flops(
+    selected: torch.Size,
+    grad_output: torch.Size,
+    channels: torch.Size,
+    in_channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    out_val: object = None,
+) -> int:
+    return 2 * selected[1] * grad_output.numel() // groups * math.prod(kernel_size)
+
+
+def linear_flops(selected: torch.Size, grad_output: torch.Size, out_val: object = None) -> int:
+    return 2 * selected.numel() * grad_output[-1]
+
+
+def flops_of_backward(model: nn.Module, x: torch.Tensor) -> int:
+    """What the operators of a backward pass say they compute: products, convolutions, our own."""
+    ours = {
+        torch.ops.trady.conv2d_channel_grad: conv_flops,
+        torch.ops.trady.linear_channel_grad: linear_flops,
+    }
+    loss = model.train()(x).square().sum()
+    # In the reference backend a weight gradient is one operator that stands for all it calls.
+    with tk.backend("reference"), FlopCounterMode(display=False, custom_mapping=ours) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Network:
+    name: str
+    make: Callable[[], nn.Module]
+    layers: int
+
+
+NETWORKS = (
+    Network("ResidualNet", ResidualNet, 9),
+    Network("resnet18", lambda: load_model("torchvision:resnet18", 5, pretrained=False).model, 21),
+    Network("mobilenet_v2", lambda: load_model("torchvision:mobilenet_v2", 5, pretrained=False).model, 53),
+)
+
+
+@pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case.name)
+def test_the_backward_pass_computes_what_is_counted(case: Network) -> None:
+    if case.name != "ResidualNet" and importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision is not installed: pip install torchvision")
+    x = torch.randn(2, 3, 32, 32)
+    model = tk.sparsify(as_trained(case.make()), x)
+    names = list(sparse_layers(model))
+    ends = set()
+    for seed in range(4):
+        top = random.Random(seed).sample(names, 3)
+        ranking = tk.LayerRanking(dict.fromkeys(names, 0.0) | dict.fromkeys(top, 1.0))
+        drawn = tk.ChannelSampler(model, x, budget="1%", ranking=ranking, seed=seed)
+        backward = drawn.backward
+        ends.add(backward.ends_at)
+        assert flops_of_backward(model, x) == len(x) * backward.flops
+        note = next(line for line in drawn.report().splitlines() if "backward pass" in line)
+        share = f"{backward.macs / drawn.full_backward.macs:.2%} of a full one"
+        assert note.startswith(f"the backward pass ends at {backward.ends_at}, layer ")
+        for part in (f"of {case.layers} in", f"{backward.flops:,} FLOPs a sample", share):
+            assert part in note
+    assert len(ends) > 1
+
+
+def test_the_full_backward_pass_computes_what_is_counted() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 1),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+    x = torch.randn(2, 3, 10, 9)
+    full = tk.ChannelSampler(tk.sparsify(model, x), x, budget="10%").full_backward
+    assert full.ends_at == "0"
+    assert flops_of_backward(tk.densify(model), x) == len(x) * full.flops
+
+
+def test_what_trains_beside_the_selection_is_counted() -> None:
+    x = torch.randn(2, 4)
+    model = tk.sparsify(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))), x)
+    drawn = tk.ChannelSampler(model, x, budget=None, scheme="head-only")
+    assert drawn.backward == Backward("3", 16, 0)  # the head
+    model[3].requires_grad_(False)
+    assert drawn.backward == Backward(None, 0, 0)
+    assert "the backward pass computes nothing: no layer trains" in drawn.report()
+    model[1].bias.requires_grad_(True)
+    assert drawn.backward == Backward("1", 0, 32)
+    drawn.load_state_dict(drawn.state_dict() | {"selection": {**drawn.selection, "0": torch.tensor([1])}})
+    assert drawn.backward == Backward("0", 4, 48)
 
 
 # -- the report ------------------------------------------------------------------------------------
