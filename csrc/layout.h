@@ -5,10 +5,30 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
 namespace trady {
 
 inline bool is_channels_last(const torch::stable::Tensor& input) {
   return input.dim() == 4 && input.stride(1) == 1 && input.stride(3) != 1;
+}
+
+// Whether the elements fill a block of memory without gaps or overlaps, in any order of the dimensions.
+inline bool is_dense(const torch::stable::Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != expected) return tensor.numel() == 0;
+    expected *= size;
+  }
+  return true;
 }
 
 // Through torch's own allocator and dispatcher, so that deterministic mode fills it.

@@ -135,6 +135,36 @@ TRADY_INLINE f32 widen_float16(u16_half bits) {
 #endif
 }
 
+// ---- narrowing ------------------------------------------------------------------------------------------
+
+// To the nearest, ties to even, as ATen rounds; NaN stays NaN.
+TRADY_INLINE u16_half narrow_bfloat16(f32 value) {
+  const u32 x = (u32)value;
+  const u32 nan = (u32)(value != value);
+  const u32 rounded = (x + 0x7fffu + ((x >> 16) & 1u)) >> 16;
+  const u32 quiet = (x >> 16) | 0x40u;
+  return __builtin_convertvector((nan & quiet) | (~nan & rounded), u16_half);
+}
+
+TRADY_INLINE u16_half narrow_float16(f32 value) {
+#if defined(__AVX512F__)
+  return (u16_half)_mm512_maskz_cvtps_ph(ALL, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (u16_half)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const u32 x = (u32)value;
+  const u32 magnitude = x & 0x7fffffffu;
+  const u32 nan = (u32)(value != value);
+  const u32 huge = (u32)((i32)magnitude >= 0x47800000);  // 2^16
+  const u32 small = (u32)((i32)magnitude < 0x38800000);  // 2^-14: a denormal, its last place is that of 0.5f
+  const u32 denormal = (u32)((f32)magnitude + 0.5f) - 0x3f000000u;
+  const u32 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const u32 special = 0x7c00u | (nan & 0x0200u);
+  const u32 finite = (small & denormal) | (~small & normal);
+  return __builtin_convertvector((huge & special) | (~huge & finite) | ((x >> 16) & 0x8000u), u16_half);
+#endif
+}
+
 // ---- loads and stores -------------------------------------------------------------------------------------
 
 // LANES<T> elements from any address, widened.
@@ -145,6 +175,8 @@ TRADY_INLINE f32 load(const float16* p) { return widen_float16(*reinterpret_cast
 
 TRADY_INLINE void store(float* p, f32 value) { *reinterpret_cast<f32_memory*>(p) = value; }
 TRADY_INLINE void store(double* p, f64 value) { *reinterpret_cast<f64_memory*>(p) = value; }
+TRADY_INLINE void store(bfloat16* p, f32 value) { *reinterpret_cast<u16_half_memory*>(p) = narrow_bfloat16(value); }
+TRADY_INLINE void store(float16* p, f32 value) { *reinterpret_cast<u16_half_memory*>(p) = narrow_float16(value); }
 
 // The first `count` lanes (0 <= count <= LANES<T>); the others are zero, and their memory is not touched.
 #if defined(__AVX512F__)
