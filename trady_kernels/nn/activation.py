@@ -20,11 +20,12 @@ class _Overwriting:
     def _in_place(self, input: torch.Tensor) -> bool:
         if self.inplace:
             return True
-        # The compiler reuses memory by itself, and a leaf that requires grad cannot be overwritten.
+        # The compiler reuses memory by itself. Leaves that require grad, and the views that backward hooks hand on,
+        # cannot be overwritten.
         return (
             self.overwrites_input
             and not torch.compiler.is_compiling()
-            and not (input.is_leaf and input.requires_grad)
+            and not (input.requires_grad and (input.is_leaf or input._is_view()))
         )
 
 
