@@ -353,9 +353,8 @@ def _trace(model: nn.Module, names: Mapping[nn.Module, str], plan: _Plan, calls:
         module
         for module, name in names.items()
         if (name in plan.sparse or name in plan.norms or type(module) in (*SPARSE, nn.BatchNorm2d))
-        and not issubclass(
-            plan.norms.get(name, type(module)), FrozenBatchNormAct2d
-        )  # its output is its act's
+        # The output of norm and activation in one is the activation's.
+        and not issubclass(plan.norms.get(name, type(module)), _NORM_AND_ACT)
         and not _is_watched(module)
     }
     leaves = {module for module in names if isinstance(module, _BatchNorm)}
@@ -396,7 +395,7 @@ def _fold(names: Mapping[nn.Module, str], flow: Flow) -> dict[str, str]:
             continue
         conv.fold(norm, margins)
         if norm is not None:
-            norm.__class__ = FOLDED_NORMS[type(norm)]
+            norm.__class__ = FOLDED_NORMS[type(norm)]  # type: ignore[assignment]
             folded[names[norm]] = name
         if padding is not None and margins is not None:
             base = base_in(FOLDED_PADDING, padding)
