@@ -41,6 +41,48 @@ TRADY_INLINE V select(V mask, V yes, V no) {
   return (mask & yes) | (~mask & no);
 }
 
+// Codes as integers of the accumulation type's width, and back. The compilers' own conversions go element by element
+// on some sets: 4.8 million codes to float32 on AVX-512 6.0 ms instead of 2.9, and from float32 on AVX2 9.5 instead
+// of 3.7.
+template <class Scalar>
+TRADY_INLINE typename Bits<Scalar>::vector load_codes(const int8_t* p) {
+  using B = Bits<Scalar>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Scalar) == 4) {
+    return (i32)_mm512_maskz_cvtepi8_epi32(ALL, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Scalar) == 4) {
+    return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+#endif
+  const typename B::codes narrow = *reinterpret_cast<const typename B::codes_memory*>(p);
+  return __builtin_convertvector(narrow, typename B::vector);
+}
+
+// The low bytes of a block's integers, which are -128 to 127.
+template <class Scalar>
+TRADY_INLINE void store_codes(int8_t* p, const typename Bits<Scalar>::vector* code) {
+  using B = Bits<Scalar>;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(Scalar) == 4) {
+    // Packing works inside halves of a register; the permutation puts the quarters in order again.
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    for (int i = 0; i < BLOCK / B::lanes; i += 4) {
+      const __m256i low = _mm256_packs_epi32((__m256i)code[i], (__m256i)code[i + 1]);
+      const __m256i high = _mm256_packs_epi32((__m256i)code[i + 2], (__m256i)code[i + 3]);
+      const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + i * B::lanes), bytes);
+    }
+    return;
+  }
+#endif
+  for (int i = 0; i < BLOCK / B::lanes; ++i) {
+    *reinterpret_cast<typename B::codes_memory*>(p + i * B::lanes) =
+        __builtin_convertvector(code[i], typename B::codes);
+  }
+}
+
 // One block of 64: its scale; the codes only where the scale is a number.
 template <class T>
 TRADY_INLINE float quantize_block(const T* __restrict input, int8_t* __restrict codes) {
@@ -68,15 +110,17 @@ TRADY_INLINE float quantize_block(const T* __restrict input, int8_t* __restrict 
   if (scale * LARGEST > GREATEST) scale = __builtin_bit_cast(float, __builtin_bit_cast(int32_t, scale) - 1);
   const Scalar inverse = scale > 0 ? 1 / static_cast<Scalar>(scale) : 0;
 
-  for (int i = 0; i < BLOCK; i += lanes) {
-    const I bits = (I)load(input + i);
+  const I bias = (I)(vector_of<T>{} + B::round);
+  I code[BLOCK / lanes];
+  for (int i = 0; i < BLOCK / lanes; ++i) {
+    const I bits = (I)load(input + i * lanes);
     const I lowest = (I)(bits == B::minus_infinity);
     const auto x = (vector_of<T>)(bits & ~lowest);
     // Kept apart: a fused product and sum rounds otherwise.
-    const I rounded = (I)(keep(x * inverse) + B::round);
-    const I code = select(lowest, I{} + MINUS_INFINITY, rounded);
-    *reinterpret_cast<typename B::codes_memory*>(codes + i) = __builtin_convertvector(code, typename B::codes);
+    const I rounded = (I)(keep(x * inverse) + B::round) - bias;
+    code[i] = select(lowest, I{} + MINUS_INFINITY, rounded);
   }
+  store_codes<Scalar>(codes, code);
   return scale;
 }
 
@@ -134,8 +178,7 @@ TRADY_INLINE void dequantize_block(const int8_t* __restrict codes, float scale, 
   using B = Bits<Scalar>;
   using I = typename B::vector;
   for (int i = 0; i < BLOCK; i += B::lanes) {
-    const typename B::codes narrow = *reinterpret_cast<const typename B::codes_memory*>(codes + i);
-    const I code = __builtin_convertvector(narrow, I);
+    const I code = load_codes<Scalar>(codes + i);
     const I value = (I)(__builtin_convertvector(code, vector_of<T>) * static_cast<Scalar>(scale));
     store_as(output + i, (vector_of<T>)select((I)(code == MINUS_INFINITY), I{} + B::minus_infinity, value));
   }
