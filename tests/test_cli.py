@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("rich", reason="the commands need the extra 'cli'")
 
-from trady_kernels import cli
+from trady_kernels import cli, resident
 from trady_kernels.cli import COMMANDS, main
 
 SMALL = ["--batch-size", "2", "--image-size", "32"]
@@ -39,7 +42,18 @@ BAD_USAGE = [
     (["plan", "--image-size", "0"], "0", "at least 1"),
     (["plan", "--ranking", "no/such/file"], "no/such/file", "No such file"),
     (["plan", "--json", "no/such/folder/plan.json"], "no/such/folder", "written"),
+    (["plan", "--total", "64"], "64", "such as 256MiB"),
+    (["plan", "--total", "lots"], "lots", "such as 256MiB"),
+    (["plan", "--total", "64MiB", "--budget", "5%"], "--budget", "one of the two"),
+    (["plan", "--total", "64MiB", "--scheme", "full"], "full", "no budget"),
+    (["plan", "--total", "64MiB", "--optimizer", "adan"], "adan", "adamw"),
+    (["plan", "--total", "1MiB", *SMALL], "1,048,576 bytes", "expected at least"),
     (["memory", "--batch-size", "-1"], "-1", "at least 1"),
+    (["memory", "--plot", "plot.gif"], "plot.gif", ".png, .svg, .pdf"),
+    (["memory", "--plot", "no/such/folder/plot.png"], "no/such/folder", "written"),
+    (["memory", "--autocast", "float16"], "float16", "bfloat16"),
+    (["memory", "--lean", "4bit"], "4bit", "8bit"),
+    (["memory", "--memory-format", "nhwc"], "nhwc", "channels_last"),
     (["bench", "--selected", "1,x"], "1,x", "1,4,16"),
     (["bench", "--rounds", "0"], "0", "at least 1"),
     (["bench", "--operator", "nope"], "nope", "conv2d_channel_grad"),
@@ -79,16 +93,71 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(entry["selected"] == 0 for entry in content["layers"] if not entry["in_pool"])
 
 
-def test_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "memory.json"
-    assert main(["memory", *SMALL, "--budget", "64KiB", "--modules", "3", "--json", str(file)]) == 0
+def test_plan_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    assert main(["plan", *SMALL, "--model", "mobilenet_v2_w035", "--total", "4MiB", "--json", str(file)]) == 0
+    out = capsys.readouterr().out
     content = json.loads(file.read_text())
-    dense, sparse, counted = content["dense"], content["sparse"], content["counted"]
-    assert counted["bytes"] <= 64 * 1024
+    assert [step["batch_size"] for step in content["steps"]] == [1, 2]
+    for step in content["steps"]:
+        parts = ("model_bytes", "batch_bytes", "optimizer_bytes", "peak_bytes")
+        assert sum(step[part] for part in parts) == step["total_bytes"] <= content["total_bytes"] == 4 * 2**20
+        assert 0 < step["channels"] and step["budget"] in out
+    assert "no batch above 2 was tried" in out
+
+
+@pytest.fixture(scope="module")
+def memory_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
+    """Figures, plot and printed text of one run."""
+    folder = tmp_path_factory.mktemp("memory")
+    figures, plot, printed = folder / "memory.json", folder / "memory.svg", io.StringIO()
+    files = ["--json", str(figures), "--plot", str(plot)]
+    with contextlib.redirect_stdout(printed):
+        assert main(["memory", *SMALL, "--budget", "64KiB", "--modules", "3", *files]) == 0
+    return json.loads(figures.read_text()), plot.read_text(), printed.getvalue()
+
+
+def test_memory(memory_run: tuple[dict[str, Any], str, str]) -> None:
+    content, _, out = memory_run
+    dense, sparse, counted, measured = (content[key] for key in ("dense", "sparse", "counted", "measured"))
+    assert measured["together"] == counted["bytes"] <= 64 * 1024
+    assert measured["together"] == measured["inputs"] + measured["weight_gradients"]
     assert sparse["by_kind"]["conv input"] < dense["by_kind"]["conv input"] / 10
     assert "norm" not in sparse["by_kind"] and dense["by_kind"]["norm"] > 0
-    out = capsys.readouterr().out
-    assert "conv input" in out and "module (3 of" in out
+    assert sparse["saved_bytes"] < dense["saved_bytes"] / 10
+    for step in ("dense", "sparse"):
+        assert 0 < content[step]["resident"]["peak_bytes"] < 2 * content[step]["peak_bytes"] + 2**20
+    assert "conv input" in out and "module (3 of" in out and "process, peak in the step" in out
+    assert f"{sparse['saved_bytes'] / counted['bytes']:.3g} times what is counted" in out
+
+
+def test_memory_plot(memory_run: tuple[dict[str, Any], str, str]) -> None:
+    content, plot, _ = memory_run
+    for kind in ("conv input", "activation", "norm"):
+        assert f">{kind}<" in plot
+    for step in ("dense", "sparse"):
+        assert f">{content[step]['saved_bytes'] / 2**20:.3g}<" in plot
+    assert "efficientnet_lite0, 2 images of 32x32, budget 64KiB" in plot and "kept for backward (MiB)" in plot
+
+
+def test_memory_with_other_arguments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without /proc the command says so and goes on."""
+    monkeypatch.setattr(resident, "unavailable", lambda: "resident memory: not here")
+
+    def sparse(*arguments: str) -> dict[str, Any]:
+        file = tmp_path / "memory.json"
+        usual = ["memory", *SMALL, "--model", "mobilenet_v2_w035", "--budget", "30%", "--modules", "0"]
+        assert main([*usual, "--json", str(file), *arguments]) == 0
+        content = json.loads(file.read_text())
+        assert content["sparse"]["resident"] is None
+        return content["sparse"]["by_kind"]
+
+    usual, cast = sparse(), sparse("--autocast", "bfloat16", "--memory-format", "channels_last")
+    assert cast["conv input"] == usual["conv input"] / 2 and cast["activation"] == usual["activation"]
+    assert sparse("--lean", "off")["activation"] > 5 * usual["activation"]
+    assert "resident memory: not here" in capsys.readouterr().out
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

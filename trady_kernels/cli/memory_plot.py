@@ -28,7 +28,7 @@ _MIB = 2**20
 _THINNEST = 500  # what is less than this part of both bars cannot be seen, and is not in the legend
 _COLUMN = 3.5  # inches: a column of a two-column page, so that the sizes below are those on paper
 _SMALL, _TEXT = 7, 8  # points
-_TITLE_WIDTH = 50  # characters that fit the column
+_TITLE_WIDTH = 58  # characters that fit the column
 #: Below this share of the dense bar the sparse one is drawn a second time, on a scale of its own.
 _ENLARGED = 0.25
 

@@ -13,9 +13,10 @@ from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.selection import SCHEMES, ChannelSampler
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
 from trady_kernels.training.regimes import find_ranking
 
+DEFAULT_BUDGET = "28000"
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 LEAN: dict[str, Lean] = {"on": True, "off": False, "8bit": "8bit"}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -64,7 +65,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare how channels are selected."""
     parser.add_argument(
         "--budget",
-        default="28000",
+        default=DEFAULT_BUDGET,
         help="elements of one sample (28000), bytes of a batch (256KiB) or a share (5%%) (default: %(default)s)",
     )
     parser.add_argument(
@@ -97,13 +98,14 @@ def make_network(args: argparse.Namespace) -> nn.Module:
     return model.to(memory_format=MEMORY_FORMATS[args.memory_format])  # type: ignore[call-overload]
 
 
-def make_batch(args: argparse.Namespace) -> Batch:
-    """A batch of the size that the arguments give."""
+def make_batch(args: argparse.Namespace, batch_size: int | None = None) -> Batch:
+    """A batch of the size that the arguments give, or of another."""
     generator = torch.Generator().manual_seed(0)
-    size = (args.batch_size, 3, args.image_size, args.image_size)
+    count = args.batch_size if batch_size is None else batch_size
+    images = torch.randn((count, 3, args.image_size, args.image_size), generator=generator)
     return Batch(
-        torch.randn(size, generator=generator).contiguous(memory_format=MEMORY_FORMATS[args.memory_format]),
-        torch.randint(args.classes, (args.batch_size,), generator=generator),
+        images.contiguous(memory_format=MEMORY_FORMATS[args.memory_format]),
+        torch.randint(args.classes, (count,), generator=generator),
     )
 
 
@@ -113,6 +115,19 @@ def in_autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager[o
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
+def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> LayerRanking | None:
+    """Convert ``model`` in place as the arguments say; returns its layers' ranking.
+
+    Raises:
+        BadUsage: a bad ranking, or a network that the batch does not fit.
+    """
+    with usage_errors():
+        ranking = find_ranking(args.ranking, args.model)
+        head = classifier_name(model, args.classes) or "auto"
+        sparsify(model, batch.images, head=head, lean=LEAN[args.lean])
+    return ranking
+
+
 def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> ChannelSampler:
     """Convert ``model`` in place and select channels in it as the arguments say.
 
@@ -120,11 +135,8 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
         BadUsage: a bad budget, scheme or ranking, or a network that the batch does not fit.
     """
     budget = int(args.budget) if args.budget.isdecimal() else args.budget
-    with usage_errors():
-        ranking = find_ranking(args.ranking, args.model)
-        head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.images, head=head, lean=LEAN[args.lean])
-        with in_autocast(args):
-            return ChannelSampler(
-                model, batch.images, budget=budget, scheme=args.scheme, ranking=ranking, seed=args.seed
-            )
+    ranking = make_sparse(model, batch, args)
+    with usage_errors(), in_autocast(args):
+        return ChannelSampler(
+            model, batch.images, budget=budget, scheme=args.scheme, ranking=ranking, seed=args.seed
+        )
