@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.atomic_write import write_json
@@ -20,6 +21,7 @@ from trady_kernels.batch import Example, input_of, loss_of, without_trace
 from trady_kernels.cost import Layer, LayerCost, measure_layers
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.nn.conv2d import SparseConv2d
+from trady_kernels.nn.norm import FrozenBatchNorm2d
 
 _FORMAT = "trady-layer-ranking"
 _VERSION = 1
@@ -267,15 +269,26 @@ def _values_kept(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
                 parameter.copy_(value)
 
 
+def _convolve(layer: Any, input: torch.Tensor) -> torch.Tensor:
+    """What a sparse layer computes, with what is folded into it, by torch's convolution."""
+    if layer.folded_margins is not None:
+        input = F.pad(input, layer.folded_margins)
+    output = nn.Conv2d.forward(layer, input)
+    norm: Any = layer.folded_norm
+    return output if norm is None else FrozenBatchNorm2d.forward(norm, output)
+
+
 @contextmanager
 def _whole_gradient(layer: nn.Module, reduce: Callable[[torch.Tensor], None]) -> Iterator[nn.Parameter]:
     """Let the layer's whole weight get its gradient, sparse or not, and hand it to ``reduce``."""
     weight: Any = layer.weight
     if isinstance(layer, SparseChannels):
         layer.synchronize()
-        dense: type[nn.Module] = nn.Conv2d if isinstance(layer, SparseConv2d) else nn.Linear
+        dense: Callable[..., torch.Tensor] = (
+            _convolve if isinstance(layer, SparseConv2d) else nn.Linear.forward
+        )
         # The instance's own attribute hides the sparse forward; rows and their gradient are not touched.
-        layer.forward = partial(dense.forward, layer)
+        layer.forward = partial(dense, layer)
     flag = weight.requires_grad
     weight.requires_grad_(True)
     handle = weight.register_post_accumulate_grad_hook(reduce)
