@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from trady_kernels.atomic_write import write_json
+from trady_kernels.batch import tensors_in
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder
 from trady_kernels.data.mnist import find_mnist
@@ -123,19 +126,40 @@ def _build_in_words(record: dict[str, str]) -> str:
 def _operators() -> list[Finding]:
     """Run every operator once on a small example beside its reference."""
     x, dy = torch.randn(2, 8, 9, 9), torch.randn(2, 6, 9, 9)
-    channels = torch.tensor([1, 4, 5])
-    examples: dict[str, tuple[object, ...]] = {
+    channels, window = torch.tensor([1, 4, 5]), ((3, 3), (2, 2), (1, 1), (1, 1))
+    codes, bits = torch.randint(-127, 128, (130,), dtype=torch.int8), torch.arange(162, dtype=torch.uint8)
+    _, offsets = OPERATORS["max_pool2d_offsets"].kernels["reference"](x, *window, False)
+    examples: dict[str, tuple[Any, ...]] = {
         "gather_channels": (x, channels),
         "conv2d_channel_grad": (x[:, channels], dy, channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
         "linear_channel_grad": (torch.randn(33, 3), torch.randn(33, 20)),
+        "rectify": (x, 0.0, 1.0, None),
+        "rectify_": (x, 0.0, None, 0.1),
+        "scale_by_bits": (x, bits, 1.0, None),
+        "pack_bits": (x > 0,),
+        "max_pool2d_offsets": (x, *window, False),
+        "max_pool2d_offsets_backward": (torch.randn(2, 8, 5, 5), offsets, (9, 9), *window),
+        "quantize_blocks": (x,),
+        "dequantize_blocks": (codes, torch.rand(3), torch.float32),
     }
     findings = []
     for name, operator in OPERATORS.items():
-        result = operator(*examples[name])
-        right = torch.allclose(result, operator.kernels["reference"](*examples[name]), rtol=1e-4, atol=1e-4)
+        right = _alike(
+            _results(operator, examples[name]), _results(operator.kernels["reference"], examples[name])
+        )
         verdict = "equal to the reference" if right else "WRONG: differs from the reference"
         findings.append(Finding(name, right, f"ran on {last_kernel(name)}, {verdict}"))
     return findings
+
+
+def _results(operator: Callable[..., Any], example: tuple[Any, ...]) -> list[torch.Tensor]:
+    """What an operator returns and what it wrote, from a copy of the example."""
+    arguments = copy.deepcopy(example)
+    return list(tensors_in((operator(*arguments), arguments)))
+
+
+def _alike(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(results, expected, strict=True))
 
 
 def _optional() -> list[Finding]:
