@@ -20,6 +20,8 @@ write that dense autograd would refuse is harmless, and not refused.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -152,7 +154,6 @@ class _Run:
         self.known = {tensor.untyped_storage().data_ptr() for tensor in references if type(tensor) in _PLAIN}
         self.contents: WeakValueDictionary[tuple[Any, ...], _Blocks | _Bits] = WeakValueDictionary()
         self.kept_whole: WeakValueDictionary[int, _Reference] = WeakValueDictionary()
-        self.hooks = saved_tensors_hooks(self.pack, _restore)
 
     def pack(self, tensor: torch.Tensor) -> _Reference | _Packed:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
@@ -169,11 +170,14 @@ class _Run:
             return _Reference(tensor.clone(), self.outer)
         exact = self.exact or _saves_exactly(sys._getframe(1))
         if exact or not self._pays(tensor, elements, storage.nbytes()):
-            reference = _Reference(tensor, self.outer)
-            reference.origin = origin
-            self.kept_whole[origin.cdata] = reference
-            return reference
+            return self._keep_whole(tensor, origin)
         return self._pack(tensor, origin)
+
+    def _keep_whole(self, tensor: torch.Tensor, origin: StorageWeakRef) -> _Reference:
+        reference = _Reference(tensor, self.outer)
+        reference.origin = origin
+        self.kept_whole[origin.cdata] = reference
+        return reference
 
     def _pays(self, tensor: torch.Tensor, elements: int, storage_bytes: int) -> bool:
         if tensor.dtype is torch.bool:
@@ -183,9 +187,8 @@ class _Run:
         if not tensor.requires_grad and elements * STATISTIC <= self.largest:
             return False
         self.largest = max(self.largest, elements)
-        return (
-            elements + 4 * blocks_of(elements) < storage_bytes
-        )  # an expanded tensor is smaller than its codes
+        # An expanded tensor is smaller than its codes.
+        return elements + 4 * blocks_of(elements) < storage_bytes
 
     def _pack(self, tensor: torch.Tensor, origin: StorageWeakRef) -> _Packed:
         shape, stride = tensor.shape, tensor.stride()
@@ -204,11 +207,29 @@ class _Run:
         return _Packed(content, shape, stride)
 
 
+@functools.cache
+def _hide_from_dynamo() -> None:
+    """Keep the compiler from tracing the hooks, which a compiled region inside the network calls.
+
+    ``torch.compiler.disable`` would put a frame between a hook and the code that it looks at.
+    """
+    skip = importlib.import_module("torch._dynamo.decorators").skip
+    for function in (
+        _Run.pack,
+        _Run._keep_whole,
+        _Reference.__init__,
+        _Reference.restore,
+        _restore,
+        _saves_exactly,
+    ):
+        skip(function)
+
+
 class _Stack(threading.local):
-    """What runs on this thread now: who was entered, and its run; None where nothing is packed."""
+    """What runs on this thread now: who was entered, its run (None where nothing is packed), the hooks it began."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[object, _Run | None, bool]] = []
+        self.entered: list[tuple[object, _Run | None, saved_tensors_hooks | None]] = []
 
 
 _stack = _Stack()
@@ -226,14 +247,17 @@ def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> No
     """
     if torch.compiler.is_compiling():
         return
-    run, started = None, False
+    if "torch._dynamo" in sys.modules:
+        _hide_from_dynamo()
+    run = hooks = None
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
         run = getattr(outer[0], "__self__", None) if outer is not None else None
         if not isinstance(run, _Run):
-            run, started = _Run(references(), outer), True
-            run.hooks.__enter__()
-    _stack.entered.append((owner, run, started))
+            run = _Run(references(), outer)
+            hooks = saved_tensors_hooks(run.pack, _restore)
+            hooks.__enter__()
+    _stack.entered.append((owner, run, hooks))
 
 
 def leave(owner: object) -> None:
@@ -241,9 +265,9 @@ def leave(owner: object) -> None:
     # Where another hook raised before `enter` could run, there is nothing to end.
     if torch.compiler.is_compiling() or not _stack.entered or _stack.entered[-1][0] is not owner:
         return
-    _, run, started = _stack.entered.pop()
-    if started and run is not None:
-        run.hooks.__exit__(None, None, None)
+    _, _, hooks = _stack.entered.pop()
+    if hooks is not None:
+        hooks.__exit__(None, None, None)
 
 
 def stay_exact() -> None:

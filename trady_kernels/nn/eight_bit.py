@@ -50,7 +50,8 @@ def keep_in_eight_bits(model: nn.Module, exact: Iterable[nn.Module] = ()) -> Non
         model.register_forward_hook(_leave_network, always_call=True),
     ]
     for module in exact:
-        module.__dict__[_HANDLES] = [module.register_forward_pre_hook(_enter_exact, prepend=True)]
+        handle = module.register_forward_pre_hook(_enter_exact, prepend=True)
+        module.__dict__.setdefault(_HANDLES, []).append(handle)
 
 
 def keep_in_full(model: nn.Module) -> None:
