@@ -110,6 +110,12 @@ TRADY_INLINE mask_of<V> mask_from(uint64_t bits) {
 }
 #endif
 
+// The scalar in every lane, -0.0 too.
+template <class V>
+TRADY_INLINE V splat(double value) {
+  return static_cast<decltype(V{}[0] + 0)>(value) - V{};
+}
+
 // x, but not below (above) the bound; x where both are zeros or x is NaN.
 template <class V>
 TRADY_INLINE V clamp_min(V x, V bound) {
@@ -139,9 +145,18 @@ TRADY_INLINE void store_word(uint8_t* p, uint64_t word, int bytes = 8) { __built
 
 // step(source, target, word) on every 64 elements and their bits, `word` read or written, and on the rest by way of
 // a buffer. The target may be the source.
+//
+// Both are prefetched: without it, 9.9 ms for the ReLU6 of 9.6 million floats out of place, with it 6.8 (a store
+// stream that misses the cache holds up the loads behind it).
 template <bool writes_bits, class T, class B, class F>
 TRADY_INLINE void for_each_word(const T* source, T* target, B* bits, int64_t count, F step) {
+  constexpr int ahead = 2048 / static_cast<int>(sizeof(T)), line = 64 / static_cast<int>(sizeof(T));
   for (; count >= WORD; count -= WORD, source += WORD, target += WORD, bits += 8) {
+#pragma GCC unroll 8
+    for (int i = 0; i < WORD; i += line) {
+      prefetch(source + i + ahead);
+      prefetch(target + i + ahead);
+    }
     if constexpr (writes_bits) {
       uint64_t word = 0;
       step(source, target, word);

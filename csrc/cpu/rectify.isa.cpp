@@ -16,11 +16,10 @@ TRADY_INLINE vector_of<T> rounded(vector_of<T> bound) {
 template <Outside outside, class T>
 void rectify_elements(const Rectifier& rectifier, const T* source, T* target, uint8_t* bits, int64_t count) {
   using V = vector_of<T>;
-  using scalar = scalar_of<T>;
   constexpr int lanes = LANES<T>;
-  const V min = V{} + static_cast<scalar>(rectifier.min), max = V{} + static_cast<scalar>(rectifier.max);
+  const V min = splat<V>(rectifier.min), max = splat<V>(rectifier.max);
   const V lowest = rounded<T>(min), highest = rounded<T>(max);
-  const V slope = V{} + static_cast<scalar>(rectifier.slope);
+  const V slope = splat<V>(rectifier.slope);
   for_each_word<true>(source, target, bits, count, [&](const T* from, T* to, uint64_t& word) {
 #pragma GCC unroll 32
     for (int i = 0; i < WORD; i += lanes) {

@@ -8,9 +8,8 @@ namespace {
 template <bool selects_zero, class T>
 void scale_elements(double on, double off, const T* source, const uint8_t* bits, T* target, int64_t count) {
   using V = vector_of<T>;
-  using scalar = scalar_of<T>;
   constexpr int lanes = LANES<T>;
-  const V yes = V{} + static_cast<scalar>(on), no = V{} + static_cast<scalar>(off);
+  const V yes = splat<V>(on), no = splat<V>(off);
   for_each_word<false>(source, target, bits, count, [&](const T* from, T* to, uint64_t& word) {
 #pragma GCC unroll 32
     for (int i = 0; i < WORD; i += lanes) {
