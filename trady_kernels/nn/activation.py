@@ -7,6 +7,7 @@ torch module makes it lean, and setting it back undoes that.
 from __future__ import annotations
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from trady_kernels.functional.activation import hardsigmoid, hardtanh, leaky_relu, relu
@@ -26,7 +27,19 @@ class _Overwriting:
             self.overwrites_input
             and not torch.compiler.is_compiling()
             and not (input.requires_grad and (input.is_leaf or input._is_view()))
+            and not _may_be_checkpointed()
         )
+
+
+def _may_be_checkpointed() -> bool:
+    """Whether an activation checkpoint may hold the input for its second forward.
+
+    A reentrant checkpoint runs the first one without gradients, the other kind with hooks for saved tensors.
+    """
+    if not torch.is_grad_enabled():
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 class LeanReLU(_Overwriting, nn.ReLU):
