@@ -26,6 +26,16 @@ def _convolution(channels_last: bool = False, groups: int = 1) -> tuple[Any, ...
     return (x, dy, torch.tensor([0, 2, 3]), 4, [3, 3], [2, 2], [1, 1], [1, 1], groups)
 
 
+def _rectified() -> tuple[tuple[Any, ...], ...]:
+    return (
+        (torch.randn(3, 23), 0.0, None, None),
+        (_images(2, 5, 3, 4, channels_last=True), 0.0, 0.5, None),
+        (torch.randn(9, 11)[2:, 3:], 0.0, None, 0.1),
+        (torch.randn(5, 7, 3).transpose(0, 2).double(), -1.0, 1.0, None),
+        (torch.randn(0, 3), 0.0, None, None),
+    )
+
+
 #: Arguments for each operator; a new operator gets a row here.
 SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "gather_channels": (
@@ -53,6 +63,20 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (torch.randint(-127, 128, (70,), dtype=torch.int8), torch.rand(2), torch.float32),
         (torch.randint(-127, 128, (64,), dtype=torch.int8), torch.rand(1), torch.bfloat16),
         (torch.empty(0, dtype=torch.int8), torch.empty(0), torch.float64),
+    ),
+    "rectify": _rectified(),
+    "rectify_": _rectified(),
+    "scale_by_bits": (
+        (torch.randn(3, 23), torch.randint(256, (9,), dtype=torch.uint8), 2.0, None),
+        (_images(2, 5, 3, 4, channels_last=True), torch.randint(256, (15,), dtype=torch.uint8), 1.0, 0.1),
+        (torch.randn(9, 11)[2:, 3:], torch.randint(256, (7,), dtype=torch.uint8), 2.0, 0.0),
+        (torch.randn(0, 3), torch.empty(0, dtype=torch.uint8), 1.0, None),
+    ),
+    "pack_bits": (
+        (torch.randn(3, 23) > 0,),
+        (_images(2, 5, 3, 4, channels_last=True) > 0,),
+        ((torch.randn(9, 11) > 0)[2:, 3:],),
+        (torch.empty(0, 3, dtype=torch.bool),),
     ),
 }
 
@@ -120,7 +144,14 @@ def test_compiled_operator_ran_and_not_the_reference(name: str) -> None:
     with backend("cpp"):
         compiled = _events(name, arguments)
     assert f"trady::{name}" in compiled
-    traces = {"aten::index_select", "aten::einsum", "aten::amax", "aten::repeat_interleave"}
+    traces = {
+        "aten::index_select",
+        "aten::einsum",
+        "aten::amax",
+        "aten::repeat_interleave",
+        "aten::sum",
+        "aten::bitwise_and",
+    }
     assert reference & traces and not compiled & traces
 
 
