@@ -50,7 +50,7 @@ def loss(output: Any, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(getattr(output, "logits", output).float(), target)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
     """A whole network.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -20,9 +21,30 @@ def as_trained(model: Model) -> Model:
             bias = getattr(module, "bias", None)
             if isinstance(bias, torch.Tensor):
                 bias.normal_(0, 0.3)
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.dim() == 1:
-                weight.uniform_(0.5, 1.5)
+            for name, parameter in module.named_parameters(recurse=False):
+                if name != "bias" and parameter.dim() == 1:  # of norms and layer scales
+                    parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def near_own_statistics(model: Model, forward: Callable[[Model], object]) -> Model:
+    """Batch norms whose statistics are near those of what they see.
+
+    At random ones the signal of a deep network dies out on its way, and with it every mistake in its first
+    layers.
+    """
+    norms = [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+    before = [(norm.momentum, norm.training) for norm in norms]
+    with torch.no_grad():
+        for norm in norms:
+            norm.train().momentum = 1.0
+        forward(model)
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.train(training).momentum = momentum
+            deviation = norm.running_var.sqrt()
+            norm.running_mean += torch.empty_like(deviation).uniform_(-0.5, 0.5) * deviation
+            norm.running_var *= torch.empty_like(deviation).uniform_(0.5, 2)
+            norm.running_var += 1e-3
     return model
 
 
