@@ -155,6 +155,43 @@ def test_gradients_by_parameter() -> None:
     assert report.gradient_bytes == 4 * 4 * C
 
 
+class Between(nn.Module):
+    """Everything that becomes lean, between two convolutions, and an activation that stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(2)
+        self.dropout = nn.Dropout(0.5)
+        self.gelu = nn.GELU()
+        self.last = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.dropout(self.pool(self.relu(self.norm(self.conv(x)))))
+        x = self.last(self.gelu(x))
+        return self.head((x * x.sigmoid()).mean((2, 3)))
+
+
+def test_what_lean_modules_keep_counts_under_their_kind() -> None:
+    batch = torch.randn(4, 3, 32, 32)
+    full, pooled = 4 * 8 * 32 * 32, 4 * 8 * 16 * 16  # elements
+
+    def by_kind(lean: Any) -> dict[str, int]:
+        model = tk.sparsify(as_trained(Between()).train(), batch, lean=lean)
+        model.conv.select([0, 2])
+        return dict(tk.measure_memory(model, batch).by_kind)
+
+    selected, head = 4 * 2 * 4 * 32 * 32, 4 * 8 * 4
+    bits = {"conv input": selected, "pooling": pooled, "dropout": pooled // 8, "linear input": head}
+    exact = by_kind(True)
+    assert exact == bits | {"activation": full // 8 + 4 * pooled, "residual": 2 * 4 * pooled}
+    codes = pooled + 4 * pooled // 64  # one byte an element, a scale for 64
+    assert by_kind("8bit") == bits | {"activation": full // 8 + codes, "residual": 2 * codes}
+
+
 def test_views_count_their_whole_storage_once() -> None:
     class Views(nn.Module):
         def __init__(self) -> None:

@@ -28,7 +28,9 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "finetune": Command("trady_kernels.cli.finetune", "fine-tune a network inside a memory budget"),
-    "plan": Command("trady_kernels.cli.plan", "what each layer's channels cost, and what a budget buys"),
+    "plan": Command(
+        "trady_kernels.cli.plan", "what each layer's channels cost; what a budget or a total buys"
+    ),
     "memory": Command("trady_kernels.cli.memory", "bytes that a training step keeps, dense beside sparse"),
     "rank": Command("trady_kernels.cli.rank", "rank a network's layers, for the schemes that need it"),
     "bench": Command("trady_kernels.cli.bench", "time the operators beside ATen"),
