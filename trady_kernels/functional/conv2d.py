@@ -80,14 +80,13 @@ def _with_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of the convolution that has the norm in it, in the weight's dtype."""
     scale = norm_scale(norm.weight, norm.running_var, norm.eps)
-    shift = scale * (-norm.running_mean if bias is None else bias - norm.running_mean)
-    if norm.bias is not None:
-        shift = shift + norm.bias
+    mean = norm.running_mean if bias is None else norm.running_mean - bias
+    shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
     return _scaled(weight, scale, weight.dtype), shift.to(weight.dtype)
 
 
 def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (weight * scale[:, None, None, None]).to(dtype)
+    return (weight * scale.view(-1, 1, 1, 1)).to(dtype)
 
 
 def _row_scale(
@@ -226,10 +225,9 @@ class _SparseConv2d(torch.autograd.Function):
             elif padded:
                 grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
         if ctx.needs_input_grad[2]:
-            if scale is None:
-                grad_bias = grad_output.sum((0, 2, 3))
-            else:
-                grad_bias = grad_output.sum((0, 2, 3), dtype=scale.dtype) * scale
+            grad_bias = grad_output.sum((0, 2, 3))
+            if scale is not None:
+                grad_bias = grad_bias * scale
             grad_bias = grad_bias.to(bias_dtype)
         return grad_input, None, grad_bias, grad_rows, *(None,) * 11
 
