@@ -7,7 +7,7 @@ none of both stays the reference that it was. Exact stay
 * what this package's own Functions save: selected channels, bits, winners of pools;
 * parameters, buffers and the batch, in whole or as a view: their memory is somebody else's;
 * tensors of fewer than ``MIN_ELEMENTS``, and statistics (the mean of a norm, the log-sum of an attention);
-* the input of a reentrant checkpoint, which is run again, and what a compiled region keeps;
+* the input of a checkpoint, which is run again from it, and what a compiled region keeps;
 * what the head keeps, and everything after it (the loss that some networks compute themselves).
 
 Hooks of a caller around the network (``save_on_cpu``, a counter of bytes, a checkpoint around all of it) go on
@@ -32,7 +32,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils import checkpoint
 
 from trady_kernels.functional.apply import apply
 from trady_kernels.ops import dequantize_blocks, pack_bits, quantize_blocks
@@ -86,47 +86,50 @@ class _Reference:
         return self.tensor
 
 
-class _Blocks:
-    """Codes and scales of a stretch of memory."""
+class _Content:
+    """Codes and scales, or bits, of a stretch of memory."""
 
-    __slots__ = ("__weakref__", "codes", "dtype", "origin", "scales", "unpack")
+    __slots__ = ("__weakref__", "origin", "tensors")
 
-    def __init__(self, tensor: torch.Tensor, origin: StorageWeakRef, outer: _Hooks | None) -> None:
-        codes, scales = quantize_blocks(tensor)
-        pack, self.unpack = outer or _AS_IT_IS
-        self.codes, self.scales, self.dtype = pack(codes), pack(scales), tensor.dtype
+    def __init__(self, tensor: torch.Tensor, origin: StorageWeakRef) -> None:
+        self.tensors: tuple[torch.Tensor, ...] = (
+            (pack_bits(tensor),) if tensor.dtype is torch.bool else quantize_blocks(tensor)
+        )
         self.origin = origin  # while it is held, no other storage gets the address that the key is made of
-
-    def restore(self) -> torch.Tensor:
-        return dequantize_blocks(self.unpack(self.codes), self.unpack(self.scales), self.dtype)
-
-
-class _Bits:
-    """One bit for each element of a bool tensor."""
-
-    __slots__ = ("__weakref__", "bits", "elements", "origin", "unpack")
-
-    def __init__(self, mask: torch.Tensor, origin: StorageWeakRef, outer: _Hooks | None) -> None:
-        pack, self.unpack = outer or _AS_IT_IS
-        self.bits, self.elements = pack(pack_bits(mask)), mask.numel()
-        self.origin = origin
-
-    def restore(self) -> torch.Tensor:
-        bits = self.unpack(self.bits)
-        places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-        return (bits[:, None] >> places & 1).flatten()[: self.elements].bool()
 
 
 class _Packed:
     """A tensor of which codes and scales, or bits, are kept."""
 
-    __slots__ = ("content", "shape", "stride")
+    __slots__ = ("content", "dtype", "parts", "shape", "stride", "unpack")
 
-    def __init__(self, content: _Blocks | _Bits, shape: torch.Size, stride: tuple[int, ...]) -> None:
-        self.content, self.shape, self.stride = content, shape, stride
+    def __init__(
+        self,
+        content: _Content,
+        dtype: torch.dtype,
+        shape: torch.Size,
+        stride: tuple[int, ...],
+        outer: _Hooks | None,
+    ) -> None:
+        self.dtype, self.shape, self.stride = dtype, shape, stride
+        pack, self.unpack = outer or _AS_IT_IS
+        # Packed by the outer hooks for each tensor saved: a checkpoint gives out each of its own only once.
+        self.parts = tuple(map(pack, content.tensors))
+        # What the outer hooks have put elsewhere must not be held here as well.
+        self.content = content if all(map(_in_place, self.parts, content.tensors)) else None
 
     def restore(self) -> torch.Tensor:
-        return self.content.restore().as_strided(self.shape, self.stride)
+        first, *rest = map(self.unpack, self.parts)
+        if rest:
+            flat = dequantize_blocks(first, rest[0], self.dtype)
+        else:
+            places = torch.arange(8, dtype=torch.uint8, device=first.device)
+            flat = (first[:, None] >> places & 1).bool()
+        return flat.as_strided(self.shape, self.stride)
+
+
+def _in_place(kept: object, tensor: torch.Tensor) -> bool:
+    return isinstance(kept, torch.Tensor) and kept.data_ptr() == tensor.data_ptr()
 
 
 def _restore(kept: _Reference | _Packed) -> torch.Tensor:
@@ -136,12 +139,12 @@ def _restore(kept: _Reference | _Packed) -> torch.Tensor:
 def _saves_exactly(frame: FrameType) -> bool:
     """Whether the Python code that made the node is our own ``apply``, a checkpoint's or a compiled region's."""
     code = frame.f_code
-    if code is _OUR_APPLY:
+    if code is _OUR_APPLY or code.co_filename == checkpoint.__file__:
         return True
     if code is not _FUNCTION_APPLY:
         return False
-    function = frame.f_locals["cls"]
-    return function is CheckpointFunction or function.__module__.startswith("torch._functorch.")
+    module = frame.f_locals["cls"].__module__
+    return module == checkpoint.__name__ or module.startswith("torch._functorch.")
 
 
 class _Run:
@@ -152,7 +155,7 @@ class _Run:
         self.exact = False
         self.largest = 0
         self.known = {tensor.untyped_storage().data_ptr() for tensor in references if type(tensor) in _PLAIN}
-        self.contents: WeakValueDictionary[tuple[Any, ...], _Blocks | _Bits] = WeakValueDictionary()
+        self.contents: WeakValueDictionary[tuple[Any, ...], _Content] = WeakValueDictionary()
         self.kept_whole: WeakValueDictionary[int, _Reference] = WeakValueDictionary()
 
     def pack(self, tensor: torch.Tensor) -> _Reference | _Packed:
@@ -202,9 +205,8 @@ class _Run:
             stride = tensor.stride()
         content = self.contents.get(key)
         if content is None:
-            kind = _Bits if tensor.dtype is torch.bool else _Blocks
-            content = self.contents[key] = kind(tensor, origin, self.outer)
-        return _Packed(content, shape, stride)
+            content = self.contents[key] = _Content(tensor, origin)
+        return _Packed(content, tensor.dtype, shape, stride, self.outer)
 
 
 @functools.cache
