@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.parallel import DistributedDataParallel
 
 from trady_kernels.batch import Example, call, tensors_in, without_trace
 
@@ -327,9 +326,6 @@ def measure_network(model: nn.Module, example_input: Example) -> NetworkCost:
         run.enter_context(torch.inference_mode(False))
         run.enter_context(torch.enable_grad())
         run.enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing))
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                run.enter_context(module.no_sync())  # else it waits for a backward from now on
         anchor = torch.ones((), requires_grad=True)
         try:
             for layer in names:
