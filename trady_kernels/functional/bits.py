@@ -25,7 +25,7 @@ def keeps_bits(input: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return True
-    return all(i.key() is TransformType.Grad for i in retrieve_all_functorch_interpreters())
+    return all(i.key() == TransformType.Grad for i in retrieve_all_functorch_interpreters())
 
 
 def overwritable(input: torch.Tensor) -> bool:
@@ -36,11 +36,14 @@ def overwritable(input: torch.Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if input.is_leaf or input._is_view():
-        return False
-    return input.is_contiguous() or (
-        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-    )
+    return not input.is_leaf and not input._is_view()
+
+
+def stride_of_bits(output: torch.Tensor) -> tuple[int, ...]:
+    """Strides of the dense tensor whose memory order the bits of ``output`` are in: those of ``torch.empty_like``."""
+    if output.is_contiguous():
+        return output.stride()
+    return torch.empty_like(output, device="meta").stride()
 
 
 def scale_gradient(
@@ -56,7 +59,7 @@ def scale_gradient(
         grad_output: ``(...)`` of n elements.
         bits: ``(ceil(n / 8),)`` uint8, in the memory order of the output.
         on, off: as ``scale_by_bits`` takes them.
-        stride: the output's strides, which the result has too.
+        stride: what ``stride_of_bits`` gave; the result has these strides.
     """
     if torch.is_grad_enabled() and grad_output.requires_grad:
         return apply(_ScaleGradient, grad_output, bits, on, off, stride)
