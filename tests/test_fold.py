@@ -19,6 +19,7 @@ from torch import nn
 
 from trady_kernels import SparseConv2d, sparse_conv2d
 from trady_kernels.functional import FrozenNorm
+from trady_kernels.memory import peak_memory
 from trady_kernels.nn.norm import FoldedBatchNorm2d, FrozenBatchNorm2d
 from trady_kernels.nn.norm_family import FoldedBatchNormAct2d
 from trady_kernels.nn.padding import FoldedConstantPad2d, FoldedZeroPad2d
@@ -135,6 +136,13 @@ def compare(dense: nn.Sequential, folded: nn.Sequential, input: torch.Tensor, ro
     assert all(parameter.grad is None for parameter in folded[2].parameters())
 
 
+@pytest.fixture(params=(False, True), ids=("scaled weight", "scaled output"))
+def scaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the test with the norm going over the weight, and over the output."""
+    monkeypatch.setattr("trady_kernels.functional.conv2d._scales_output", lambda *_: request.param)
+
+
+@pytest.mark.usefixtures("scaled")
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_modules_apart(case: Case, memory_format: torch.memory_format) -> None:
@@ -151,6 +159,7 @@ def test_float32(case: Case, memory_format: torch.memory_format) -> None:
     compare(dense, fold(dense, case.channels), input, ROUNDING[torch.float32])
 
 
+@pytest.mark.usefixtures("scaled")
 @pytest.mark.parametrize("name", ("3x3", "no affine", "depthwise", "1x1, stride"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_weights_with_float32_statistics(name: str, dtype: torch.dtype) -> None:
@@ -177,6 +186,7 @@ def test_half_weights_with_float32_statistics(name: str, dtype: torch.dtype) -> 
         assert_near(sparse.bias.grad, exact[1].bias.grad, rounding)
 
 
+@pytest.mark.usefixtures("scaled")
 @pytest.mark.parametrize("name", ("3x3", "depthwise", "1x1", "margins before padding"))
 def test_autocast(name: str) -> None:
     case = BY_NAME[name]
@@ -203,6 +213,7 @@ def test_autocast(name: str) -> None:
     assert_near(sparse.channel_weight.grad, sparse.read_rows(exact[1].weight.grad, sparse.channels), rounding)
 
 
+@pytest.mark.usefixtures("scaled")
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch], ids=str)
 def test_keeps_selected_channels_and_references(case: Case) -> None:
     folded = fold(case.dense(), case.channels)
@@ -310,6 +321,7 @@ def test_functional_call_of_the_network() -> None:
     assert_near(torch.func.functional_call(folded, state, (x,)), expected, 1e-12)
 
 
+@pytest.mark.usefixtures("scaled")
 @pytest.mark.parametrize("names", (("weight",), ("bias",), ("weight", "bias")), ids=str)
 def test_norm_that_trains_again_is_not_folded(names: tuple[str, ...]) -> None:
     dense = USUAL.dense()
@@ -334,6 +346,7 @@ def test_norm_that_trains_again_is_not_folded(names: tuple[str, ...]) -> None:
             assert_near(gradient, getattr(dense[2], name).grad, 1e-12)
 
 
+@pytest.mark.usefixtures("scaled")
 @pytest.mark.parametrize("name", ("3x3", "margins before padding", "depthwise", "no affine"))
 def test_compiles(name: str) -> None:
     torch._dynamo.reset()
@@ -451,3 +464,22 @@ def test_can_fold_margins() -> None:
     assert not reflecting.can_fold_margins((1, 1, 1, 1))
     with pytest.raises(ValueError, match="padding_mode='reflect'"):
         reflecting.fold(margins=(1, 1, 1, 1))
+
+
+def test_late_layer_makes_no_second_weight() -> None:
+    dense = as_trained(
+        nn.Sequential(nn.Identity(), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
+    ).eval()
+    folded = fold(dense, (3,))
+    alone = copy.deepcopy(folded)
+    alone[1].unfold()
+    x = torch.randn(2, 64, 4, 4, requires_grad=True)
+
+    def peak(model: nn.Module) -> int:
+        with peak_memory(x.device) as memory:
+            output = model(x)
+            torch.autograd.grad(output, (x, model[1].channel_weight), torch.ones_like(output))
+        return memory.bytes
+
+    peak(alone)
+    assert peak(folded) < peak(alone) + dense[1].weight.numel() * 4 / 2

@@ -12,7 +12,7 @@ from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
-from trady_kernels.functional.norm import FrozenNorm, norm_scale
+from trady_kernels.functional.norm import FrozenNorm, frozen_batch_norm_input_grad, norm_scale
 from trady_kernels.ops import conv2d_channel_grad, gather_channels
 from trady_kernels.ops.layout import memory_format_of
 
@@ -64,15 +64,43 @@ def _convolve(
     norm: FrozenNorm | None,
 ) -> torch.Tensor:
     """The very calls of ``nn.Conv2d.forward``, so that without margins and norm the output is bit-equal to it."""
-    if norm is not None:
+    if norm is not None and not _scales_output(
+        _output_pixels(input, weight, stride, padding, dilation), weight
+    ):
         weight, bias = _with_norm(weight, bias, norm)
+        norm = None
     if padding_mode != "zeros":
         input = F.pad(input, margins_of(padding, weight.shape[2:], dilation), mode=padding_mode)
         padding = (0, 0)
     elif isinstance(padding, tuple) and len(padding) == 4:
         padding, by_hand = _split(padding)
         input = F.pad(input, by_hand)
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return output if norm is None else norm(output)
+
+
+def _scales_output(pixels: int, weight: torch.Tensor) -> bool:
+    """Whether a norm goes over the output (or its gradient), of so many pixels, and not over a larger weight.
+
+    Late layers are like that: in ResNet-18's last block, batch 8, the weight is 12 times its output, and a
+    second, scaled one would be the peak of the step's memory.
+    """
+    return pixels < weight.shape[1] * weight.shape[2] * weight.shape[3]
+
+
+def _output_pixels(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int],
+    padding: str | tuple[int, int] | Margins,
+    dilation: tuple[int, int],
+) -> int:
+    left, right, top, bottom = margins_of(padding, weight.shape[2:], dilation)
+    pixels = input.shape[0]
+    for axis, margin in ((0, top + bottom), (1, left + right)):
+        extent = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
+        pixels *= (input.shape[axis + 2] + margin - extent) // stride[axis] + 1
+    return pixels
 
 
 def _with_norm(
@@ -193,7 +221,13 @@ class _SparseConv2d(torch.autograd.Function):
         padded = any(by_hand)
         mode = "constant" if padding_mode == "zeros" else padding_mode
 
-        scale = None if running_var is None else norm_scale(norm_weight, running_var, ctx.eps)
+        scale = None
+        if running_var is not None:
+            pixels = grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3]
+            if ctx.needs_input_grad[0] and _scales_output(pixels, weight):
+                grad_output = frozen_batch_norm_input_grad(grad_output, norm_weight, running_var, ctx.eps)
+            else:
+                scale = norm_scale(norm_weight, running_var, ctx.eps)
         grad_input = grad_bias = grad_rows = None
         if ctx.needs_input_grad[3]:
             grad_rows = conv2d_channel_grad(
@@ -254,9 +288,9 @@ def sparse_conv2d(
     .. math:: dW[c, o, i, j] = \sum_{n, h, w} x_{pad}[n, c, h s_h + i d_h, w s_w + j d_w] \; dY[n, o, h, w]
 
     With a norm folded in, :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` scales the weight on its way into the
-    convolution, and :math:`dY` on its way out: :math:`dX` is that of :math:`s[o] W`, and
+    convolution, or the output where it is the smaller one: :math:`dX` is that of :math:`s[o] W`, and
 
-    .. math:: dW[c, o] = s[o] \; dW'[c, o], \qquad db = s \sum dY
+    .. math:: dW[c, o, i, j] = s[o] \; dW'[c, o, i, j], \qquad db[o] = s[o] \sum_{n, h, w} dY[n, o, h, w]
 
     Kept for backward: the selected channels of the input where ``channel_weight`` requires grad, and
     references: to ``weight`` where the input does, and to the norm's weight and variance (TraDy, arXiv
@@ -299,21 +333,23 @@ def sparse_conv2d(
     stride, dilation = _pair(stride), _pair(dilation)
     if not isinstance(padding, str):
         padding = _pair_or_margins(padding)
+    input = input if dim == 4 else input.unsqueeze(0)
     if norm is not None and norm.trains:
         output = sparse_conv2d(
             input, weight, bias, channel_weight, channels, stride, padding, dilation, groups, padding_mode
         )
-        return norm(output)
+        output = norm(output)
+        return output if dim == 4 else output.squeeze(0)
     if channel_weight is not None and not channel_weight.requires_grad:
         channel_weight = None
     if not torch.is_grad_enabled() or not (
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
-    input = cast_input(input)
+        output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
+        return output if dim == 4 else output.squeeze(0)
     output, _ = apply(
         _SparseConv2d,
-        input if dim == 4 else input.unsqueeze(0),
+        cast_input(input),
         weight,
         bias,
         channel_weight,

@@ -51,6 +51,18 @@ class FrozenNorm(NamedTuple):
         return _scale_and_shift(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
 
 
+def frozen_batch_norm_input_grad(
+    grad_output: torch.Tensor,  # (N, C, ...)
+    weight: torch.Tensor | None,  # (C,)
+    running_var: torch.Tensor,  # (C,)
+    eps: float,
+) -> torch.Tensor:  # (N, C, ...)
+    """Gradient of ``frozen_batch_norm`` with respect to its input."""
+    # The same affine without the shift: one pass, accumulated as the forward is, in its memory format.
+    mean = torch.zeros_like(running_var)
+    return _scale_and_shift(grad_output, weight, None, mean, running_var, eps)
+
+
 class _FrozenBatchNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -73,9 +85,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         weight, running_var = ctx.saved_tensors
-        # The same affine without the shift: one pass, accumulated as the forward is, in its memory format.
-        mean = torch.zeros_like(running_var)
-        grad_input = _scale_and_shift(grad_output, weight, None, mean, running_var, ctx.eps)
+        grad_input = frozen_batch_norm_input_grad(grad_output, weight, running_var, ctx.eps)
         return grad_input, None, None, None, None, None
 
 
