@@ -15,6 +15,7 @@ from trady_kernels.functional.pooling import (
     avg_pool3d,
     max_pool2d,
 )
+from trady_kernels.functional.rms_norm import frozen_rms_norm
 
 __all__ = [
     "FrozenNorm",
@@ -27,6 +28,7 @@ __all__ = [
     "avg_pool3d",
     "dropout",
     "frozen_batch_norm",
+    "frozen_rms_norm",
     "hardsigmoid",
     "hardtanh",
     "leaky_relu",

@@ -4,7 +4,8 @@ A pair of hooks of ``torch.autograd.graph`` sees every tensor that an operation 
 become codes of 8 bits with one scale per 64 elements (``quantize_blocks``), bool masks become bits, and what is
 none of both stays the reference that it was. Exact stay
 
-* what this package's own Functions save: selected channels, bits, winners of pools;
+* what this package's own Functions save: selected channels, bits, winners of pools (``in_eight_bits = True`` on a
+  Function that saves a whole tensor undoes that);
 * parameters, buffers and the batch, in whole or as a view: their memory is somebody else's;
 * tensors of fewer than ``MIN_ELEMENTS``, and statistics (the mean of a norm, the log-sum of an attention);
 * the input of a checkpoint, which is run again from it, and what a compiled region keeps;
@@ -139,7 +140,9 @@ def _restore(kept: _Reference | _Packed) -> torch.Tensor:
 def _saves_exactly(frame: FrameType) -> bool:
     """Whether the Python code that made the node is our own ``apply``, a checkpoint's or a compiled region's."""
     code = frame.f_code
-    if code is _OUR_APPLY or code.co_filename == checkpoint.__file__:
+    if code is _OUR_APPLY:
+        return not getattr(frame.f_locals["function"], "in_eight_bits", False)
+    if code.co_filename == checkpoint.__file__:
         return True
     if code is not _FUNCTION_APPLY:
         return False

@@ -15,6 +15,7 @@ from trady_kernels.nn.pooling import (
     LeanAvgPool3d,
     LeanMaxPool2d,
 )
+from trady_kernels.nn.rms_norm import LeanRMSNorm
 
 __all__ = [
     "FrozenBatchNorm2d",
@@ -30,6 +31,7 @@ __all__ = [
     "LeanHardtanh",
     "LeanLeakyReLU",
     "LeanMaxPool2d",
+    "LeanRMSNorm",
     "LeanReLU",
     "LeanReLU6",
     "SparseConv2d",
