@@ -38,6 +38,7 @@ from trady_kernels.nn.pooling import (
     LeanAvgPool3d,
     LeanMaxPool2d,
 )
+from trady_kernels.nn.rms_norm import LeanRMSNorm
 
 SPARSE: Mapping[type[nn.Module], type[SparseChannels]] = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
 FROZEN: Mapping[type[nn.Module], type[nn.Module]] = {
@@ -62,6 +63,7 @@ LEAN: Mapping[type[nn.Module], type[nn.Module]] = {
     nn.AdaptiveAvgPool1d: LeanAdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d: LeanAdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d: LeanAdaptiveAvgPool3d,
+    nn.RMSNorm: LeanRMSNorm,
 }
 #: What stands beside a convolution, and its class once the convolution does its work.
 FOLDED_NORMS: Mapping[type[nn.Module], type[nn.Module]] = {
