@@ -14,6 +14,7 @@ from cases import FLOATING, laid_out
 from corners import awkward, identical
 from saved import saved_bytes
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from trady_kernels.functional import hardsigmoid, hardtanh, leaky_relu, relu, relu6
@@ -347,6 +348,16 @@ def test_compiles(activation: Activation, inplace: bool) -> None:
     expected, expected_grad = gradient(network(dense), x, dy)
     output, grad = gradient(compiled, x, dy)
     assert torch.equal(output, expected) and torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+@every_activation
+def test_runs_on_fake_tensors(activation: Activation, inplace: bool) -> None:
+    lean = activation.modules(inplace)[1]
+    with FakeTensorMode():
+        leaf = torch.empty(3, 5, requires_grad=True)
+        output = lean(leaf * 1)
+        assert torch.autograd.grad(output.sum(), leaf)[0].shape == output.shape == leaf.shape
 
 
 @pytest.mark.slow

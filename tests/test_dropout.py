@@ -11,6 +11,7 @@ from cases import FLOATING, laid_out
 from corners import awkward, identical
 from saved import saved_bytes
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from trady_kernels.functional import dropout
@@ -168,6 +169,14 @@ def test_compiles(inplace: bool) -> None:
     torch.testing.assert_close(output, torch.where(kept, 4 * x, 0))
     torch.testing.assert_close(grad, torch.where(kept, 4.0, 0.0))
     assert 0.4 < kept.float().mean() < 0.6
+
+
+def test_runs_on_fake_tensors() -> None:
+    lean = modules(0.123)[1]  # a probability that no other test has made a number of
+    with FakeTensorMode(), torch.device("meta"):
+        x = torch.empty(3, 5, device="cpu", requires_grad=True)
+        output = lean(x)
+        assert torch.autograd.grad(output.sum(), x)[0].shape == output.shape == x.shape
 
 
 def test_bad_probability() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient, stride_of_bits
@@ -16,7 +17,8 @@ from trady_kernels.ops import pack_bits, scale_by_bits
 @functools.cache
 def _rounded_scale(p: float, dtype: torch.dtype) -> float:
     """``1 / (1 - p)`` as ``F.dropout`` has it on the CPU: divided in the dtype, and rounded to it."""
-    return torch.ones((), dtype=dtype).div_(1 - p).item()
+    with _disable_current_modes():  # a fake tensor would have no number to give
+        return torch.ones((), dtype=dtype, device="cpu").div_(1 - p).item()
 
 
 class _Dropout(torch.autograd.Function):
