@@ -514,6 +514,30 @@ def test_errors_inside_the_forward_end_it() -> None:
         model(tokens())
 
 
+def test_an_interrupted_forward_is_ended_by_the_next() -> None:
+    """torch calls no hooks after a KeyboardInterrupt, and a notebook goes on."""
+
+    def function(net: Call, x: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(x + net.weight)
+        if net.interrupted:
+            raise KeyboardInterrupt
+        return y
+
+    inner = Call(function)
+    inner.interrupted = True
+    model = nn.Sequential(inner)
+    keep_in_eight_bits(inner)
+    keep_in_eight_bits(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens())
+    inner.interrupted = False
+    x = tokens()
+    assert kept_bytes(model, x) == packed_bytes(FULL)  # also under the hooks that count
+    model(x)
+    assert active_hooks() is None
+    assert kept_bytes(model, x) == packed_bytes(FULL)
+
+
 def test_networks_inside_networks() -> None:
     inner = Transformer()
     inner.head = nn.Linear(D, D)

@@ -26,6 +26,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
@@ -230,18 +231,55 @@ def _hide_from_dynamo() -> None:
         skip(function)
 
 
+@dataclass(frozen=True)
+class _Entered:
+    """A forward that runs now."""
+
+    owner: object
+    #: None where nothing is packed.
+    run: _Run | None
+    #: Begun with it; None where the run is that of a network further out.
+    hooks: saved_tensors_hooks | None
+    #: The call of the owner.
+    frame: FrameType
+
+
 class _Stack(threading.local):
-    """What runs on this thread now: who was entered, its run (None where nothing is packed), the hooks it began."""
+    """The forwards that run on this thread, outermost first."""
 
     def __init__(self) -> None:
-        self.entered: list[tuple[object, _Run | None, saved_tensors_hooks | None]] = []
+        self.entered: list[_Entered] = []
 
 
 _stack = _Stack()
 
 
+def _active_hooks() -> _Hooks | None:
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _run_of(hooks: _Hooks | None) -> _Run | None:
+    run = None if hooks is None else getattr(hooks[0], "__self__", None)
+    return run if isinstance(run, _Run) else None
+
+
+def _end_interrupted(frame: FrameType | None) -> None:
+    """End the forwards that a KeyboardInterrupt cut off: torch calls no hooks after one."""
+    running = set()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back
+    while _stack.entered and _stack.entered[-1].frame not in running:
+        last = _stack.entered[-1]
+        if last.hooks is not None:
+            if _run_of(_active_hooks()) is not last.run:
+                return  # under somebody else's hooks: the next forward without them
+            last.hooks.__exit__(None, None, None)
+        _stack.entered.pop()
+
+
 def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> None:
-    """Pack what is saved on this thread from now on, until ``leave(owner)``.
+    """Pack what is saved on this thread from now on, until ``leave(owner)``; called by a hook of ``owner``.
 
     Does nothing where gradients are off, under ``torch.func`` (which refuses hooks), while compiling, and
     inside another network that is packed already.
@@ -254,23 +292,26 @@ def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> No
         return
     if "torch._dynamo" in sys.modules:
         _hide_from_dynamo()
+    call = sys._getframe(2)
+    if _stack.entered:
+        _end_interrupted(call)
     run = hooks = None
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        run = getattr(outer[0], "__self__", None) if outer is not None else None
-        if not isinstance(run, _Run):
+        outer = _active_hooks()
+        run = _run_of(outer)
+        if run is None:
             run = _Run(references(), outer)
             hooks = saved_tensors_hooks(run.pack, _restore)
             hooks.__enter__()
-    _stack.entered.append((owner, run, hooks))
+    _stack.entered.append(_Entered(owner, run, hooks, call))
 
 
 def leave(owner: object) -> None:
     """End what ``enter(owner)`` began."""
     # Where another hook raised before `enter` could run, there is nothing to end.
-    if torch.compiler.is_compiling() or not _stack.entered or _stack.entered[-1][0] is not owner:
+    if torch.compiler.is_compiling() or not _stack.entered or _stack.entered[-1].owner is not owner:
         return
-    _, _, hooks = _stack.entered.pop()
+    hooks = _stack.entered.pop().hooks
     if hooks is not None:
         hooks.__exit__(None, None, None)
 
@@ -279,6 +320,6 @@ def stay_exact() -> None:
     """Keep everything that is saved from now on in full, until the innermost ``enter`` is left."""
     if torch.compiler.is_compiling() or not _stack.entered:
         return
-    run = _stack.entered[-1][1]
+    run = _stack.entered[-1].run
     if run is not None:
         run.exact = True
