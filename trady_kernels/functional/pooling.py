@@ -13,7 +13,8 @@ from trady_kernels.functional.apply import apply
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
 from trady_kernels.ops.layout import memory_format_of
-from trady_kernels.ops.max_pool2d import DTYPES, LARGEST_WINDOW, pooled_size
+from trady_kernels.ops.max_pool2d import DTYPES, LARGEST_WINDOW
+from trady_kernels.ops.max_pool2d.reference import pooled_size
 
 _Size = int | Sequence[int]
 
@@ -89,7 +90,7 @@ def _fits_a_byte(
         return False
     for axis in (0, 1):
         size, kernel = input.shape[axis - 2], kernel_size[axis]
-        if not 0 <= padding[axis] <= (dilation[axis] * (kernel - 1) + 1) // 2:
+        if not 0 <= padding[axis] <= kernel // 2:
             return False
         # a window of larger dilation may step over the whole input
         if dilation[axis] > size:

@@ -10,21 +10,11 @@ from trady_kernels.ops.backend import Operator
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets as reference
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets_backward as reference_backward
+from trady_kernels.ops.max_pool2d.reference import pooled_size
 
 #: Elements of the largest window whose offsets fit a byte.
 LARGEST_WINDOW = 256
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def pooled_size(
-    size: int, kernel_size: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Windows along one axis of ``size`` elements; none begins behind the input."""
-    reach = size + 2 * padding - dilation * (kernel_size - 1) - 1
-    if not ceil_mode:
-        return reach // stride + 1
-    count = (reach + stride - 1) // stride + 1
-    return count - 1 if (count - 1) * stride >= size + padding else count
 
 
 def _validate(
@@ -51,10 +41,10 @@ def _validate(
     for axis in (0, 1):
         size = input.shape[axis + 2]
         arguments = (kernel_size[axis], stride[axis], padding[axis], dilation[axis])
-        most = (dilation[axis] * (kernel_size[axis] - 1) + 1) // 2
+        most = kernel_size[axis] // 2
         if not 0 <= padding[axis] <= most:
             raise ValueError(
-                f"padding: got {padding[axis]} along dimension {axis + 2}, expected 0 to {most}, half of the window"
+                f"padding: got {padding[axis]} along dimension {axis + 2}, expected 0 to {most}, half of kernel_size"
             )
         if dilation[axis] > size or pooled_size(size, *arguments, ceil_mode) < 1:
             raise ValueError(
@@ -120,6 +110,12 @@ def _validate_backward(
         )
     if offsets.dtype != torch.uint8:
         raise ValueError(f"offsets: got {offsets.dtype}, expected torch.uint8")
+    for axis in (0, 1):
+        arguments = (input_size[axis], kernel_size[axis], stride[axis], padding[axis], dilation[axis])
+        if offsets.shape[axis + 2] not in (pooled_size(*arguments, False), pooled_size(*arguments, True)):
+            raise ValueError(
+                f"input_size: got {tuple(input_size)}, expected one that pooling makes {tuple(offsets.shape[2:])} of"
+            )
 
 
 def _fake_backward(

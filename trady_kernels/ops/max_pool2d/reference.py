@@ -10,6 +10,17 @@ import torch.nn.functional as F
 from trady_kernels.ops.layout import memory_format_of
 
 
+def pooled_size(
+    size: int, kernel_size: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Windows along one axis of ``size`` elements; none begins behind the input."""
+    reach = size + 2 * padding - dilation * (kernel_size - 1) - 1
+    if not ceil_mode:
+        return reach // stride + 1
+    count = (reach + stride - 1) // stride + 1
+    return count - 1 if (count - 1) * stride >= size + padding else count
+
+
 def _corners(
     pooled: torch.Tensor,  # (N, C, H', W')
     stride: Sequence[int],
@@ -69,6 +80,13 @@ def max_pool2d_offsets_backward(
         return torch.empty(
             shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format
         )
+    ceil_mode = any(
+        offsets.shape[axis + 2]
+        != pooled_size(
+            input_size[axis], kernel_size[axis], stride[axis], padding[axis], dilation[axis], False
+        )
+        for axis in (0, 1)
+    )
     # ATen's backward looks at its input's shape alone
     grad_input = torch.ops.aten.max_pool2d_with_indices_backward(
         grad_output.contiguous(),
@@ -77,7 +95,7 @@ def max_pool2d_offsets_backward(
         list(stride),
         list(padding),
         list(dilation),
-        False,
+        ceil_mode,
         (row * width + column).contiguous(),
     )
     return grad_input.clone(memory_format=memory_format)
