@@ -224,7 +224,7 @@ def test_bad_arguments_of_the_backward() -> None:
     window = ((8, 8), (2, 2), (2, 2), (0, 0), (1, 1))
     with pytest.raises(ValueError, match=r"grad_output: got shape \(2, 3, 4, 3\) .* expected \(2, 3, 4, 4\)"):
         max_pool2d_offsets_backward(grad_output[..., :3], offsets, *window)
-    with pytest.raises(ValueError, match="offsets: got torch.int64, expected torch.uint8"):
+    with pytest.raises(ValueError, match=r"offsets: got torch\.int64, expected torch\.uint8"):
         max_pool2d_offsets_backward(grad_output, offsets.long(), *window)
     with pytest.raises(ValueError, match=r"input_size: got \(9, 12\), expected"):
         max_pool2d_offsets_backward(grad_output, offsets, (9, 12), *window[1:])

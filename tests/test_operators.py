@@ -20,6 +20,11 @@ def _images(*shape: int, channels_last: bool = False) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
 
+def _offsets(*shape: int, channels_last: bool = False) -> torch.Tensor:
+    """Winners of windows of two columns that lie in the input."""
+    return (_images(*shape, channels_last=channels_last) > 0).to(torch.uint8)
+
+
 def _convolution(channels_last: bool = False, groups: int = 1) -> tuple[Any, ...]:
     x = _images(2, 3, 7, 6, channels_last=channels_last)
     dy = _images(2, 8, 4, 3, channels_last=channels_last)
@@ -71,6 +76,25 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (_images(2, 5, 3, 4, channels_last=True), torch.randint(256, (15,), dtype=torch.uint8), 1.0, 0.1),
         (torch.randn(9, 11)[2:, 3:], torch.randint(256, (7,), dtype=torch.uint8), 2.0, 0.0),
         (torch.randn(0, 3), torch.empty(0, dtype=torch.uint8), 1.0, None),
+    ),
+    "max_pool2d_offsets": (
+        (_images(2, 5, 7, 8), [3, 3], [2, 2], [1, 1], [1, 1], False),
+        (_images(2, 5, 7, 8, channels_last=True), [3, 2], [2, 2], [1, 0], [1, 2], True),
+        (_images(2, 5, 7, 8)[:, 1:4, 2:], [2, 2], [2, 2], [0, 0], [1, 1], True),
+        (_images(0, 5, 7, 8), [2, 2], [2, 2], [0, 0], [1, 1], False),
+    ),
+    "max_pool2d_offsets_backward": (
+        (_images(2, 5, 4, 4), _offsets(2, 5, 4, 4), [9, 9], [3, 3], [2, 2], [0, 0], [1, 1]),
+        (
+            _images(2, 5, 3, 4),
+            _offsets(2, 5, 3, 4, channels_last=True),
+            [7, 8],
+            [2, 2],
+            [2, 2],
+            [0, 0],
+            [1, 1],
+        ),
+        (_images(0, 5, 3, 4), _offsets(0, 5, 3, 4), [7, 8], [2, 2], [2, 2], [0, 0], [1, 1]),
     ),
     "pack_bits": (
         (torch.randn(3, 23) > 0,),
@@ -147,6 +171,8 @@ def test_compiled_operator_ran_and_not_the_reference(name: str) -> None:
     traces = {
         "aten::index_select",
         "aten::einsum",
+        "aten::max_pool2d_with_indices",
+        "aten::max_pool2d_with_indices_backward",
         "aten::amax",
         "aten::repeat_interleave",
         "aten::sum",
