@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import ResidualNet, as_trained
+from torch import nn
 
 import trady_kernels as tk
 from trady_kernels.cost import Budget
@@ -66,6 +67,51 @@ def test_where_nothing_fits_the_smallest_total_is_named(meter: StepMeter) -> Non
     assert "\n" not in str(caught.value)
     (step,) = fit_total(meter, smallest, 1)
     assert (step.batch_size, step.channels, step.budget_text) == (1, 0, None)
+
+
+class Straight(StepMeter):
+    """Totals that are known: a line in the batch size and the budget, with bits from the first channel on."""
+
+    weights, per_image, bits, state, full_per_image, full_weights = 10**7, 4 * 10**5, 10**5, 1.5, 10**6, 10**7
+
+    def measure(self, batch_size: int, budget: Budget, draws: int = 1) -> TrainingStep:
+        full = self.full_weights + batch_size * self.full_per_image
+        spent = {EVERYTHING: full, NOTHING: 0}.get(budget, min(int(budget.amount), full))
+        peak = batch_size * (self.per_image + self.bits * bool(spent)) + int(self.state * spent)
+        return TrainingStep(
+            batch_size, budget, spent, spent / full, spent // 1000, self.weights, 0, 0, 0, 0, peak
+        )
+
+    def best(self, batch_size: int, total: int) -> int:
+        """The largest budget that fits."""
+        left = total - self.weights - batch_size * (self.per_image + self.bits)
+        return min(int(left / self.state), self.full_weights + batch_size * self.full_per_image)
+
+
+@pytest.mark.parametrize("total", [10_430_000, 10_520_000, 11_000_000, 14_000_000, 30_000_000, 60_000_000])
+def test_answers_are_near_the_best(meter: StepMeter, total: int) -> None:
+    straight = Straight(meter.model, batch_of, F.cross_entropy)
+    asked: list[tuple[int, Budget]] = []
+    steps = fit_total(straight, total, 64, lambda *measurement: asked.append(measurement))
+    assert len(asked) <= 10 * len(steps) and asked.count((1, NOTHING)) == 1
+    largest = min((total - straight.weights) // straight.per_image, 64)
+    sizes = [1, 2, 4, 8, 16, 32, 64]
+    assert [step.batch_size for step in steps] == sorted({s for s in sizes if s < largest} | {largest})
+    for step in steps:
+        best = straight.best(step.batch_size, total)
+        assert step.total_bytes <= total
+        if best >= straight.measure(step.batch_size, EVERYTHING).selected_bytes:
+            assert step.budget == EVERYTHING
+        elif best > 8192:
+            assert (0.75 if best > 100_000 else 0.3) * best <= step.selected_bytes <= best
+
+
+def test_the_optimisers_step_is_in_the_peak() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 64), nn.ReLU(), nn.Linear(64, 5))
+    meter = StepMeter(tk.sparsify(model, batch_of(1)[0]), batch_of, F.cross_entropy)
+    sgd, adam = (replace(meter, optimizer=name).measure(1, EVERYTHING) for name in ("sgd", "adam"))
+    rows = 64 * 3 * SIZE * SIZE * 4
+    assert sgd.gradient_bytes >= rows and adam.peak_bytes > sgd.peak_bytes + 0.9 * rows
 
 
 def measured_with(meter: StepMeter, optimizer: str) -> TrainingStep:

@@ -92,7 +92,8 @@ class MemoryReport:
             batch itself.
         by_kind: ``saved_bytes`` by what keeps them, in the order of ``KINDS``; a storage that several keep
             counts for the first. "residual" is what the operations between a container's modules keep: skips,
-            layer scales, gates, and activations that are no modules.
+            layer scales, gates, and activations that are no modules. "other" is the loss, the copies of weights
+            that autocast makes, and modules that nothing tells.
         by_module: ``saved_bytes`` by module name; "" is the network's own forward and the loss.
         parameter_bytes: saved storages that are parameters or buffers of the network: references.
         batch_bytes: saved storages that belong to the batch: references.
@@ -163,7 +164,7 @@ def saved_by_module(model: nn.Module, batch: Example = ()) -> Iterator[SavedByte
         The figures, which grow as the forward goes on.
     """
     parameters = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    inputs = {_storage(tensor) for tensor in tensors_in(batch)} - parameters
+    inputs = {_storage(tensor) for tensor in tensors_in(batch)}
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
     seen: dict[int, StorageWeakRef] = {}
@@ -171,9 +172,8 @@ def saved_by_module(model: nn.Module, batch: Example = ()) -> Iterator[SavedByte
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         key = _storage(tensor)
-        if (
-            key not in seen or seen[key].expired()
-        ):  # a part of the graph may be dropped, its addresses used again
+        before = seen.get(key)
+        if before is None or before.expired():  # the addresses of a part that was dropped are used again
             storage = tensor.untyped_storage()
             seen[key], size = StorageWeakRef(storage), storage.nbytes()
             if key in parameters:

@@ -215,7 +215,7 @@ def _comparison(dense: _Measured, sparse: _Measured) -> Table:
             _add(table, kind, *(report.by_kind.get(kind, 0) for report in both))
     table.add_section()
     _add(table, "together", *(report.saved_bytes for report in both))
-    _add(table, "parameters referenced", *(report.parameter_bytes for report in both))
+    table.add_row("parameters referenced", *(in_bytes(report.parameter_bytes) for report in both), "")
     table.add_section()
     _add(table, "gradients", *(report.gradient_bytes for report in both))
     _add(table, "allocator's peak in the step", *(report.peak_bytes for report in both))
