@@ -483,3 +483,22 @@ def test_late_layer_makes_no_second_weight() -> None:
 
     peak(alone)
     assert peak(folded) < peak(alone) + dense[1].weight.numel() * 4 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("1x1, stride", "margins before padding"))
+def test_inductor(name: str) -> None:
+    torch._dynamo.reset()
+    case = BY_NAME[name]
+    dense = case.dense(torch.float32)
+    folded = fold(dense, case.channels)
+    compiled = torch.compile(folded, fullgraph=True, dynamic=True)
+    for batch in (2, 9):
+        x = torch.randn(batch, case.in_channels, *case.size, requires_grad=True)
+        output, output_compiled = dense(x), compiled(x)
+        assert_near(output_compiled, output, ROUNDING[torch.float32])
+        grad_output = torch.randn_like(output)
+        (expected,) = torch.autograd.grad(output, x, grad_output)
+        (grad,) = torch.autograd.grad(output_compiled, x, grad_output)
+        assert_near(grad, expected, ROUNDING[torch.float32])
+    torch._dynamo.reset()

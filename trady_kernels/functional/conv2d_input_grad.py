@@ -24,7 +24,7 @@ def conv2d_input_grad(
 
     Which of torch's operators is taken was measured on one core, on the layers of MobileNetV2,
     EfficientNet-Lite0, ResNet and ResNeXt at batch 8, in shares of ``convolution_backward``'s time and with the
-    same bits but for a few roundings: a product takes 0.3 to 1 for 1x1 layers, where the transposed convolution
+    same bits but for a few roundings: a product takes 0.2 to 1.1 for 1x1 layers, where the transposed convolution
     takes 1.1 to 2.7; elsewhere the transposed convolution takes 0.6 to 1.05 in oneDNN, but up to 3 for groups and
     outside of oneDNN.
 
