@@ -18,8 +18,8 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)
-        return tensor
+        kept.append(tensor.detach())  # an output itself would hold its own graph alive, and that this list
+        return kept[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
