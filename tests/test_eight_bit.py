@@ -230,6 +230,15 @@ def test_statistics_stay_exact() -> None:
     x = torch.randn(rows, D)
     assert kept_bytes(model, x) == packed_bytes(rows * D) + 2 * 4 * rows
 
+    def by_hand(net: Call, x: torch.Tensor) -> torch.Tensor:
+        x = x + net.weight
+        x = x - x.mean(1, keepdim=True)
+        return x * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+
+    model = Call(by_hand)
+    keep_in_eight_bits(model)
+    assert kept_bytes(model, x) == packed_bytes(rows * D) + 4 * rows
+
     def attend(net: Call, x: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(x + net.weight, x, x)
 

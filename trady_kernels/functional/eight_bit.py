@@ -7,9 +7,14 @@ none of both stays the reference that it was. Exact stay
 * what this package's own Functions save: selected channels, bits, winners of pools (``in_eight_bits = True`` on a
   Function that saves a whole tensor undoes that);
 * parameters, buffers and the batch, in whole or as a view: their memory is somebody else's;
-* tensors of fewer than ``MIN_ELEMENTS``, and statistics (the mean of a norm, the log-sum of an attention);
+* tensors of fewer than ``MIN_ELEMENTS``, statistics (the mean of a norm, the log-sum of an attention), and the
+  results of square roots, vector norms and ``log_softmax``;
 * the input of a checkpoint, which is run again from it, and what a compiled region keeps;
 * what the head keeps, and everything after it (the loss that some networks compute themselves).
+
+The error of a value is at most half a scale, 1/254 of the largest magnitude in its block: not relative to the value.
+An operation whose gradient has its input as a divisor, ``log(x)`` or ``a / x`` by hand, magnifies it, and
+is given 0 for a value 254 times smaller than its block's largest: such networks are not for 8 bits.
 
 Hooks of a caller around the network (``save_on_cpu``, a counter of bytes, a checkpoint around all of it) go on
 seeing everything that is kept: they are given codes, scales, bits and references at the moment they are saved.
@@ -44,10 +49,12 @@ from trady_kernels.ops.quantize_blocks import blocks_of
 
 #: Tensors of fewer elements stay as they are: 16 KiB at most, where packing costs as much as the operation itself.
 MIN_ELEMENTS = 4096
-#: A tensor that needs no gradient and is this many times smaller than the largest one seen is a statistic of it:
-#: 1 / normalized_shape of a norm's input, 1 / head_dim of a query. They scale or sit in an exponent, so that an
-#: error of theirs is one of a whole row.
+#: A tensor that needs no gradient, or has a dimension of 1 besides the batch, and is this many times smaller than
+#: the largest one seen is a statistic of it: 1 / normalized_shape of a norm's input, 1 / head_dim of a query. They
+#: scale or sit in an exponent, so that an error of theirs is one of a whole row.
 STATISTIC = 16
+#: Operations whose backward pass divides by their result, or takes its exponential.
+_AMPLIFYING = frozenset({"SqrtBackward0", "LinalgVectorNormBackward0", "LogSoftmaxBackward0"})
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -191,7 +198,10 @@ class _Run:
             return bytes_of_bits(elements) < storage_bytes
         if tensor.dtype not in _FLOATING or tensor.is_neg():
             return False
-        if not tensor.requires_grad and elements * STATISTIC <= self.largest:
+        reduced = not tensor.requires_grad or 1 in tensor.shape[1:]
+        if reduced and elements * STATISTIC <= self.largest:
+            return False
+        if type(tensor.grad_fn).__name__ in _AMPLIFYING:
             return False
         self.largest = max(self.largest, elements)
         # An expanded tensor is smaller than its codes.
