@@ -12,7 +12,7 @@ from torch import nn
 
 import trady_kernels as tk
 from trady_kernels.cost import Budget
-from trady_kernels.training.fit import OPTIMIZERS, StepMeter, TrainingStep, fit_total
+from trady_kernels.training.fit import EVERYTHING, NOTHING, OPTIMIZERS, StepMeter, TrainingStep, fit_total
 
 SIZE = 24
 
@@ -27,9 +27,6 @@ def meter() -> StepMeter:
     model = as_trained(ResidualNet()).train()
     tk.sparsify(model, batch_of(1)[0])
     return StepMeter(model, batch_of, F.cross_entropy)
-
-
-EVERYTHING, NOTHING = Budget.parse("100%"), Budget.parse("1 B")
 
 
 @pytest.mark.parametrize("batch_and_budget", [(1, "100%"), (2, "60%"), (3, "12KiB"), (5, "30%")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from trady_kernels.cli.network import (
     make_sparse,
 )
 from trady_kernels.cost import Budget
-from trady_kernels.training.fit import OPTIMIZERS, StepMeter, TrainingStep, fit_total
+from trady_kernels.training.fit import EVERYTHING, NOTHING, OPTIMIZERS, StepMeter, TrainingStep, fit_total
 
 _DESCRIPTION = """\
 Show, for every layer, its input channels, what training one of them costs, its place in the layer ranking, and how
@@ -107,20 +108,18 @@ def _plan_total(args: argparse.Namespace) -> int:
         return batch.images, batch.labels
 
     console = make_console()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.completed} steps measured, now {task.description}"),
-        TimeElapsedColumn(),
-    )
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with (
         usage_errors(),
         in_autocast(args),
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
     ):
-        task = progress.add_task("the first", total=None, completed=-1)
+        task, numbers = progress.add_task("", total=None), count(1)
 
         def on_measure(batch_size: int, budget: Budget) -> None:
-            progress.update(task, advance=1, description=f"{batch_size} images, {budget}")
+            words = {EVERYTHING: "every channel", NOTHING: "no channel"}.get(budget, str(budget))
+            images = f"{batch_size} images" if batch_size > 1 else "1 image"
+            progress.update(task, description=f"measuring step {next(numbers)}: {images}, {words}")
 
         meter = StepMeter(model, batch_of, F.cross_entropy, args.optimizer, args.scheme, ranking, args.seed)
         steps = fit_total(meter, total, args.batch_size, on_measure)

@@ -26,7 +26,8 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
     "adagrad": lambda parameters: Adagrad(parameters, lr=0.0),
 }
 
-_EVERYTHING, _NOTHING = Budget("share", 1.0), Budget("bytes", 1)
+#: Budgets of every channel of the pool, and of none.
+EVERYTHING, NOTHING = Budget("share", 1.0), Budget("bytes", 1)
 _DRAWS = 3  # an answer is measured with this many draws of channels: they differ in what they keep
 _TRIES = 5  # measurements that look for a batch size's budget
 _CLOSE = 0.98  # of the total: near enough
@@ -74,9 +75,9 @@ class TrainingStep:
     @property
     def budget_text(self) -> str | None:
         """What ``--budget`` and ``ChannelSampler`` take for it; None where nothing is selected."""
-        if self.budget == _NOTHING:
+        if self.budget == NOTHING:
             return None
-        return "100%" if self.budget == _EVERYTHING else f"{int(self.budget.amount) // 1024}KiB"
+        return "100%" if self.budget == EVERYTHING else f"{int(self.budget.amount) // 1024}KiB"
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain values, for JSON."""
@@ -191,7 +192,7 @@ def fit_total(
 
     rows: list[TrainingStep] = []
     fulls: list[TrainingStep] = []
-    empty = measure(1, _NOTHING)
+    empty = measure(1, NOTHING)
     if empty.total_bytes > total:
         raise ValueError(
             f"total: got {total:,} bytes, expected at least {empty.total_bytes:,}, which one image with no channel "
@@ -200,7 +201,7 @@ def fit_total(
     for batch_size in _batch_sizes(largest_batch):
         fits = empty
         if batch_size > 1:
-            empty = measure(batch_size, _NOTHING)
+            empty = measure(batch_size, NOTHING)
         if empty.total_bytes > total:
             largest = _largest_batch(measure, fits, empty, total)
             return rows if largest is None else [*rows, _fit_budget(measure, largest, fulls, total)]
@@ -225,7 +226,7 @@ def _largest_batch(
         per_image = (too_large.total_bytes - fits.total_bytes) / (too_large.batch_size - fits.batch_size)
         guess = fits.batch_size + int((total - fits.total_bytes) / per_image)
         guess = min(max(guess, fits.batch_size + 1), too_large.batch_size - 1)
-        step = measure(guess, _NOTHING)
+        step = measure(guess, NOTHING)
         if step.total_bytes <= total:
             best = fits = step
         else:
@@ -244,7 +245,7 @@ def _fit_budget(
     predicted = _on_line(fulls, size)
     full_total, full_bytes = predicted if predicted is not None else (0.0, 0.0)
     if full_total <= total:
-        full = measure(size, _EVERYTHING)
+        full = measure(size, EVERYTHING)
         fulls.append(full)
         if full.total_bytes <= total:
             return full
