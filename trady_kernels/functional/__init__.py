@@ -1,6 +1,7 @@
 """Functions with a lean backward: what is kept, and what is computed."""
 
 from trady_kernels.functional.activation import hardsigmoid, hardtanh, leaky_relu, relu, relu6
+from trady_kernels.functional.attention import scaled_dot_product_attention
 from trady_kernels.functional.conv2d import sparse_conv2d
 from trady_kernels.functional.dropout import dropout
 from trady_kernels.functional.linear import sparse_linear
@@ -35,6 +36,7 @@ __all__ = [
     "max_pool2d",
     "relu",
     "relu6",
+    "scaled_dot_product_attention",
     "sparse_conv2d",
     "sparse_linear",
 ]
