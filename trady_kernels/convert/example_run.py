@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.overrides import TorchFunctionMode
 
 from trady_kernels.batch import Example, call, tensors_in, without_trace
 
@@ -28,11 +30,27 @@ class Calls:
         layers: names of the convolutions and linears, in order of the calls.
         head: name of the last one whose output is the network's; None if there is none.
         counts: how often each module is called; None without an example.
+        attention: the modules that call ``F.scaled_dot_product_attention`` themselves.
     """
 
     layers: list[str] = field(default_factory=list)
     head: str | None = None
     counts: Counter[nn.Module] | None = None
+    attention: list[nn.Module] = field(default_factory=list)
+
+
+class _Attending(TorchFunctionMode):
+    """Notes which module runs when ``F.scaled_dot_product_attention`` is called."""
+
+    def __init__(self, running: list[nn.Module]) -> None:
+        super().__init__()
+        self._running = running
+        self.modules: dict[nn.Module, None] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention and self._running:
+            self.modules[self._running[-1]] = None
+        return function(*args, **(kwargs or {}))
 
 
 def all_calls(names: Mapping[nn.Module, str]) -> Calls:
@@ -52,9 +70,14 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     outputs: list[tuple[str, weakref.ref[torch.Tensor]]] = []
     counts: Counter[nn.Module] = Counter()
     norm_is_last = False
+    running: list[nn.Module] = []
+
+    def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
+        running.append(module)
 
     def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal norm_is_last
+        running.pop()
         counts[module] += 1
         if isinstance(module, _ConvNd | nn.Linear):
             layers.append(names[module])
@@ -65,8 +88,9 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
             norm_is_last = True
 
     handles = [module.register_forward_hook(called) for module in names]
+    handles += [module.register_forward_pre_hook(begins) for module in names]
     try:
-        with without_trace(model, training=False), torch.no_grad():
+        with without_trace(model, training=False), torch.no_grad(), _Attending(running) as attending:
             output = call(model, example_input)
     finally:
         for handle in handles:
@@ -79,4 +103,4 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
             head = name
     if head is None and layers and not norm_is_last:
         head = layers[-1]
-    return Calls(layers, head, counts)
+    return Calls(layers, head, counts, list(attending.modules))

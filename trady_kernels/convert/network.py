@@ -27,6 +27,7 @@ from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_c
 from trady_kernels.convert.graph import Flow, trace_flow
 from trady_kernels.convert.report import ConversionReport, find_report
 from trady_kernels.memory import saved_by_module
+from trady_kernels.nn.attention import keep_attention, recompute_attention
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.nn.conv2d import SparseConv2d
 from trady_kernels.nn.eight_bit import keep_in_eight_bits, keep_in_full
@@ -70,10 +71,11 @@ def sparsify(
     Afterwards only ``channel_weight``s and the head require gradients, and what stands between the layers
     keeps as little as it can: frozen batch norms are folded into the convolution before them wherever a
     ``torch.fx`` graph proves that its output goes nowhere else, and are an affine that keeps nothing
-    elsewhere; ReLU-like activations and dropout keep one bit an element, max pooling a byte. Modules stay the
-    same objects under the same names, with their hooks, modes, devices and dtypes, and ``state_dict()`` keeps
-    its keys and values. What stays as it was, and why, is in ``conversion_report(model)``. A second call
-    changes nothing more.
+    elsewhere; ReLU-like activations and dropout keep one bit an element, max pooling a byte; attention whose
+    probabilities torch would keep (on the CPU: with dropout) computes them again. Modules stay the same
+    objects under the same names, with their hooks, modes, devices and dtypes, and ``state_dict()`` keeps its
+    keys and values. What stays as it was, and why, is in ``conversion_report(model)``. A second call changes
+    nothing more.
 
     An activation works in place where the graph proves that nothing else needs its input: a hook that keeps
     the output of the layer before it then sees it overwritten, as with ``inplace=True``. Layers that have hooks
@@ -148,6 +150,9 @@ def sparsify(
     folded.update(_fold(names, flow))
     for module in _overwriting(names, plan, flow):
         module.__dict__["overwrites_input"] = True
+    for module in calls.attention if lean else ():
+        if module not in inside_head:
+            recompute_attention(module)
     if lean == "8bit":
         keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
     known = {*plan.sparse, *plan.norms, *plan.lean, *(names[module] for module in inside_head)}
@@ -184,6 +189,7 @@ def densify(model: Model) -> Model:
         before = module.__dict__.pop(_RECORD, None)
         module.__dict__.pop(report.ATTRIBUTE, None)
         module.__dict__.pop("overwrites_input", None)
+        keep_attention(module)
         dense = before.kind if before else DENSE.get(type(module), type(module))
         if isinstance(module, SparseChannels):
             module.hand_back(dense)
