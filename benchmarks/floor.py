@@ -7,8 +7,8 @@ below its lowest selected layer. Counted:
 * of a convolution or linear layer the selected channels of its input, and all channels of the head;
 * of ReLU, ReLU6, Hardtanh, LeakyReLU and Hardsigmoid one bit an element, of dropout likewise;
 * of max pooling one byte an output element; of average pooling, batch norm, reshaping and addition nothing;
-* of attention with dropout the query, key, value and output, one number a row and one bit a probability: the
-  probabilities can be computed again;
+* of attention with dropout the query, key and value, and one bit a probability: the probabilities can be
+  computed again;
 * of everything else (Hardswish, SiLU, GELU, layer norm, attention, products) the unique storages that autograd
   keeps: one full-size input each, both factors of a product, the query, key, value and output of attention.
 
@@ -109,9 +109,9 @@ class _Attention(TorchFunctionMode):
                 args[:3] if len(args) > 2 else map(kwargs.__getitem__, ("query", "key", "value"))
             )
             self.inside.update(_nodes([output.grad_fn], {part.grad_fn for part in (query, key, value)}))
-            rows = query.numel() // query.shape[-1]
-            kept = sum(part.numel() for part in (query, key, value, output)) * output.element_size()
-            self.bytes += kept + 4 * rows + _bits(rows * key.shape[-2])
+            probabilities = query.numel() // query.shape[-1] * key.shape[-2]
+            kept = sum(part.numel() for part in (query, key, value)) * output.element_size()
+            self.bytes += kept + _bits(probabilities)
         return output
 
 

@@ -375,7 +375,7 @@ def parse() -> argparse.Namespace:
         help=f"only this one, may be repeated: {', '.join(network.name for network in NETWORKS)}",
     )
     parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, help="draws of the budget (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the budget (default: %(default)s)")
     parser.add_argument("--autocast", choices=["bfloat16"], help="measure under autocast (default: float32)")
     parser.add_argument(
         "--resident",

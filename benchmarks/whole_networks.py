@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trady_kernels.models import loading
 from trady_kernels.models.loading import load_model
 
 
@@ -26,6 +27,8 @@ def _images(batch_size: int, image_size: int) -> torch.Tensor:
 
 
 def _bert(source: str, num_classes: int, tokens: int) -> nn.Module:
+    if importlib.util.find_spec("torchvision") is not None:
+        loading._import("torchvision")  # transformers imports it too, and fails where its binaries do not fit
     from transformers import BertConfig, BertForSequenceClassification
 
     shape: dict[str, Any] = {
@@ -113,7 +116,7 @@ NETWORKS: tuple[Network, ...] = (
         "MiniLM's shape, train mode, dropout 0.1 of hidden states and of attention",
         relu_like=False,
         size=128,
-        small=16,
+        small=32,
         build=_bert,
         sample=_tokens,
     ),
