@@ -18,6 +18,7 @@ inline bool is_channels_last(const torch::stable::Tensor& input) {
 
 // Whether the elements fill a block of memory without gaps or overlaps, in any order of the dimensions.
 inline bool is_dense(const torch::stable::Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));

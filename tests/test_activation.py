@@ -147,6 +147,16 @@ def test_keeps_nothing_without_a_gradient(activation: Activation) -> None:
         assert identical(lean(x), dense(x))
 
 
+def test_without_a_gradient_torchs_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("trady_kernels.functional.activation.rectify")
+    lean = RELU.modules()[1]
+    lean(torch.randn(9))
+    with torch.no_grad():
+        lean(torch.randn(9, requires_grad=True))
+    with pytest.raises(NameError):
+        lean(torch.randn(9, requires_grad=True))
+
+
 def test_output_without_a_use_leaves_no_trace() -> None:
     """Nothing but the bits outlives the forward pass: no tensor hangs on the context."""
     x = torch.randn(64, requires_grad=True)
@@ -236,6 +246,20 @@ def test_in_place_on_a_view(index: Any, activation: Activation) -> None:
         results.append((base.detach(), *torch.autograd.grad(base, leaf, dy)))
     for lean, dense in zip(results[1], results[0], strict=True):
         assert torch.equal(lean, dense)
+
+
+@every_activation
+def test_in_place_on_a_tensor_with_gaps(activation: Activation) -> None:
+    x, dy = awkward(60, torch.float32).view(3, 4, 5), torch.randn(3, 4, 5)
+    expected, expected_grad = gradient(activation.modules()[0], x, dy)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with_gaps = torch.empty_strided((3, 4, 5), (10, 30, 2)).copy_(x)
+        assert not with_gaps._is_view()
+        return activation.modules(inplace=True)[1](with_gaps)
+
+    output, grad = gradient(forward, x, dy)
+    assert identical(output, expected) and same_gradient(activation, x, grad, expected_grad, dy)
 
 
 @every_activation

@@ -154,7 +154,7 @@ TRADY_INLINE void for_each_word(const T* source, T* target, B* bits, int64_t cou
   for (; count >= WORD; count -= WORD, source += WORD, target += WORD, bits += 8) {
 #pragma GCC unroll 8
     for (int i = 0; i < WORD; i += line) {
-      prefetch(source + i + ahead);
+      if (source != target) prefetch(source + i + ahead);  // in place once is enough
       prefetch(target + i + ahead);
     }
     if constexpr (writes_bits) {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from trady_kernels.functional.apply import apply
-from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient, stride_of_bits
+from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient
 from trady_kernels.ops import pack_bits, rectify, rectify_
 
 #: ATen's backward pass of hardsigmoid has this constant in float32, for float64 too.
@@ -29,7 +29,7 @@ class _Rectify(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.slope = inputs[3]
         activation, bits = output
-        ctx.stride = stride_of_bits(activation)
+        ctx.stride = activation.stride()
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(bits)
@@ -72,7 +72,7 @@ class _Hardsigmoid(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         activation, bits = output
-        ctx.stride = stride_of_bits(activation)
+        ctx.stride = activation.stride()
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(bits)

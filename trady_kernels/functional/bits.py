@@ -39,13 +39,6 @@ def overwritable(input: torch.Tensor) -> bool:
     return not input.is_leaf and not input._is_view()
 
 
-def stride_of_bits(output: torch.Tensor) -> tuple[int, ...]:
-    """Strides of the dense tensor whose memory order the bits of ``output`` are in: those of ``torch.empty_like``."""
-    if output.is_contiguous():
-        return output.stride()
-    return torch.empty_like(output, device="meta").stride()
-
-
 def scale_gradient(
     grad_output: torch.Tensor,  # (...)
     bits: torch.Tensor,  # (ceil(n / 8),)
@@ -59,7 +52,7 @@ def scale_gradient(
         grad_output: ``(...)`` of n elements.
         bits: ``(ceil(n / 8),)`` uint8, in the memory order of the output.
         on, off: as ``scale_by_bits`` takes them.
-        stride: what ``stride_of_bits`` gave; the result has these strides.
+        stride: the output's strides, which tell the memory order; the result has them too where they are dense.
     """
     if torch.is_grad_enabled() and grad_output.requires_grad:
         return apply(_ScaleGradient, grad_output, bits, on, off, stride)

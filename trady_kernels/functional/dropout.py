@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trady_kernels.functional.apply import apply
-from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient, stride_of_bits
+from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient
 from trady_kernels.ops import pack_bits, scale_by_bits
 
 
@@ -38,7 +38,7 @@ class _Dropout(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.scale = inputs[2]
         dropped, bits = output
-        ctx.stride = stride_of_bits(dropped)
+        ctx.stride = dropped.stride()
         ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(bits)
