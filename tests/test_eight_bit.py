@@ -197,6 +197,14 @@ KEPT_CASES = (
     KeptCase("small", lambda net, x: F.gelu(x[0] + net.weight), T * D * 4),
     KeptCase("expanded", lambda net, x: F.gelu(net.weight.exp().expand(B, T, D)), D * 4),
     KeptCase(
+        "expanded, large",
+        lambda net, x: F.gelu(net.weight.exp().repeat(D, 1).expand(5, D, D)),
+        D * 4 + D * D * 4,
+    ),
+    # square keeps what it squares
+    KeptCase("a square root", lambda net, x: (x + net.weight).square().sqrt(), packed_bytes(FULL) + FULL * 4),
+    KeptCase("log_softmax", lambda net, x: (x + net.weight).log_softmax(-1), FULL * 4),
+    KeptCase(
         "indices", lambda net, x: (x + net.weight).gather(2, x.argsort(-1)), packed_bytes(FULL) + FULL * 8
     ),
 )
@@ -458,14 +466,31 @@ def test_graphs_live_side_by_side() -> None:
     assert equal([parameter.grad for parameter in model.parameters()], first)
 
 
+def codes_alive() -> int:
+    gc.collect()
+    return sum(type(item) is torch.Tensor and item.dtype == torch.int8 for item in gc.get_objects())
+
+
 def test_nothing_outlives_the_graph() -> None:
-    model = Transformer()
+    """Neither codes, nor an output that its own graph keeps as it is."""
+    model = Call(lambda net, x: F.gelu(x + net.weight)[0, 0].softmax(-1))
     keep_in_eight_bits(model)
     output = model(tokens())
+    assert codes_alive() == 1
     del output
-    gc.collect()
-    alive = [item for item in gc.get_objects() if type(item) is torch.Tensor and item.dtype == torch.int8]
-    assert not alive
+    assert codes_alive() == 0
+
+
+def test_codes_that_outer_hooks_put_elsewhere_are_freed() -> None:
+    model, x = Call(_twice), tokens()
+    keep_in_eight_bits(model)
+    with saved_tensors_hooks(lambda tensor: tensor.numpy(force=True).copy(), torch.from_numpy):
+        output = model(x)
+    assert codes_alive() == 0
+    output.sum().backward()
+    actual, model.weight.grad = model.weight.grad, None
+    model(x).sum().backward()
+    assert torch.equal(model.weight.grad, actual)
 
 
 def test_copies_pickles_and_undoing() -> None:
@@ -521,6 +546,27 @@ def test_errors_inside_the_forward_end_it() -> None:
     model.register_forward_pre_hook(refuse, prepend=True)
     with pytest.raises(ZeroDivisionError):
         model(tokens())
+
+
+def test_an_inner_network_that_never_began_ends_nothing() -> None:
+    """Its hook raises before ours runs, and torch calls ours at the end all the same."""
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        raise ZeroDivisionError
+
+    inner = Transformer()
+
+    def function(net: Call, x: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(ZeroDivisionError):
+            net.inner(x)
+        return F.gelu(x + net.weight)
+
+    model, x = Call(function), tokens()
+    model.inner = inner
+    keep_in_eight_bits(model)
+    keep_in_eight_bits(inner)
+    inner.register_forward_pre_hook(refuse, prepend=True)
+    assert kept_bytes(model, x) == packed_bytes(FULL)
 
 
 def test_an_interrupted_forward_is_ended_by_the_next() -> None:
