@@ -5,21 +5,13 @@
 namespace trady::TRADY_ISA {
 namespace {
 
-// The bound as T has it: what the output is clamped to. The bits compare with the bound itself, as ATen does.
-template <class T>
-TRADY_INLINE vector_of<T> rounded(vector_of<T> bound) {
-  T memory[LANES<T>];
-  store(memory, bound);
-  return load(memory);
-}
-
 template <Outside outside, class T>
 void rectify_elements(const Rectifier& rectifier, const T* source, T* target, uint8_t* bits, int64_t count) {
   using V = vector_of<T>;
   constexpr int lanes = LANES<T>;
   const V min = splat<V>(rectifier.min), max = splat<V>(rectifier.max);
-  const V lowest = rounded<T>(min), highest = rounded<T>(max);
   const V slope = splat<V>(rectifier.slope);
+  // The bounds are not rounded to T: ATen compares with them as they are, and the output is rounded by its store.
   for_each_word<true>(source, target, bits, count, [&](const T* from, T* to, uint64_t& word) {
 #pragma GCC unroll 32
     for (int i = 0; i < WORD; i += lanes) {
@@ -29,10 +21,10 @@ void rectify_elements(const Rectifier& rectifier, const T* source, T* target, ui
         store(to + i, select(inside, x, x * slope));
         word |= bits_of(inside) << i;
       } else if constexpr (outside == Outside::lower_bound) {
-        store(to + i, clamp_min(x, lowest));
+        store(to + i, clamp_min(x, min));
         word |= bits_of(not_at_most(x, min)) << i;
       } else {
-        store(to + i, clamp_max(clamp_min(x, lowest), highest));
+        store(to + i, clamp_max(clamp_min(x, min), max));
         word |= bits_of(static_cast<mask_of<V>>(not_at_most(x, min) & not_at_least(x, max))) << i;
       }
     }
