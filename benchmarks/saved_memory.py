@@ -206,7 +206,6 @@ def resident(network: Network, contender: Contender, settings: Settings) -> Resi
         model = contender.build(network, batch[0], seed=0).train()
         grown = measure_resident(model, batch, loss)
         counted = tk.measure_memory(model, batch, loss)
-    # The batch is there before the step; what the loss itself is, is no more than a few bytes.
     return Resident(network.name, contender.name, counted.saved_bytes, grown.graph_bytes, grown.peak_bytes)
 
 
@@ -313,6 +312,7 @@ def resident_table(rows: Sequence[Resident]) -> Table:
         "step's high-water mark MiB", "of full", "must reach",
     )  # fmt: skip
     full = {row.network: row for row in rows if row.contender == "full"}
+    relu_like = {network.name: network.relu_like for network in NETWORKS}
     for row in rows:
         share = row.peak / full[row.network].peak
         table.add_row(
@@ -324,7 +324,9 @@ def resident_table(rows: Sequence[Resident]) -> Table:
             verdict(abs(row.error), RESIDENT_ERROR, percent),
             f"{row.peak / MIB:.1f}",
             percent(share),
-            "" if row.contender == "full" else verdict(share, RESIDENT_PEAK, percent),
+            verdict(share, RESIDENT_PEAK, percent)
+            if row.contender != "full" and relu_like[row.network]
+            else "",
         )
     return table
 

@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from trady_kernels.functional.apply import apply
-from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient
+from trady_kernels.functional.bits import (
+    from_memory_order,
+    in_memory_order,
+    keeps_bits,
+    overwritable,
+    scale_gradient,
+)
 from trady_kernels.ops import pack_bits, rectify, rectify_
 
 #: ATen's backward pass of hardsigmoid has this constant in float32, for float64 too.
@@ -23,7 +29,10 @@ class _Rectify(torch.autograd.Function):
         max: float | None,
         slope: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return rectify(input, min, max, slope)
+        if not torch.compiler.is_compiling():
+            return rectify(input, min, max, slope)
+        flat, bits = rectify(in_memory_order(input, input.stride()), min, max, slope)
+        return from_memory_order(flat, input, input.stride()), bits
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -67,7 +76,10 @@ def _rectified(
 class _Hardsigmoid(torch.autograd.Function):
     @staticmethod
     def forward(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        return F.hardsigmoid(input), pack_bits(input.abs() < 3)
+        output, inside = F.hardsigmoid(input), input.abs() < 3
+        if torch.compiler.is_compiling():
+            inside = in_memory_order(inside, output.stride())
+        return output, pack_bits(inside)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

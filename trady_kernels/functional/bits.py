@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,26 @@ def overwritable(input: torch.Tensor) -> bool:
     return not input.is_leaf and not input._is_view()
 
 
+def in_memory_order(tensor: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:  # (...) -> (n,)
+    """The elements in the memory order that the strides ``stride`` tell.
+
+    For compiled graphs, where inductor gives a tensor other strides than those that were traced, and the bits
+    would meet the wrong elements: one dimension has one order only.
+    """
+    return tensor.permute(_outermost_first(stride)).reshape(-1)
+
+
+def from_memory_order(flat: torch.Tensor, like: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+    """``in_memory_order`` undone: ``(n,)`` in the shape of ``like``."""
+    order = _outermost_first(stride)
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([like.shape[d] for d in order]).permute(inverse)
+
+
+def _outermost_first(stride: Sequence[int]) -> list[int]:
+    return sorted(range(len(stride)), key=lambda d: -stride[d])
+
+
 def scale_gradient(
     grad_output: torch.Tensor,  # (...)
     bits: torch.Tensor,  # (ceil(n / 8),)
@@ -62,6 +83,9 @@ def scale_gradient(
 def _scale(
     grad_output: torch.Tensor, bits: torch.Tensor, on: float, off: float | None, stride: tuple[int, ...]
 ) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        flat = scale_by_bits(in_memory_order(grad_output, stride), bits, on, off)
+        return from_memory_order(flat, grad_output, stride)
     if grad_output.stride() != stride:
         ordered = torch.empty_strided(
             grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from trady_kernels.functional.apply import apply
-from trady_kernels.functional.bits import keeps_bits, overwritable, scale_gradient
+from trady_kernels.functional.bits import (
+    from_memory_order,
+    in_memory_order,
+    keeps_bits,
+    overwritable,
+    scale_gradient,
+)
 from trady_kernels.ops import pack_bits, scale_by_bits
 
 
@@ -30,7 +36,15 @@ class _Dropout(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if input.is_cuda:
             output, mask = torch.native_dropout(input, p, True)
+            if torch.compiler.is_compiling():
+                mask = in_memory_order(mask, output.stride())
             return output, pack_bits(mask)
+        if torch.compiler.is_compiling():
+            stride = input.stride()
+            kept = torch.empty(input.numel(), dtype=torch.bool, device=input.device).bernoulli_(1 - p)
+            bits = pack_bits(kept)
+            flat = scale_by_bits(in_memory_order(input, stride), bits, scale, 0.0)
+            return from_memory_order(flat, input, stride), bits
         bits = pack_bits(torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p))
         return scale_by_bits(input, bits, scale, 0.0), bits
 
