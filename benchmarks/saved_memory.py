@@ -239,7 +239,7 @@ def aligned(*columns: str) -> Table:
     return table
 
 
-def main_table(rows: Sequence[Row], networks: Sequence[Network]) -> Table:
+def main_table(rows: Sequence[Row], networks: Sequence[Network], judged: bool) -> Table:
     table = aligned(
         "network", "trains", "saved MiB", "worst", "of full", "must reach", "floor MiB", "over floor",
         "must reach", "peak MiB", "of full",
@@ -250,8 +250,8 @@ def main_table(rows: Sequence[Row], networks: Sequence[Network]) -> Table:
         if full is None:
             continue
         for row in of_network:
-            worst, limit = row.worst, network.shares.get(row.contender.selection or "")
-            factor = row.worst_of_floor
+            worst, factor = row.worst, row.worst_of_floor
+            limit = network.shares.get(row.contender.selection or "") if judged else None
             table.add_row(
                 network.name if row is full else "",
                 row.contender.name,
@@ -263,7 +263,7 @@ def main_table(rows: Sequence[Row], networks: Sequence[Network]) -> Table:
                 if factor is not None
                 else "",
                 times(factor) if factor is not None else "",
-                verdict(factor, of_floor_limit(network, row.contender), times) if factor is not None else "",
+                verdict(factor, of_floor_limit(network, row.contender), times) if factor and judged else "",
                 f"{worst.peak / MIB:.1f}",
                 percent(worst.peak / full.worst.peak),
             )
@@ -441,8 +441,15 @@ def main() -> None:
     if args.resident:
         console.print(resident_table(residents))
     else:
+        if settings.autocast is not None:
+            console.print("what must be reached is set for float32: autocast has its own floors")
         console.print(f"{BUDGET}: mean and worst of {settings.seeds} draws from all layers' channels\n")
-        for table in (main_table(rows, networks), kind_table(rows), floor_table(rows), error_table(rows)):
+        for table in (
+            main_table(rows, networks, settings.autocast is None),
+            kind_table(rows),
+            floor_table(rows),
+            error_table(rows),
+        ):
             if table.row_count:
                 console.print(table)
                 console.print()
