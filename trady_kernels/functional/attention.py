@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.bits import scale_gradient
-from trady_kernels.functional.dropout import _rounded_scale
+from trady_kernels.functional.dropout import rounded_scale
 from trady_kernels.ops import pack_bits
 from trady_kernels.ops.rectify import DTYPES
 
@@ -49,7 +49,7 @@ def _attend(
         probabilities = torch.ops.aten._safe_softmax(scores, -1)
         del scores
         if bits is not None:
-            kept = _rounded_scale(dropout_p, probabilities.dtype)
+            kept = rounded_scale(dropout_p, probabilities.dtype)
             probabilities = scale_gradient(probabilities, bits, kept, 0.0, probabilities.stride())
         return (probabilities @ value).to(dtype)
 

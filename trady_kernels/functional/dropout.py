@@ -21,7 +21,7 @@ from trady_kernels.ops import pack_bits, scale_by_bits
 
 
 @functools.cache
-def _rounded_scale(p: float, dtype: torch.dtype) -> float:
+def rounded_scale(p: float, dtype: torch.dtype) -> float:
     """``1 / (1 - p)`` as ``F.dropout`` has it on the CPU: divided in the dtype, and rounded to it."""
     with _disable_current_modes():  # a fake tensor would have no number to give
         return torch.ones((), dtype=dtype, device="cpu").div_(1 - p).item()
@@ -104,7 +104,7 @@ def dropout(
     if not (training and 0 < p < 1 and keeps_bits(input)) or input.numel() == 0:
         return F.dropout(input, p, training, inplace)
     exact = torch.compiler.is_compiling() or input.is_cuda
-    scale = 1 / (1 - p) if exact else _rounded_scale(p, input.dtype)
+    scale = 1 / (1 - p) if exact else rounded_scale(p, input.dtype)
     if inplace and overwritable(input):
         return apply(_DropoutInPlace, input, p, scale)[0]
     output = apply(_Dropout, input, p, scale)[0]
