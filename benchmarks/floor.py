@@ -110,8 +110,8 @@ class _Attention(TorchFunctionMode):
             )
             self.inside.update(_nodes([output.grad_fn], {part.grad_fn for part in (query, key, value)}))
             probabilities = query.numel() // query.shape[-1] * key.shape[-2]
-            kept = sum(part.numel() for part in (query, key, value)) * output.element_size()
-            self.bytes += kept + _bits(probabilities)
+            parts = {part.data_ptr(): part.numel() for part in (query, key, value)}
+            self.bytes += sum(parts.values()) * output.element_size() + _bits(probabilities)
         return output
 
 
