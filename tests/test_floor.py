@@ -21,7 +21,7 @@ class Attend(nn.Module):
         self.dropout_p = dropout_p
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, 4, 6, 6), the maps as heads
-        return F.scaled_dot_product_attention(2 * input, input, input, dropout_p=self.dropout_p)
+        return F.scaled_dot_product_attention(-input, input, input, dropout_p=self.dropout_p)
 
 
 class Gate(nn.Module):
