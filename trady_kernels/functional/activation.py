@@ -11,9 +11,10 @@ from trady_kernels.functional.apply import apply
 from trady_kernels.functional.bits import (
     from_memory_order,
     in_memory_order,
+    input_gradient,
+    keep_bits,
     keeps_bits,
     overwritable,
-    scale_gradient,
 )
 from trady_kernels.ops import pack_bits, rectify, rectify_
 
@@ -36,19 +37,11 @@ class _Rectify(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        ctx.slope = inputs[3]
-        activation, bits = output
-        ctx.stride = activation.stride()
-        ctx.mark_non_differentiable(bits)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(bits)
+        keep_bits(ctx, output, on=1.0, off=inputs[3])
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if grad_output is None:
-            return (None,) * 4
-        (bits,) = ctx.saved_tensors
-        return scale_gradient(grad_output, bits, 1.0, ctx.slope, ctx.stride), None, None, None
+        return input_gradient(ctx, grad_output)
 
 
 class _RectifyInPlace(_Rectify):
@@ -83,18 +76,11 @@ class _Hardsigmoid(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        activation, bits = output
-        ctx.stride = activation.stride()
-        ctx.mark_non_differentiable(bits)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(bits)
+        keep_bits(ctx, output, on=_SIXTH, off=None)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> torch.Tensor | None:  # type: ignore[override]
-        if grad_output is None:
-            return None
-        (bits,) = ctx.saved_tensors
-        return scale_gradient(grad_output, bits, _SIXTH, None, ctx.stride)
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return input_gradient(ctx, grad_output)
 
 
 class _HardsigmoidInPlace(_Hardsigmoid):

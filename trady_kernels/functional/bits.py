@@ -60,6 +60,25 @@ def _outermost_first(stride: Sequence[int]) -> list[int]:
     return sorted(range(len(stride)), key=lambda d: -stride[d])
 
 
+def keep_bits(ctx: Any, output: tuple[torch.Tensor, torch.Tensor], on: float, off: float | None) -> None:
+    """``setup_context`` of a Function that returns its result and, for ``input_gradient``, the bits."""
+    result, bits = output
+    ctx.factors, ctx.stride = (on, off), result.stride()
+    ctx.mark_non_differentiable(bits)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(bits)
+
+
+def input_gradient(ctx: Any, grad_output: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """``backward`` of such a Function, whose first argument alone gets a gradient: ``on`` or ``off`` times it."""
+    others = (None,) * (len(ctx.needs_input_grad) - 1)
+    if grad_output is None:
+        return None, *others
+    (bits,) = ctx.saved_tensors
+    on, off = ctx.factors
+    return scale_gradient(grad_output, bits, on, off, ctx.stride), *others
+
+
 def scale_gradient(
     grad_output: torch.Tensor,  # (...)
     bits: torch.Tensor,  # (ceil(n / 8),)

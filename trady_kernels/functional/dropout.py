@@ -13,9 +13,10 @@ from trady_kernels.functional.apply import apply
 from trady_kernels.functional.bits import (
     from_memory_order,
     in_memory_order,
+    input_gradient,
+    keep_bits,
     keeps_bits,
     overwritable,
-    scale_gradient,
 )
 from trady_kernels.ops import pack_bits, scale_by_bits
 
@@ -50,19 +51,11 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        ctx.scale = inputs[2]
-        dropped, bits = output
-        ctx.stride = dropped.stride()
-        ctx.mark_non_differentiable(bits)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(bits)
+        keep_bits(ctx, output, on=inputs[2], off=0.0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if grad_output is None:
-            return None, None, None
-        (bits,) = ctx.saved_tensors
-        return scale_gradient(grad_output, bits, ctx.scale, 0.0, ctx.stride), None, None
+        return input_gradient(ctx, grad_output)
 
 
 class _DropoutInPlace(_Dropout):
