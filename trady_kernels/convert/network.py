@@ -13,28 +13,22 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from trady_kernels.batch import Example, call, without_trace
-from trady_kernels.convert import report
+from trady_kernels.convert import fold, report
 from trady_kernels.convert.classes import (
     DENSE,
-    FOLDED_NORMS,
-    FOLDED_PADDING,
     LEAN,
     SPARSE,
     base_in,
     frozen_class,
 )
 from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_calls
-from trady_kernels.convert.graph import Flow, trace_flow
 from trady_kernels.convert.report import ConversionReport, find_report
 from trady_kernels.memory import saved_by_module
 from trady_kernels.nn.attention import keep_attention, recompute_attention
 from trady_kernels.nn.channels import SparseChannels
-from trady_kernels.nn.conv2d import SparseConv2d
 from trady_kernels.nn.eight_bit import keep_in_eight_bits, keep_in_full
-from trady_kernels.nn.norm_family import FoldedBatchNormAct2d, FrozenBatchNormAct2d
 
 _RECORD = "_before_sparsify"
-_NORM_AND_ACT = (FrozenBatchNormAct2d, FoldedBatchNormAct2d)
 
 Lean = bool | Literal["8bit"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +50,11 @@ class _Plan:
     norms: dict[str, type[nn.Module]] = field(default_factory=dict)
     lean: dict[str, type[nn.Module]] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def becomes(self) -> dict[str, type[nn.Module]]:
+        """The class of every module that changes it, by name."""
+        return {**self.sparse, **self.norms, **self.lean}
 
 
 def sparsify(
@@ -125,7 +124,7 @@ def sparsify(
             f"model: got {type(model).__name__} in which no nn.Conv2d or nn.Linear besides the head can become "
             "sparse, expected at least one"
         )
-    flow = _trace(model, names, plan, calls)
+    flow = fold.trace(model, names, plan.becomes, calls.counts)
 
     kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, NORMS)}
     for module in names:  # all of them before the first change: parameters may be shared
@@ -147,15 +146,14 @@ def sparsify(
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
     folded = dict(earlier.folded) if earlier else {}
-    folded.update(_fold(names, flow))
-    for module in _overwriting(names, plan, flow):
-        module.__dict__["overwrites_input"] = True
+    folded.update(fold.fold(names, flow))
+    fold.overwrite(names, flow)
     for module in calls.attention if lean else ():
         if module not in inside_head:
             recompute_attention(module)
     if lean == "8bit":
         keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
-    known = {*plan.sparse, *plan.norms, *plan.lean, *(names[module] for module in inside_head)}
+    known = {*plan.becomes, *(names[module] for module in inside_head)}
     model.__dict__[report.ATTRIBUTE] = ConversionReport(
         head,
         tuple(plan.sparse),
@@ -349,86 +347,3 @@ def _kept_elsewhere(model: nn.Module, example_input: Example, known: Set[str]) -
         for handle in handles:
             handle.remove()
     return {name: size for name, size in saved.by_module.items() if name not in known}
-
-
-# -- what a graph allows ---------------------------------------------------------------------------
-
-
-def _trace(model: nn.Module, names: Mapping[nn.Module, str], plan: _Plan, calls: Calls) -> Flow:
-    fresh = {
-        module
-        for module, name in names.items()
-        if (name in plan.sparse or name in plan.norms or type(module) in (*SPARSE, nn.BatchNorm2d))
-        # The output of norm and activation in one is the activation's.
-        and not issubclass(plan.norms.get(name, type(module)), _NORM_AND_ACT)
-        and not _is_watched(module)
-    }
-    leaves = {module for module in names if isinstance(module, _BatchNorm)}
-    return trace_flow(model, leaves=leaves, fresh=fresh, calls=calls.counts)
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what goes in or comes out."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
-
-
-def _fold(names: Mapping[nn.Module, str], flow: Flow) -> dict[str, str]:
-    """Fold norms and paddings into their convolutions where that is exact; ``{name: name of the convolution}``."""
-    folded = {}
-    padding_of: dict[nn.Module, nn.Module] = {}
-    for module in names:
-        user = flow.user_of(module)
-        if base_in(FOLDED_PADDING, module) is not None and user is not None and not _is_watched(module):
-            padding_of[user] = module
-    for conv, name in names.items():
-        if not isinstance(conv, SparseConv2d) or _is_watched(conv):
-            continue
-        norm = flow.user_of(conv)
-        if not isinstance(norm, nn.BatchNorm2d) or type(norm) not in FOLDED_NORMS or _is_watched(norm):
-            norm = None
-        padding = padding_of.get(conv)
-        margins = None if padding is None else _margins_of(padding)
-        if margins is not None and not conv.can_fold_margins(margins):
-            margins = padding = None
-        if norm is None and margins is None:
-            continue
-        conv.fold(norm, margins)
-        if norm is not None:
-            norm.__class__ = FOLDED_NORMS[type(norm)]  # type: ignore[assignment]
-            folded[names[norm]] = name
-        if padding is not None and margins is not None:
-            base = base_in(FOLDED_PADDING, padding)
-            assert base is not None
-            padding.__class__ = FOLDED_PADDING[base]
-            folded[names[padding]] = name
-    return folded
-
-
-def _margins_of(padding: nn.Module) -> tuple[int, int, int, int] | None:
-    """What a padding module adds (left, right, top, bottom); None unless it adds zeros."""
-    assert isinstance(padding, nn.ConstantPad2d)
-    return padding.padding if padding.value == 0 else None
-
-
-def _overwriting(names: Mapping[nn.Module, str], plan: _Plan, flow: Flow) -> list[nn.Module]:
-    """The lean modules that may work in place."""
-    overwriting = []
-    parents: dict[nn.Module, list[nn.Module]] = {}
-    for parent in names:
-        for child in parent.children():
-            parents.setdefault(child, []).append(parent)
-    for module, name in names.items():
-        if name not in plan.lean or not hasattr(module, "overwrites_input") or _is_watched(module):
-            continue
-        owners = parents.get(module, [])
-        inside_norm = len(owners) == 1 and isinstance(owners[0], _NORM_AND_ACT)
-        if inside_norm or flow.may_overwrite(module):
-            overwriting.append(module)
-    return overwriting
