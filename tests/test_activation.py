@@ -160,7 +160,8 @@ def test_without_a_gradient_torchs_own_runs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_output_without_a_use_leaves_no_trace() -> None:
     """Nothing but the bits outlives the forward pass: no tensor hangs on the context."""
     x = torch.randn(64, requires_grad=True)
-    node = RELU.modules()[1](x).grad_fn
+    output = RELU.modules()[1](x)
+    node = output.grad_fn
     held = [value for value in vars(node).values() if isinstance(value, torch.Tensor)]
     assert not held and [t.shape for t in node.saved_tensors] == [(8,)]
 

@@ -12,7 +12,13 @@ from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
-from trady_kernels.functional.norm import FrozenNorm, frozen_batch_norm_input_grad, norm_scale
+from trady_kernels.functional.norm import (
+    FrozenNorm,
+    frozen_batch_norm_input_grad,
+    norm_scale,
+    norm_trains,
+    normalize,
+)
 from trady_kernels.ops import conv2d_channel_grad, gather_channels
 from trady_kernels.ops.layout import memory_format_of
 
@@ -76,7 +82,7 @@ def _convolve(
         padding, by_hand = _split(padding)
         input = F.pad(input, by_hand)
     output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
-    return output if norm is None else norm(output)
+    return output if norm is None else normalize(output, norm)
 
 
 def _scales_output(pixels: int, weight: torch.Tensor) -> bool:
@@ -334,11 +340,11 @@ def sparse_conv2d(
     if not isinstance(padding, str):
         padding = _pair_or_margins(padding)
     input = input if dim == 4 else input.unsqueeze(0)
-    if norm is not None and norm.trains:
+    if norm is not None and norm_trains(norm):
         output = sparse_conv2d(
             input, weight, bias, channel_weight, channels, stride, padding, dilation, groups, padding_mode
         )
-        output = norm(output)
+        output = normalize(output, norm)
         return output if dim == 4 else output.squeeze(0)
     if channel_weight is not None and not channel_weight.requires_grad:
         channel_weight = None

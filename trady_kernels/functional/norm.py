@@ -42,13 +42,18 @@ class FrozenNorm(NamedTuple):
     running_var: torch.Tensor
     eps: float
 
-    @property
-    def trains(self) -> bool:
-        """Whether gamma or beta gets a gradient."""
-        return any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias))
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, ...) -> (N, C, ...)
-        return _scale_and_shift(input, self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+# Functions and not methods: torch.compile of torch 2.10 knows nothing but the fields of a named tuple.
+
+
+def norm_trains(norm: FrozenNorm) -> bool:
+    """Whether gamma or beta gets a gradient."""
+    return any(tensor is not None and tensor.requires_grad for tensor in (norm.weight, norm.bias))
+
+
+def normalize(input: torch.Tensor, norm: FrozenNorm) -> torch.Tensor:  # (N, C, ...) -> (N, C, ...)
+    """The norm, with torch's own gradients."""
+    return _scale_and_shift(input, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
 def frozen_batch_norm_input_grad(
