@@ -28,6 +28,7 @@ from trady_kernels.atomic_write import write_atomically, write_json
 from trady_kernels.benchmark import conditions
 from trady_kernels.cli import BadUsage
 from trady_kernels.cli.console import check_writable, make_console
+from trady_kernels.cli.memory_plot import look
 from trady_kernels.convert import sparse_layers
 from trady_kernels.memory import KINDS
 from trady_kernels.resident import in_fresh_process, measure_resident
@@ -382,9 +383,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         of_network = [row for row in rows if row.network == name]
         for index, row in enumerate(of_network):
             bottom = 0.0
-            for colour, kind in enumerate(kinds):
+            for kind in kinds:
                 size = row.worst.by_kind.get(kind, 0) / MIB
-                panel.bar(index, size, bottom=bottom, color=f"C{colour}", label="" if index else kind)
+                panel.bar(index, size, bottom=bottom, label="" if index else kind, **look(kind))
                 bottom += size
             panel.annotate(f"{bottom:.3g}", (index, bottom), ha="center", va="bottom", fontsize=8)
         panel.set_xticks(
@@ -396,7 +397,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
     for panel in list(panels)[len(names) :]:
         panel.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds), fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(kinds), 2 * columns), fontsize=8)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 

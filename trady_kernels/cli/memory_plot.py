@@ -76,7 +76,7 @@ def plot_memory(path: Path, dense: MemoryReport, sparse: MemoryReport, title: st
         rows[-1, 0].set_xlabel("kept for backward (MiB)")
         kinds = [kind for kind in KINDS if any(_visible(kind, report) for report in (dense, sparse))]
         figure.legend(
-            handles=[Patch(label=kind, **_look(kind)) for kind in kinds],
+            handles=[Patch(label=kind, **look(kind)) for kind in kinds],
             loc="outside lower center",
             ncols=3,
             frameon=False,
@@ -92,7 +92,8 @@ def _visible(kind: str, report: MemoryReport) -> bool:
     return report.by_kind.get(kind, 0) * _THINNEST > report.saved_bytes
 
 
-def _look(kind: str) -> dict[str, Any]:
+def look(kind: str) -> dict[str, Any]:
+    """Colour and hatch of a kind in every plot of memory, as matplotlib's patches take them."""
     colour, hatch = _STYLES[kind]
     return {"facecolor": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
 
@@ -104,7 +105,7 @@ def _bars(axes: Any, reports: Mapping[str, MemoryReport]) -> None:
         for kind in KINDS:
             width = report.by_kind.get(kind, 0) / _MIB
             if width:
-                axes.barh(row, width, left=left, height=0.6, **_look(kind))
+                axes.barh(row, width, left=left, height=0.6, **look(kind))
                 left += width
         axes.text(
             left + longest / 60,
