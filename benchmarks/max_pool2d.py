@@ -1,16 +1,20 @@
 """``max_pool2d_offsets`` and its backward beside ATen's max pooling with int64 indices, in interleaved rounds.
 
 python benchmarks/max_pool2d.py
+python benchmarks/max_pool2d.py --json benchmarks/results/max_pool2d.json
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from trady_kernels.benchmark import calm_malloc, interleaved
+from trady_kernels.atomic_write import write_json
+from trady_kernels.benchmark import calm_malloc, conditions, interleaved
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -37,14 +41,14 @@ POOLS = (
 )
 
 
-def row(pool: Pool, memory_format: str, dtype: torch.dtype, rounds: int = 9) -> str:
-    """Median milliseconds of one thread, ours and ATen's, forward and backward."""
+def measure(pool: Pool, memory_format: str, dtype: torch.dtype, rounds: int = 9) -> dict[str, float]:
+    """Median microseconds of one thread, ours and ATen's, forward and backward."""
     x = torch.randn(pool.shape).to(dtype).contiguous(memory_format=FORMATS[memory_format])
     window = tuple((v, v) for v in (pool.kernel_size, pool.stride, pool.padding, 1))
     output, offsets = max_pool2d_offsets(x, *window, False)
     _, indices = ATEN(x, *window, False)
     grad_output = torch.randn_like(output)
-    times = interleaved(
+    return interleaved(
         {
             "forward": partial(max_pool2d_offsets, x, *window, False),
             "ATen forward": partial(ATEN, x, *window, False),
@@ -53,6 +57,10 @@ def row(pool: Pool, memory_format: str, dtype: torch.dtype, rounds: int = 9) -> 
         },
         rounds,
     )
+
+
+def line(pool: Pool, memory_format: str, dtype: torch.dtype, times: dict[str, float]) -> str:
+    """One row of the table."""
     label = f"{pool.network:<21}{pool.kernel_size}x{pool.kernel_size}/{pool.stride} {tuple(pool.shape)!s:<19}"
     cells = "".join(
         f"{times[name] / 1e3:>9.2f}{times[f'ATen {name}'] / 1e3:>9.2f}{times[f'ATen {name}'] / times[name]:>7.2f}"
@@ -62,14 +70,31 @@ def row(pool: Pool, memory_format: str, dtype: torch.dtype, rounds: int = 9) -> 
 
 
 def main() -> None:
-    """Prints a row for each pool, memory format and dtype."""
+    """Print a row for each pool, memory format and dtype."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    args = parser.parse_args()
     calm_malloc()
     torch.set_num_threads(1)
+    rows = []
     print(f"{'':<69}{'forward ms':>9}{'ATen':>8}{'ratio':>7}{'backward':>9}{'ATen':>9}{'ratio':>7}")
     for dtype in (torch.float32, torch.bfloat16):
         for pool in POOLS:
             for memory_format in FORMATS:
-                print(row(pool, memory_format, dtype), flush=True)
+                times = measure(pool, memory_format, dtype)
+                print(line(pool, memory_format, dtype, times), flush=True)
+                rows.append(
+                    {
+                        **asdict(pool),
+                        "memory_format": memory_format,
+                        "dtype": str(dtype),
+                        "microseconds": times,
+                    }
+                )
+    if args.json is not None:
+        write_json(args.json, {**conditions(), "rows": rows})
 
 
 if __name__ == "__main__":

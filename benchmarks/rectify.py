@@ -2,17 +2,21 @@
 
 pytest benchmarks/rectify.py                            all kernels
 python benchmarks/rectify.py                            interleaved, one thread: the ratios to ATen
+python benchmarks/rectify.py --json benchmarks/results/rectify.json
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.benchmark import calm_malloc, interleaved
+from trady_kernels.atomic_write import write_json
+from trady_kernels.benchmark import calm_malloc, conditions, interleaved
 from trady_kernels.ops import backend, pack_bits, rectify, rectify_, scale_by_bits
 
 #: EfficientNet-Lite0's largest activation at batch 8, and its last one.
@@ -65,16 +69,25 @@ def pairs(
 
 def main() -> None:
     """Print medians and their ratios."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    args = parser.parse_args()
     calm_malloc()
     torch.set_num_threads(1)
+    rows = []
     print(f"{'':<48}{'ours us':>9}{'ATen us':>9}{'ours/ATen':>11}")
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
             for name, (ours, theirs) in pairs(shape, dtype).items():
                 times = interleaved({"ours": ours, "ATen": theirs}, 31 if shape[-1] > 7 else 301)
+                rows.append({"call": name, "shape": shape, "dtype": str(dtype), "microseconds": times})
                 label = f"{name}, {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
                 ratio = times["ours"] / times["ATen"]
                 print(f"{label:<48}{times['ours']:>9.0f}{times['ATen']:>9.0f}{ratio:>11.2f}", flush=True)
+    if args.json is not None:
+        write_json(args.json, {**conditions(), "rows": rows})
 
 
 if __name__ == "__main__":
