@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-import socket
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import TWO_FORWARDS, WORLD, in_processes, needs_gloo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trady_kernels import SparseConv2d, SparseLinear
-
-WORLD = 2
-# Before torch's broadcast of buffers kept their version counters, one between two forwards made the backward of
-# anything raise that had saved a buffer, nn.BatchNorm2d's in training too.
-TWO_FORWARDS = "_unsafe_preserve_version_counter" in inspect.getsource(DistributedDataParallel)
 
 
 def network() -> nn.Sequential:
@@ -59,32 +50,20 @@ def train(model: nn.Module, inner: nn.Sequential, x: torch.Tensor) -> dict[str, 
     return inner.state_dict()
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        torch.manual_seed(rank)  # other weights and channels on each rank: the wrapper takes rank 0's
-        inner = network()
-        state = train(DistributedDataParallel(inner), inner, batch().chunk(WORLD)[rank])
-        torch.save((inner[4].channels, state), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(rank)  # other weights and channels on each rank: the wrapper takes rank 0's
+    inner = network()
+    state = train(DistributedDataParallel(inner), inner, batch().chunk(WORLD)[rank])
+    return inner[4].channels, state
 
 
-@pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
-)
+@needs_gloo
 def test_equals_one_process(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), WORLD)
+    results = in_processes(work, tmp_path)
     torch.manual_seed(0)
     single = network()
     expected = train(single, single, batch())
-    for rank in range(WORLD):
-        channels, state = torch.load(tmp_path / f"{rank}.pt")
+    for channels, state in results:
         assert channels.tolist() == single[4].channels.tolist()
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)

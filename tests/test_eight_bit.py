@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import as_trained
+from saved import saved_bytes
+from tolerances import DTYPE_ROUNDOFF
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import trady_kernels as tk
-from tests.networks import as_trained
-from tests.saved import saved_bytes
-from tests.tolerances import DTYPE_ROUNDOFF
 from trady_kernels.functional.eight_bit import MIN_ELEMENTS
 from trady_kernels.nn.eight_bit import keep_in_eight_bits, keep_in_full, keeps_in_eight_bits
 from trady_kernels.ops import dequantize_blocks, quantize_blocks

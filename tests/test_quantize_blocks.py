@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cases import FLOATING, laid_out
+from tolerances import DTYPE_ROUNDOFF
 
-from tests.cases import FLOATING, laid_out
-from tests.tolerances import DTYPE_ROUNDOFF
 from trady_kernels.ops import backend, dequantize_blocks, last_kernel, quantize_blocks
 
 BLOCK = 64

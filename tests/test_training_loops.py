@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import os
 import pickle
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from networks import as_trained
+from processes import TWO_FORWARDS, in_processes, needs_gloo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
@@ -27,10 +23,6 @@ from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import measure_network
 
 Tensors = list[torch.Tensor]
-
-# Before torch's broadcast of buffers kept their version counters, one between two forwards made the backward of
-# anything raise that had saved a buffer.
-KEEPS_VERSIONS = "_unsafe_preserve_version_counter" in inspect.getsource(DistributedDataParallel)
 
 
 def conv(inputs: int, outputs: int, act: nn.Module | None = None, **arguments: int) -> list[nn.Module]:
@@ -356,47 +348,34 @@ def test_compiled_as_one_graph(make: Callable[[], nn.Module], backend: str) -> N
 
 # -- on two processes ------------------------------------------------------------------------------
 
-WORLD = 2
-
 
 def train(model: nn.Module, inner: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(tk.trainable_parameters(inner), 0.05, momentum=0.9)
     for _ in range(3):
         optimizer.zero_grad()
-        outputs = (model(x), model(-x)) if KEEPS_VERSIONS else (model(x),)
+        outputs = (model(x), model(-x)) if TWO_FORWARDS else (model(x),)
         torch.stack([output.square().mean() for output in outputs]).sum().backward()
         optimizer.step()
     return inner.state_dict()
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    try:
-        lean, _ = pair(partial(flat, p=0.0))
-        wrapped = DistributedDataParallel(lean)
-        x = torch.cat([batch(rank), batch(5 + rank)])
-        measure_network(wrapped, x)  # the wrapper must not wait for a backward pass of this run
-        torch.save(train(wrapped, lean, x), Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank: int) -> dict[str, torch.Tensor]:
+    lean, _ = pair(partial(flat, p=0.0))
+    wrapped = DistributedDataParallel(lean)
+    x = torch.cat([batch(rank), batch(5 + rank)])
+    measure_network(wrapped, x)  # the wrapper must not wait for a backward pass of this run
+    return train(wrapped, lean, x)
 
 
-@pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo"
-)
+@needs_gloo
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, str(tmp_path)), WORLD)
+    states = in_processes(work, tmp_path)
     lean, _ = pair(partial(flat, p=0.0))
     x = torch.cat([batch(number) for number in (0, 5, 1, 6)])
     before = {name: value.clone() for name, value in lean.state_dict().items()}
     expected = train(lean, lean, x)
     assert any(not torch.equal(value, before[name]) for name, value in expected.items())
-    for rank in range(WORLD):
-        for name, value in torch.load(tmp_path / f"{rank}.pt").items():
+    for state in states:
+        for name, value in state.items():
             if value.is_floating_point():
                 check(value, expected[name], name)

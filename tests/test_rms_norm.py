@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import laid_out
+from networks import as_trained
+from saved import saved_bytes
+from tolerances import ROUNDING
 from torch import nn
 
-from tests.cases import laid_out
-from tests.networks import as_trained
-from tests.saved import saved_bytes
-from tests.tolerances import ROUNDING
 from trady_kernels.functional.rms_norm import frozen_rms_norm
 from trady_kernels.nn.eight_bit import keep_in_eight_bits
 from trady_kernels.nn.rms_norm import LeanRMSNorm
