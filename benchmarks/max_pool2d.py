@@ -6,15 +6,13 @@ python benchmarks/max_pool2d.py --json benchmarks/results/max_pool2d.json
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.benchmark import calm_malloc, conditions, interleaved
+from trady_kernels.benchmark import calm_malloc, conditions, interleaved, json_argument
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -71,11 +69,7 @@ def line(pool: Pool, memory_format: str, dtype: torch.dtype, times: dict[str, fl
 
 def main() -> None:
     """Print a row for each pool, memory format and dtype."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    args = parser.parse_args()
+    path = json_argument(__doc__)
     calm_malloc()
     torch.set_num_threads(1)
     rows = []
@@ -93,8 +87,8 @@ def main() -> None:
                         "microseconds": times,
                     }
                 )
-    if args.json is not None:
-        write_json(args.json, {**conditions(), "rows": rows})
+    if path is not None:
+        write_json(path, {**conditions(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ python benchmarks/rectify.py --json benchmarks/results/rectify.json
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.benchmark import calm_malloc, conditions, interleaved
+from trady_kernels.benchmark import calm_malloc, conditions, interleaved, json_argument
 from trady_kernels.ops import backend, pack_bits, rectify, rectify_, scale_by_bits
 
 #: EfficientNet-Lite0's largest activation at batch 8, and its last one.
@@ -69,11 +67,7 @@ def pairs(
 
 def main() -> None:
     """Print medians and their ratios."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
-    args = parser.parse_args()
+    path = json_argument(__doc__)
     calm_malloc()
     torch.set_num_threads(1)
     rows = []
@@ -86,8 +80,8 @@ def main() -> None:
                 label = f"{name}, {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
                 ratio = times["ours"] / times["ATen"]
                 print(f"{label:<48}{times['ours']:>9.0f}{times['ATen']:>9.0f}{ratio:>11.2f}", flush=True)
-    if args.json is not None:
-        write_json(args.json, {**conditions(), "rows": rows})
+    if path is not None:
+        write_json(path, {**conditions(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -84,6 +84,10 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for entry in content["layers"]
     )
     assert spent == content["cost"]["elements"]
+    backward, full = content["backward"], content["full_backward"]
+    assert backward["flops"] == 2 * (backward["weight_grad_macs"] + backward["input_grad_macs"])
+    assert 0 < backward["flops"] < full["flops"] and f"{backward['flops']:,} FLOPs" in out
+    assert f"ends at {backward['ends_at']}," in out
     assert all(entry["layer"]["name"] in out for entry in content["layers"])
     # the embedded network's ranking ships with the package
     ranks = [entry["rank"] for entry in content["layers"]]

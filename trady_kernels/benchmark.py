@@ -7,6 +7,7 @@ would not do, since each contender would keep its predecessor.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import random
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -384,6 +386,16 @@ def table(rows: Sequence[Row]) -> str:
 def report(rows: Sequence[Row]) -> dict[str, object]:
     """Everything of a run as JSON takes it."""
     return {**conditions(), "rows": [asdict(row) for row in rows]}
+
+
+def json_argument(description: str | None) -> Path | None:
+    """Parse the command line of a benchmark that takes ``--json FILE`` and nothing else; returns the file."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    path: Path | None = parser.parse_args().json
+    return path
 
 
 def conditions() -> dict[str, object]:

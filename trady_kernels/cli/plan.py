@@ -84,6 +84,7 @@ def _plan_budget(args: argparse.Namespace) -> int:
     if args.json is not None:
         layers = [dataclasses.asdict(layer) for layer in sampler.layer_selections()]
         totals = {"full_cost": sampler.full_cost, "cost": sampler.cost}
+        backwards = {"full_backward": sampler.full_backward, "backward": sampler.backward}
         write_json(
             args.json,
             {
@@ -91,6 +92,10 @@ def _plan_budget(args: argparse.Namespace) -> int:
                 **{
                     name: {**dataclasses.asdict(cost), "elements": cost.elements}
                     for name, cost in totals.items()
+                },
+                **{
+                    name: {**dataclasses.asdict(backward), "flops": backward.flops}
+                    for name, backward in backwards.items()
                 },
                 "layers": layers,
             },

@@ -83,8 +83,9 @@ def sparsify(
     Args:
         model: the network.
         example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments. The network
-            runs on it, in eval mode, and the layers that this run calls become sparse. Without it: all layers,
-            in the order of their definition, and nothing is folded in a network that fx cannot trace whole.
+            runs on it twice and is left as it was: in eval mode, whose layers become sparse, and in the mode
+            it is in, with gradients, for the bytes in the report. Without it: all layers, in the order of their
+            definition, nothing folded in a network that fx cannot trace whole, and no bytes.
         head: name of the module that stays dense and trains as a whole; "auto" for the last layer whose
             output is the network's (the last layer called where an operation without layers follows); None
             for no head.

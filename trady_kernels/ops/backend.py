@@ -123,6 +123,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def by_device(input: torch.Tensor, *_: object) -> str:
+    """``choose`` of an operator with one compiled kernel a device."""
+    return "cuda" if input.is_cuda else "cpp"
+
+
 def last_kernel(operator: str) -> str | None:
     """Backend that the last eager call of ``operator`` ran on, or None before the first call."""
     return _last_kernel.get(operator)

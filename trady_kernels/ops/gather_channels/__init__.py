@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, by_device
 from trady_kernels.ops.gather_channels.reference import gather_channels as reference
 from trady_kernels.ops.layout import memory_format_of
 
@@ -23,16 +23,12 @@ def _validate(input: torch.Tensor, channels: torch.Tensor) -> None:
         )
 
 
-def _choose(input: torch.Tensor, channels: torch.Tensor) -> str:
-    return "cuda" if input.is_cuda else "cpp"
-
-
 _operator = Operator(
     "gather_channels(Tensor input, Tensor channels) -> Tensor",
     reference=reference,
     fake=_fake,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate,
 )
 

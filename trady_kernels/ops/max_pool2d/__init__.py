@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, by_device
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets as reference
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets_backward as reference_backward
@@ -79,17 +79,13 @@ def _fake(
     return output, offsets
 
 
-def _choose(input: torch.Tensor, *_: object) -> str:
-    return "cuda" if input.is_cuda else "cpp"
-
-
 _operator = Operator(
     "max_pool2d_offsets(Tensor input, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
     "bool ceil_mode) -> (Tensor output, Tensor offsets)",
     reference=reference,
     fake=_fake,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate,
 )
 
@@ -141,7 +137,7 @@ _operator_backward = Operator(
     reference=reference_backward,
     fake=_fake_backward,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate_backward,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, by_device
 from trady_kernels.ops.pack_bits.reference import pack_bits as reference
 
 
@@ -22,16 +22,12 @@ def _validate(mask: torch.Tensor) -> None:
         raise ValueError(f"mask: got {mask.dtype}, expected torch.bool")
 
 
-def _choose(mask: torch.Tensor) -> str:
-    return "cuda" if mask.is_cuda else "cpp"
-
-
 _operator = Operator(
     "pack_bits(Tensor mask) -> Tensor",
     reference=reference,
     fake=_fake,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate,
 )
 

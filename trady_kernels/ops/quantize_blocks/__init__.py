@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, by_device
 from trady_kernels.ops.layout import is_dense
 from trady_kernels.ops.quantize_blocks.reference import BLOCK
 from trady_kernels.ops.quantize_blocks.reference import dequantize_blocks as dequantize_reference
@@ -58,7 +58,7 @@ _quantize = Operator(
     reference=quantize_reference,
     fake=_fake_quantize,
     kernels={},
-    choose=lambda input: "cpp" if input.is_cpu else "reference",
+    choose=by_device,
     validate=_validate_quantize,
 )
 _dequantize = Operator(
@@ -66,7 +66,7 @@ _dequantize = Operator(
     reference=dequantize_reference,
     fake=_fake_dequantize,
     kernels={},
-    choose=lambda codes, scales, dtype: "cpp" if codes.is_cpu else "reference",
+    choose=by_device,
     validate=_validate_dequantize,
 )
 

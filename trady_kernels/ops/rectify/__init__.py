@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, by_device
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.rectify.reference import rectify as reference
 from trady_kernels.ops.rectify.reference import rectify_ as reference_
@@ -29,16 +29,12 @@ def _validate(input: torch.Tensor, min: float, max: float | None, slope: float |
         raise ValueError(f"max: got {max} beside slope {slope}, expected one of them to be None")
 
 
-def _choose(input: torch.Tensor, min: float, max: float | None, slope: float | None) -> str:
-    return "cuda" if input.is_cuda else "cpp"
-
-
 _operator = Operator(
     "rectify(Tensor input, float min, float? max, float? slope) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate,
 )
 _operator_ = Operator(
@@ -46,7 +42,7 @@ _operator_ = Operator(
     reference=reference_,
     fake=_fake_bits,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate,
 )
 

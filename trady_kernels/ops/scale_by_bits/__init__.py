@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, by_device
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.rectify import DTYPES
 from trady_kernels.ops.scale_by_bits.reference import scale_by_bits as reference
@@ -24,16 +24,12 @@ def _validate(input: torch.Tensor, bits: torch.Tensor, on: float, off: float | N
         )
 
 
-def _choose(input: torch.Tensor, bits: torch.Tensor, on: float, off: float | None) -> str:
-    return "cuda" if input.is_cuda else "cpp"
-
-
 _operator = Operator(
     "scale_by_bits(Tensor input, Tensor bits, float on, float? off) -> Tensor",
     reference=reference,
     fake=_fake,
     kernels={},
-    choose=_choose,
+    choose=by_device,
     validate=_validate,
 )
 
