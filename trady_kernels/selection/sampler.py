@@ -143,9 +143,9 @@ class ChannelSampler:
         trained = {name: len(channels) for name, channels in self._selection.items() if len(channels)}
         for name, module in self._called.items():
             if name not in trained and any(parameter.requires_grad for parameter in module.parameters()):
-                weight = getattr(module, "weight", None)
-                dense = name not in self.layers and weight is not None and weight.requires_grad
-                trained[name] = self._network.layers[name].channels if dense else 0
+                weight = getattr(module, "weight", None)  # a sparse layer's never requires a gradient itself
+                whole = weight is not None and weight.requires_grad
+                trained[name] = self._network.layers[name].channels if whole else 0
         return self._network.backward(trained)
 
     @property
