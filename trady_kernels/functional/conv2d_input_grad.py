@@ -22,11 +22,10 @@ def conv2d_input_grad(
 ) -> torch.Tensor:  # (N, C, H, W)
     """Gradient of a convolution with respect to its input.
 
-    Which of torch's operators is taken was measured on one core, on the layers of MobileNetV2,
-    EfficientNet-Lite0, ResNet and ResNeXt at batch 8, in shares of ``convolution_backward``'s time and with the
-    same bits but for a few roundings: a product takes 0.2 to 1.1 for 1x1 layers, where the transposed convolution
-    takes 1.1 to 2.7; elsewhere the transposed convolution takes 0.6 to 1.05 in oneDNN, but up to 3 for groups and
-    outside of oneDNN.
+    A product takes 0.5 to 0.9 of ``convolution_backward``'s time on 1x1 layers, a transposed convolution 0.94 to
+    1.07 on the others (geometric means by family, worst layer 1.17; benchmarks/conv2d_input_grad.py, its results
+    beside it), both without the full-size tensor. Groups and dtypes outside of oneDNN, where transposed
+    convolutions are slower, stay with ``convolution_backward``. All give the same bits but for a few roundings.
 
     Args:
         grad_output: ``(N, C', H', W')``.
