@@ -88,29 +88,64 @@ template <class S>
 struct Task {
   using A = scalar_of<S>;
   static constexpr int VL = LANES<S>;
+  // Where the pairs of a task lie in a pixel: in windows of a vector's length.
+  struct Elements {
+    struct Window {
+      int64_t offset;
+      int count;  // elements up to the last pair
+      uint32_t lanes;
+      index_of<vector_of<S>> index;
+    };
+    int64_t offsets[VL];
+    Window windows[VL];
+    int64_t window_count;
+
+    void set(int lane, int64_t offset) {
+      if (lane == 0) window_count = 0;
+      offsets[lane] = offset;
+      Window* window = windows + window_count - 1;
+      const int64_t in_window = lane == 0 ? VL : offset - window->offset;
+      if (in_window < 0 || in_window >= VL) {
+        window = windows + window_count++;
+        *window = Window{};
+        window->offset = offset;
+      }
+      const int element = static_cast<int>(offset - window->offset);
+      window->count = element >= window->count ? element + 1 : window->count;
+      window->lanes |= 1u << lane;
+      window->index[lane] = element;
+    }
+  };
+
   const Conv2dChannelGrad& q;
   A* input;
   A* grad;
   A* sums;
-  // The pairs of this task: elements from the first channel of a pixel to theirs.
   int64_t pairs = 0;
-  int64_t input_offsets[VL], grad_offsets[VL];
-  bool input_adjacent = false, grad_adjacent = false;
+  Elements inputs, grads;
 
-  // out[w] holds the pairs of pixel w; lanes without one are zero.
-  void pack(A* out, const S* in, int64_t step, int64_t count, const int64_t* offsets, bool adjacent) const {
-    if (adjacent) {
-      in += offsets[0];
-      if (pairs == VL)
-        for (int64_t w = 0; w < count; w++, in += step, out += VL) store(out, load(in));
-      else
-        for (int64_t w = 0; w < count; w++, in += step, out += VL) store(out, load_first(in, static_cast<int>(pairs)));
-      return;
-    }
+  // out[w] holds the pairs of pixel w, then zeros.
+  void pack(A* out, const S* in, int64_t step, int64_t count, const Elements& from) const {
+    using V = vector_of<S>;
+    // Pixels from one request to the use: a few lines out of each pixel's are no stream that the hardware follows.
+    constexpr int64_t ahead = 16;
+#if defined(__AVX512F__)
     for (int64_t w = 0; w < count; w++, in += step, out += VL) {
-      for (int l = 0; l < pairs; l++) out[l] = widen(in[offsets[l]]);
-      for (int l = static_cast<int>(pairs); l < VL; l++) out[l] = 0;
+      V pixel = {};
+      for (int64_t i = 0; i < from.window_count; i++) {
+        const auto& window = from.windows[i];
+        prefetch(in + window.offset + ahead * step);
+        pixel = permute_into(pixel, window.lanes, window.index, load_first(in + window.offset, window.count));
+      }
+      store(out, pixel);
     }
+#else
+    for (int64_t w = 0; w < count; w++, in += step, out += VL) {
+      store(out, V{});
+      for (int64_t i = 0; i < from.window_count; i++) prefetch(in + from.windows[i].offset + ahead * step);
+      for (int l = 0; l < pairs; l++) out[l] = widen(in[from.offsets[l]]);
+    }
+#endif
   }
   static void clear(A* out, int64_t pixels) {
     for (int64_t i = 0; i < pixels; i++) store(out + i * VL, vector_of<S>{});
@@ -118,15 +153,12 @@ struct Task {
 
   void find_pairs(int64_t first) {
     pairs = min(VL, q.selected * q.out_per_group - first);
-    input_adjacent = grad_adjacent = true;
     int64_t run = 0;
-    for (int64_t l = 0; l < pairs; l++) {
+    for (int l = 0; l < pairs; l++) {
       const int64_t c = (first + l) / q.out_per_group, o = (first + l) % q.out_per_group;
       while (q.runs[run].end <= c) run++;
-      input_offsets[l] = c * q.input_stride[1];
-      grad_offsets[l] = (q.runs[run].group * q.out_per_group + o) * q.grad_stride[1];
-      input_adjacent = input_adjacent && input_offsets[l] == input_offsets[0] + l;
-      grad_adjacent = grad_adjacent && grad_offsets[l] == grad_offsets[0] + l;
+      inputs.set(l, c * q.input_stride[1]);
+      grads.set(l, (q.runs[run].group * q.out_per_group + o) * q.grad_stride[1]);
     }
   }
 
@@ -140,7 +172,7 @@ struct Task {
       pack(grad + r * columns * VL,
            static_cast<const S*>(q.grad_output) + n * q.grad_stride[0] + (row + r) * q.grad_stride[2] +
                column * q.grad_stride[3],
-           q.grad_stride[3], columns, grad_offsets, grad_adjacent);
+           q.grad_stride[3], columns, grads);
 
     // The input under all taps of the strip, or, where dilation spreads them too far, under one call's.
     const int64_t tall = (rows - 1) * q.stride[0] + 1, wide = (columns - 1) * q.stride[1] + 1;
@@ -172,7 +204,7 @@ struct Task {
       pack(out + begin * VL,
            static_cast<const S*>(q.input) + n * q.input_stride[0] + from * q.input_stride[2] +
                (left + begin) * q.input_stride[3],
-           q.input_stride[3], end - begin, input_offsets, input_adjacent);
+           q.input_stride[3], end - begin, inputs);
       clear(out + end * VL, width - end);
     }
   }
@@ -199,7 +231,7 @@ template <class S>
 void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
   using A = scalar_of<S>;
   A* room = static_cast<A*>(scratch);
-  Task<S> work{q, room, room + kStripInput, room + kStripInput + kStripGrad};
+  Task<S> work{q, room, room + kStripInput, room + kStripInput + kStripGrad, 0, {}, {}};
   work(task, static_cast<A*>(partial));
 }
 

@@ -69,9 +69,9 @@ void cut_rows(Conv2dChannelGrad& q, int64_t target, int64_t input_target) {
 }
 
 Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
-  // Short tiles keep grad_output in the first-level cache for the channels after the first.
+  // Shorter tiles keep grad_output in the caches for the channels after the first.
   const int64_t taps = q.kernel[0] * q.kernel[1], channels = q.selected / q.run_count;
-  const int64_t target = taps * channels <= 9 ? 1024 : taps == 1 ? 256 : 128;
+  const int64_t target = taps * channels <= 9 ? 1024 : taps == 1 ? 256 : 512;
   cut_rows(q, target, kScratch / 8);
   q.outputs_last = true;
   cut_tasks(q);

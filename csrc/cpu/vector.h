@@ -265,6 +265,16 @@ TRADY_INLINE V even_lanes(V a, V b) {
   return shuffle(a, b, even);
 }
 
+#if defined(__AVX512F__)
+// Lane i of the result is lane index[i] of `from` where bit i of `lanes` is set, and that of `into` elsewhere.
+TRADY_INLINE f32 permute_into(f32 into, uint32_t lanes, i32 index, f32 from) {
+  return (f32)_mm512_mask_permutexvar_ps((__m512)into, static_cast<__mmask16>(lanes), (__m512i)index, (__m512)from);
+}
+TRADY_INLINE f64 permute_into(f64 into, uint32_t lanes, i64 index, f64 from) {
+  return (f64)_mm512_mask_permutexvar_pd((__m512d)into, static_cast<__mmask8>(lanes), (__m512i)index, (__m512d)from);
+}
+#endif
+
 // ---- operands of multiply-adds --------------------------------------------------------------------------------
 
 // What a loop of multiply-adds over elements of P reads at a time: OPERANDS<P> of them in an operand_of<P>. For
