@@ -211,6 +211,38 @@ TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
 }
 #endif
 
+// ---- pairs of bfloat16: the sums of two products a lane ------------------------------------------------------
+
+// Lane i holds a[i] in its low half and b[i] in its high half.
+TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
+#if defined(__AVX512BW__)
+  // One permutation instead of two widenings, a shift and an or.
+  typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES)));
+  constexpr u16 order = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return (f32)_mm512_permutex2var_epi16(_mm512_zextsi256_si512((__m256i)a), (__m512i)order,
+                                        _mm512_zextsi256_si512((__m256i)b));
+#else
+  return (f32)(__builtin_convertvector(a, u32) | (__builtin_convertvector(b, u32) << 16));
+#endif
+}
+
+// sum + x.low * y.low + x.high * y.high; x is one pair for all lanes. The instruction of AVX512_BF16 takes denormals,
+// operands and results, as zero.
+#if defined(__AVX512BF16__)
+constexpr bool HAS_DOT2 = true;
+TRADY_INLINE f32 dot2(f32 sum, float x, f32 y) {
+  return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(x), (__m512bh)y);
+}
+#else
+constexpr bool HAS_DOT2 = false;  // widening once is better than at every product
+TRADY_INLINE f32 dot2(f32 sum, float x, f32 y) {
+  const uint32_t pair = __builtin_bit_cast(uint32_t, x);
+  sum += __builtin_bit_cast(float, pair << 16) * (f32)((u32)y << 16);
+  return sum + __builtin_bit_cast(float, pair & 0xffff0000u) * (f32)((u32)y & 0xffff0000u);
+}
+#endif
+
 // ---- permutations and reductions
 // -------------------------------------------------------------------------------------------
 
