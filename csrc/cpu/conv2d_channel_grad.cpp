@@ -1,4 +1,4 @@
-// conv2d_channel_grad: checks, how the work is cut, allocation, registration.
+// conv2d_channel_grad: checks, allocation, registration.
 #include "conv2d_channel_grad.h"
 
 #include <torch/csrc/stable/library.h>
@@ -19,8 +19,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -66,37 +64,6 @@ std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t selected, int64
   return runs;
 }
 
-// Fills in how the work is cut, from the shape alone.
-void cut(Conv2dChannelGrad& q) {
-  constexpr int64_t kPixels = kPlane - kSlack;
-  const int64_t pixels = q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
-  // Where lanes are pixels every tile ends in a reduction of its register blocks, which wants long tiles; where lanes
-  // are outputs short ones keep grad_output in the first-level cache.
-  const int64_t target = q.outputs_last ? (taps == 1 ? 256 : 128) : taps == 1 ? 2048 : 1024;
-  const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
-  if (pixels <= target && pixels + reach <= kPixels) {
-    const int64_t images = std::clamp<int64_t>(std::min(kPixels / (pixels + reach), target / pixels), 1, q.batch);
-    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
-    q.tile_pixels = pixels;
-  } else {
-    const int64_t most = std::min(target, reach + 512 <= kPixels ? kPixels - reach : kPixels) / 16 * 16;
-    q.tile_images = 1;
-    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), 16) * 16;
-  }
-  q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
-
-  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 256,
-                    kSlicePixels = 512;
-  const int64_t cost = q.batch * pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
-  const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
-  const int64_t elements = q.selected * q.out_per_group * taps;
-  const int64_t most = std::min(kPartialElements / elements, q.batch * pixels / kSlicePixels);
-  q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
-  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / kRangeOutputs));
-  q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
-  q.ranges = ceil_div(q.out_per_group, q.range_outputs);
-}
-
 // Copies planes (channels `offsets` into an image) to a contiguous (N, planes, height, width), a piece of a row of all
 // planes at a time: in channels_last they share the cache lines.
 template <class S>
@@ -133,13 +100,6 @@ Tensor compact(const Tensor& tensor, const void*& data, int64_t (&stride)[4], co
   stride[1] = height * width;
   stride[0] = planes * stride[1];
   return copy;
-}
-
-void cut_depthwise(Conv2dChannelGrad& q) {
-  constexpr int64_t kTasks = 16, kTaskCost = 50000;
-  const int64_t planes = q.selected * q.out_per_group;
-  const int64_t cost = q.batch * q.out_height * q.out_width * planes;
-  q.slices = std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / planes), 1, q.batch);
 }
 
 // Adds up the slices, in order, into (k, C'/groups, kh, kw).
@@ -246,39 +206,31 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
     }
     grad_copy = compact(grad_output, q.grad_output, q.grad_stride, offsets);
   }
-  // The stride of a dimension of one element means nothing: give it the one that makes pixels follow each other.
-  if (q.out_width == 1) q.grad_stride[3] = q.out_height == 1 ? 1 : q.grad_stride[2];
-  if (q.out_height == 1) q.grad_stride[2] = q.out_width * q.grad_stride[3];
-  const bool depthwise = TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q);
-  if (depthwise)
-    cut_depthwise(q);
-  else
-    cut(q);
+  plan(q);
 
   const size_t size = wide ? sizeof(double) : sizeof(float);
-  const bool whole = q.slices == 1 && !(q.outputs_last && kernel_size[0] * kernel_size[1] > 1);
-  Tensor partial = whole ? out
-                         : torch::stable::new_empty(grad_output,
-                                                    std::vector<int64_t>{q.slices, q.selected * q.out_per_group *
-                                                                                       kernel_size[0] * kernel_size[1]},
-                                                    accumulate);
+  Tensor partial =
+      q.whole ? out
+              : torch::stable::new_empty(
+                    grad_output,
+                    std::vector<int64_t>{q.slices, q.selected * q.out_per_group * kernel_size[0] * kernel_size[1]},
+                    accumulate);
   void* sums = partial.mutable_data_ptr();
-  const int64_t tasks = depthwise ? q.slices * q.selected * q.out_per_group : q.run_count * q.slices * q.ranges;
   const int64_t cost =
-      q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / tasks;
-  if (depthwise) {
+      q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / q.tasks;
+  if (q.depthwise) {
     const auto kernel = TRADY_KERNEL(conv2d_channel_grad_depthwise);
-    parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
+    parallel_for(q.tasks, cost, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; task++) kernel(q, task, sums);
     });
   } else {
     const auto kernel = TRADY_KERNEL(conv2d_channel_grad);
-    parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
+    parallel_for(q.tasks, cost, [&](int64_t begin, int64_t end) {
       void* room = scratch(kScratch * size);
       for (int64_t task = begin; task < end; task++) kernel(q, task, sums, room);
     });
   }
-  if (!whole) {
+  if (!q.whole) {
     if (wide)
       add_slices(q, static_cast<const double*>(sums), static_cast<double*>(out.mutable_data_ptr()));
     else

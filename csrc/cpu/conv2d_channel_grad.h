@@ -30,7 +30,15 @@ struct Conv2dChannelGrad {
   bool outputs_last;  // grad_output has its channels adjacent: lanes are outputs
   int64_t tile_images, tile_pixels, tiles;
   int64_t slices, ranges, range_outputs;
+  bool depthwise;  // conv2d_channel_grad_depthwise takes it
+  int64_t tasks;
+  // Whether the one slice is the result itself, (k, C'/groups, kh, kw), and there is nothing to add up.
+  bool whole;
 };
+
+// Decides which loop takes the problem, and fills in how the work is cut, from the shape alone. Everything above
+// `outputs_last`, and that, must be set.
+void plan(Conv2dChannelGrad& problem);
 
 // Row pitch of the packed input, in elements; a constant, so that a tap is an immediate offset of one base pointer.
 // 16 more than a multiple of 1024: neighbouring planes fall into different sets of the first-level cache.
