@@ -28,7 +28,7 @@ struct LinearChannelGradTask {
 
 constexpr int64_t GROUP_FEATURES = 6;
 // Rows and outputs of a packed block: 256 KiB of float32, within any second-level cache.
-constexpr int64_t BLOCK_ROWS = 256, BLOCK_OUTPUTS = 256;
+constexpr int64_t BLOCK_ROWS = 512, BLOCK_OUTPUTS = 256;
 
 }  // namespace trady
 

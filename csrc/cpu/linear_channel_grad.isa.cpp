@@ -51,18 +51,16 @@ struct PackedPairs : Rows<float> {
 };
 
 // How rows of T are multiplied, straight from memory and packed.
-template <class T>
+template <class T, bool DOT2 = HAS_DOT2>
 struct Products {
   using Direct = Rows<T>;
   using Packed = Rows<scalar_of<T>>;
 };
-#if defined(__AVX512BF16__)
 template <>
-struct Products<bfloat16> {
+struct Products<bfloat16, true> {
   using Direct = RowPairs;
   using Packed = PackedPairs;
 };
-#endif
 
 // ---- one register block -----------------------------------------------------------------------------------
 
@@ -168,8 +166,9 @@ void any_features(int64_t count, const Block& b, const typename P::A* x, const t
     }                                             \
     break;
     TRADY_CASE(1)
-    TRADY_CASE(2) TRADY_CASE(3) TRADY_CASE(4) TRADY_CASE(5) TRADY_CASE(6) TRADY_CASE(7) TRADY_CASE(8) TRADY_CASE(9)
-        TRADY_CASE(10) TRADY_CASE(11) TRADY_CASE(12)
+    TRADY_CASE(2)
+    TRADY_CASE(3) TRADY_CASE(4) TRADY_CASE(5) TRADY_CASE(6) TRADY_CASE(7) TRADY_CASE(8) TRADY_CASE(9) TRADY_CASE(10)
+        TRADY_CASE(11) TRADY_CASE(12)
 #undef TRADY_CASE
   }
 }
@@ -177,7 +176,7 @@ void any_features(int64_t count, const Block& b, const typename P::A* x, const t
 // ---- straight from dy ---------------------------------------------------------------------------------------
 
 // Rows summed in registers before they are added to the result.
-constexpr int64_t DIRECT_ROWS = 32;
+constexpr int64_t DIRECT_ROWS = 16;
 
 template <class T>
 void direct(const LinearChannelGrad& a, const LinearChannelGradTask& t, scalar_of<T>* grad) {

@@ -59,7 +59,8 @@ def linear_channel_grad(
 
     Returns:
         ``(k, O)``, contiguous, accumulated and returned in float32 (float64 for float64 input). Note
-        that ``nn.Linear.weight`` is ``(O, in_features)``: this is its transpose's selected rows.
+        that ``nn.Linear.weight`` is ``(O, in_features)``: this is its transpose's selected rows. Where the C++
+        kernel has the CPU's dot product of bfloat16 (AVX512_BF16), bfloat16 denormals (below 1.2e-38) count as zero.
 
     Raises:
         ValueError: leading shapes or dtypes differ.
