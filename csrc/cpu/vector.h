@@ -329,6 +329,27 @@ TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
 }
 #endif
 
+// Lane i holds a[i] in its low half and b[i] in its high half: a pair of rows, for dot2().
+TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
+#if defined(__AVX512BW__)
+  // One permutation instead of two widenings, a shift and an or.
+  constexpr u16 order = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return (f32)_mm512_permutex2var_epi16(_mm512_zextsi256_si512((__m256i)a), (__m512i)order,
+                                        _mm512_zextsi256_si512((__m256i)b));
+#else
+  return (f32)(__builtin_convertvector(a, u32) | (__builtin_convertvector(b, u32) << 16));
+#endif
+}
+
+// sum + x.low * y.low + x.high * y.high of bfloat16; x is one pair for all lanes.
+TRADY_INLINE f32 dot2(f32 sum, float x, f32 y) {
+  const uint32_t pair = __builtin_bit_cast(uint32_t, x);
+  if constexpr (MULTIPLIES_BFLOAT16) return multiply_add(sum, (operand_of<bfloat16>)(u32{} + pair), (operand_of<bfloat16>)y);
+  sum += __builtin_bit_cast(float, pair << 16) * (f32)((u32)y << 16);
+  return sum + __builtin_bit_cast(float, pair & 0xffff0000u) * (f32)((u32)y & 0xffff0000u);
+}
+
 // OPERANDS<P> elements of S, or the first `count` of them, as an operand.
 template <class P, class S>
 TRADY_INLINE operand_of<P> load_as(const S* p) {
