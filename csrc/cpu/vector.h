@@ -8,6 +8,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef TRADY_ISA
@@ -25,6 +27,9 @@ constexpr int VECTOR_REGISTERS = 32;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_REGISTERS = 16;
+#elif defined(__ARM_FEATURE_SVE_BITS) && __ARM_FEATURE_SVE_BITS > 0
+constexpr int VECTOR_BYTES = __ARM_FEATURE_SVE_BITS / 8;
+constexpr int VECTOR_REGISTERS = 32;
 #elif defined(__aarch64__)
 constexpr int VECTOR_BYTES = 16;
 constexpr int VECTOR_REGISTERS = 32;
@@ -47,6 +52,9 @@ typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+#if defined(__ARM_FEATURE_SVE)
+typedef __fp16 half_precision __attribute__((vector_size(VECTOR_BYTES / 2)));
+#endif
 // The same in memory: any alignment, any declared type.
 typedef float f32_memory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef double f64_memory __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
@@ -78,7 +86,7 @@ TRADY_INLINE V keep(V value) {
   asm("" : "+v"(value));
 #elif defined(__x86_64__)
   asm("" : "+x"(value));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !(defined(__clang__) && defined(__ARM_FEATURE_SVE))  // there it takes NEON's size alone
   asm("" : "+w"(value));
 #endif
   return value;
@@ -124,6 +132,10 @@ TRADY_INLINE f32 widen_float16(u16_half bits) {
   return (f32)_mm512_maskz_cvtph_ps(ALL, (__m256i)bits);
 #elif defined(__F16C__)
   return (f32)_mm256_cvtph_ps((__m128i)bits);
+#elif defined(__ARM_FEATURE_SVE)
+  return __builtin_convertvector((half_precision)bits, f32);
+#elif defined(__aarch64__)
+  return (f32)vcvt_f32_f16((float16x4_t)bits);
 #else
   const u32 x = __builtin_convertvector(bits, u32);
   const u32 magnitude = x & 0x7fffu;
@@ -151,6 +163,10 @@ TRADY_INLINE u16_half narrow_float16(f32 value) {
   return (u16_half)_mm512_maskz_cvtps_ph(ALL, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
   return (u16_half)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__ARM_FEATURE_SVE)
+  return (u16_half) __builtin_convertvector(value, half_precision);
+#elif defined(__aarch64__)
+  return (u16_half)vcvt_f16_f32((float32x4_t)value);
 #else
   const u32 x = (u32)value;
   const u32 magnitude = x & 0x7fffffffu;
@@ -211,8 +227,7 @@ TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
 }
 #endif
 
-// ---- permutations and reductions
-// -------------------------------------------------------------------------------------------
+// ---- permutations and reductions ---------------------------------------------------------------------------
 
 // Lane i of the result is lane index[i] of a, or of b where index[i] is past a's last. With constant indices both
 // compilers make it the permutations of the instruction set.
