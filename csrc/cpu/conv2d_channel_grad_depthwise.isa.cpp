@@ -62,18 +62,6 @@ TRADY_INLINE int clamp_lane(int64_t value, int lanes) {
   return value < 0 ? 0 : value > lanes ? lanes : static_cast<int>(value);
 }
 
-typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
-TRADY_INLINE f32 even_lanes(f32 a, f32 b) {
-  i32 even;
-  for (int i = 0; i < LANES<float>; i++) even[i] = 2 * i;
-  return shuffle(a, b, even);
-}
-TRADY_INLINE f64 even_lanes(f64 a, f64 b) {
-  i64 even;
-  for (int i = 0; i < LANES<double>; i++) even[i] = 2 * i;
-  return shuffle(a, b, even);
-}
-
 // What a vector of output columns meets in an input row, for each kernel column.
 template <class T, int KERNEL, int STRIDE>
 struct Columns {
@@ -192,7 +180,7 @@ bool conv2d_channel_grad_depthwise_fits([[maybe_unused]] const Conv2dChannelGrad
 }
 
 void conv2d_channel_grad_depthwise([[maybe_unused]] const Conv2dChannelGrad& q, [[maybe_unused]] int64_t task,
-                                   [[maybe_unused]] void* partial) {
+                                   [[maybe_unused]] void* partial, void*) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   switch (q.dtype) {
     case Dtype::float32:

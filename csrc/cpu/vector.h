@@ -51,6 +51,8 @@ typedef float f32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
 #if defined(__ARM_FEATURE_SVE)
 typedef __fp16 half_precision __attribute__((vector_size(VECTOR_BYTES / 2)));
@@ -58,7 +60,32 @@ typedef __fp16 half_precision __attribute__((vector_size(VECTOR_BYTES / 2)));
 // The same in memory: any alignment, any declared type.
 typedef float f32_memory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef double f64_memory __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+typedef uint16_t u16_memory __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 typedef uint16_t u16_half_memory __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+template <class V>
+constexpr int lanes_of = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+// Integers of as many lanes as V has.
+template <class V>
+struct Index {
+  using type = i32;
+};
+template <>
+struct Index<f64> {
+  using type = i64;
+};
+template <>
+struct Index<u16> {
+  using type = u16;
+};
+template <class V>
+using index_of = typename Index<V>::type;
 
 // What a kernel over elements of T computes in: its scalar and its vector.
 template <class T>
@@ -227,14 +254,14 @@ TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
 }
 #endif
 
-// ---- permutations and reductions ---------------------------------------------------------------------------
+// ---- permutations ---------------------------------------------------------------------------------------------
 
 // Lane i of the result is lane index[i] of a, or of b where index[i] is past a's last. With constant indices both
 // compilers make it the permutations of the instruction set.
 template <class V, class I>
 TRADY_INLINE V shuffle(V a, V b, I index) {
 #if defined(__clang__)
-  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(a[0]));
+  constexpr int lanes = lanes_of<V>;
   V result;
   for (int lane = 0; lane < lanes; ++lane) {
     const int from = static_cast<int>(index[lane]);
@@ -246,9 +273,108 @@ TRADY_INLINE V shuffle(V a, V b, I index) {
 #endif
 }
 
+// Lanes 0, 2, 4, ... of a, then those of b.
+template <class V>
+TRADY_INLINE V even_lanes(V a, V b) {
+  index_of<V> even;
+  for (int lane = 0; lane < lanes_of<V>; ++lane) even[lane] = static_cast<decltype(+even[0])>(2 * lane);
+  return shuffle(a, b, even);
+}
+
+// ---- operands of multiply-adds --------------------------------------------------------------------------------
+
+// What a loop of multiply-adds over elements of P reads at a time: OPERANDS<P> of them in an operand_of<P>. For
+// bfloat16, on CPUs that multiply pairs of them, that is as many pairs as there are lanes; otherwise a vector of
+// floats.
+#if defined(__AVX512BF16__) || (defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(__ARM_FEATURE_SVE))
+#define TRADY_MULTIPLIES_BFLOAT16
+constexpr bool MULTIPLIES_BFLOAT16 = true;
+#else
+constexpr bool MULTIPLIES_BFLOAT16 = false;
+#endif
+
+template <class P>
+struct Operand {
+  using type = vector_of<P>;
+};
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
+template <>
+struct Operand<bfloat16> {
+  using type = u16;
+};
+#endif
+template <class P>
+using operand_of = typename Operand<P>::type;
+template <class P>
+constexpr int OPERANDS = MULTIPLIES_BFLOAT16 && is_same<P, bfloat16> ? 2 * LANES<P> : LANES<P>;
+
+template <class P>
+TRADY_INLINE operand_of<P> load_operand(const P* p) {
+  return load(p);
+}
+template <class P>
+TRADY_INLINE operand_of<P> load_first_operand(const P* p, int count) {
+  return load_first(p, count);
+}
+template <class P>
+TRADY_INLINE void store_operand(P* p, operand_of<P> value) {
+  store(p, value);
+}
+template <class A>
+TRADY_INLINE A multiply_add(A sum, A a, A b) {
+  return sum + a * b;
+}
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
+TRADY_INLINE u16 load_operand(const bfloat16* p) { return *reinterpret_cast<const u16_memory*>(p); }
+TRADY_INLINE u16 load_first_operand(const bfloat16* p, int count) {
+#if defined(__AVX512BF16__)
+  return (u16)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+#else
+  u16 value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = p[lane].bits;
+  return value;
+#endif
+}
+TRADY_INLINE void store_operand(bfloat16* p, u16 value) { *reinterpret_cast<u16_memory*>(p) = value; }
+// Lane i gains the products of elements 2 i and 2 i + 1. The instructions take denormals for zero.
+TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
+#if defined(__AVX512BF16__)
+  return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return (f32)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_u16((uint16x8_t)a),
+                          vreinterpretq_bf16_u16((uint16x8_t)b));
+#endif
+}
+#endif
+
+// OPERANDS<P> elements of S, or the first `count` of them, as an operand.
+template <class P, class S>
+TRADY_INLINE operand_of<P> load_as(const S* p) {
+  if constexpr (is_same<P, S>)
+    return load_operand(p);
+  else
+    return load(p);
+}
+template <class P, class S>
+TRADY_INLINE operand_of<P> load_first_as(const S* p, int count) {
+  if constexpr (is_same<P, S>)
+    return load_first_operand(p, count);
+  else
+    return load_first(p, count);
+}
+template <class P, class S>
+TRADY_INLINE P element_as(S x) {
+  if constexpr (is_same<P, S>)
+    return x;
+  else
+    return widen(x);
+}
+
+// ---- reductions -----------------------------------------------------------------------------------------------
+
 template <class V>
 TRADY_INLINE auto sum(V value) {
-  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(value[0]));
+  constexpr int lanes = lanes_of<V>;
 #if defined(__AVX512F__)
   if constexpr (lanes == 16) return _mm512_reduce_add_ps((__m512)value);
   if constexpr (lanes == 8) return _mm512_reduce_add_pd((__m512d)value);
