@@ -497,7 +497,7 @@ void conv2d_channel_grad(const Conv2dChannelGrad& q, int64_t task, void* partial
     case Dtype::float64:
       return run_task<double, double>(q, task, partial, scratch);
     case Dtype::bfloat16:
-#if defined(__AVX512BF16__)
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
       return run_task<bfloat16, bfloat16>(q, task, partial, scratch);
 #else
       return run_task<float, bfloat16>(q, task, partial, scratch);

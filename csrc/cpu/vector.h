@@ -8,6 +8,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef TRADY_ISA
@@ -25,6 +27,9 @@ constexpr int VECTOR_REGISTERS = 32;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_REGISTERS = 16;
+#elif defined(__ARM_FEATURE_SVE_BITS) && __ARM_FEATURE_SVE_BITS > 0
+constexpr int VECTOR_BYTES = __ARM_FEATURE_SVE_BITS / 8;
+constexpr int VECTOR_REGISTERS = 32;
 #elif defined(__aarch64__)
 constexpr int VECTOR_BYTES = 16;
 constexpr int VECTOR_REGISTERS = 32;
@@ -49,6 +54,9 @@ typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+#if defined(__ARM_FEATURE_SVE)
+typedef __fp16 half_precision __attribute__((vector_size(VECTOR_BYTES / 2)));
+#endif
 // The same in memory: any alignment, any declared type.
 typedef float f32_memory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef double f64_memory __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
@@ -105,7 +113,7 @@ TRADY_INLINE V keep(V value) {
   asm("" : "+v"(value));
 #elif defined(__x86_64__)
   asm("" : "+x"(value));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !(defined(__clang__) && defined(__ARM_FEATURE_SVE))  // there it takes NEON's size alone
   asm("" : "+w"(value));
 #endif
   return value;
@@ -151,6 +159,10 @@ TRADY_INLINE f32 widen_float16(u16_half bits) {
   return (f32)_mm512_maskz_cvtph_ps(ALL, (__m256i)bits);
 #elif defined(__F16C__)
   return (f32)_mm256_cvtph_ps((__m128i)bits);
+#elif defined(__ARM_FEATURE_SVE)
+  return __builtin_convertvector((half_precision)bits, f32);
+#elif defined(__aarch64__)
+  return (f32)vcvt_f32_f16((float16x4_t)bits);
 #else
   const u32 x = __builtin_convertvector(bits, u32);
   const u32 magnitude = x & 0x7fffu;
@@ -178,6 +190,10 @@ TRADY_INLINE u16_half narrow_float16(f32 value) {
   return (u16_half)_mm512_maskz_cvtps_ph(ALL, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
   return (u16_half)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__ARM_FEATURE_SVE)
+  return (u16_half) __builtin_convertvector(value, half_precision);
+#elif defined(__aarch64__)
+  return (u16_half)vcvt_f16_f32((float32x4_t)value);
 #else
   const u32 x = (u32)value;
   const u32 magnitude = x & 0x7fffffffu;
@@ -280,7 +296,8 @@ TRADY_INLINE f64 permute_into(f64 into, uint32_t lanes, i64 index, f64 from) {
 // What a loop of multiply-adds over elements of P reads at a time: OPERANDS<P> of them in an operand_of<P>. For
 // bfloat16, on CPUs that multiply pairs of them, that is as many pairs as there are lanes; otherwise a vector of
 // floats.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || (defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(__ARM_FEATURE_SVE))
+#define TRADY_MULTIPLIES_BFLOAT16
 constexpr bool MULTIPLIES_BFLOAT16 = true;
 #else
 constexpr bool MULTIPLIES_BFLOAT16 = false;
@@ -290,7 +307,7 @@ template <class P>
 struct Operand {
   using type = vector_of<P>;
 };
-#if defined(__AVX512BF16__)
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
 template <>
 struct Operand<bfloat16> {
   using type = u16;
@@ -317,15 +334,26 @@ template <class A>
 TRADY_INLINE A multiply_add(A sum, A a, A b) {
   return sum + a * b;
 }
-#if defined(__AVX512BF16__)
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
 TRADY_INLINE u16 load_operand(const bfloat16* p) { return *reinterpret_cast<const u16_memory*>(p); }
 TRADY_INLINE u16 load_first_operand(const bfloat16* p, int count) {
+#if defined(__AVX512BF16__)
   return (u16)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+#else
+  u16 value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = p[lane].bits;
+  return value;
+#endif
 }
 TRADY_INLINE void store_operand(bfloat16* p, u16 value) { *reinterpret_cast<u16_memory*>(p) = value; }
-// Lane i gains the products of elements 2 i and 2 i + 1. The instruction takes denormals for zero.
+// Lane i gains the products of elements 2 i and 2 i + 1. The instructions take denormals for zero.
 TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
+#if defined(__AVX512BF16__)
   return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return (f32)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_u16((uint16x8_t)a),
+                          vreinterpretq_bf16_u16((uint16x8_t)b));
+#endif
 }
 #endif
 
