@@ -99,6 +99,7 @@ KINDS: tuple[ConvLayer | LinearLayer, ...] = (
 @pytest.mark.parametrize("layer", KINDS, ids=lambda layer: layer.label)
 def test_rows(layer: ConvLayer | LinearLayer) -> None:
     """Operator and peer agree (it raises otherwise), in every format and dtype, and every row is there."""
+    roofline = Roofline(1)
     linear = isinstance(layer, LinearLayer)
     for operator in BENCHMARKS:
         if (operator == "linear_channel_grad") != linear:
@@ -106,7 +107,7 @@ def test_rows(layer: ConvLayer | LinearLayer) -> None:
         for memory_format in FORMATS:
             for dtype in DTYPES:
                 setting = Setting(memory_format, dtype, batch=2, rounds=1)
-                rows = measure(operator, layer, setting, Roofline(1))
+                rows = measure(operator, layer, setting, roofline)
                 assert [row.selected for row in rows] == list(selections(layer.in_channels))
                 assert len({row.microseconds["dense"] for row in rows}) == 1
                 assert rows[-1].microseconds["dense"] == rows[-1].microseconds["aten"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 from pathlib import Path
@@ -57,6 +58,7 @@ BAD_USAGE = [
     (["bench", "--selected", "1,x"], "1,x", "1,4,16"),
     (["bench", "--rounds", "0"], "0", "at least 1"),
     (["bench", "--operator", "nope"], "nope", "conv2d_channel_grad"),
+    (["bench", "--plot", "plot.gif"], "plot.gif", ".png, .svg, .pdf"),
     (["bench", "--family", "9x9"], "9x9", "depthwise 5x5"),
     (["bench", "--layer", "nope"], "nope", "such as"),
     (
@@ -190,8 +192,8 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     convs = [layer for layer in bench.CONVS if layer.label in ("1x1 160->960 @7", "depthwise 5x5 672 @14 /2")]
     monkeypatch.setattr(bench, "CONVS", convs)
     monkeypatch.setattr(bench, "LINEARS", [layer for layer in bench.LINEARS if layer.in_features == 192][:1])
-    file = tmp_path / "bench.json"
-    assert main([*SMALL_BENCH, "--selected", "1,2", "--json", str(file)]) == 0
+    file, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    assert main([*SMALL_BENCH, "--selected", "1,2", "--json", str(file), "--plot", str(plot)]) == 0
     content = json.loads(file.read_text())
     rows = content["rows"]
     by_operator = {
@@ -215,6 +217,9 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert goals["depthwise, float32: times ATen, worst"]["count"] == 2
     out = capsys.readouterr().out
     assert "aten/auto" in out and "depthwise, float32: times ATen, worst" in out
+    drawn = (tmp_path / "bench-conv2d_channel_grad-channels_last-bfloat16.svg").read_text()
+    assert all(f">{html.escape(layer.label)}<" in drawn for layer in convs) and ">roofline<" in drawn
+    assert len(list(tmp_path.glob("bench-*.svg"))) == 2 * 2 * 2 + 2 and not plot.exists()
 
 
 @pytest.mark.usefixtures("bench_here")

@@ -17,7 +17,8 @@ from trady_kernels.benchmark.roofline import Roofline
 from trady_kernels.benchmark.rows import BENCHMARKS, FORMATS, Row, Setting, measure
 from trady_kernels.benchmark.timing import calm_malloc
 from trady_kernels.cli import BadUsage, Failed
-from trady_kernels.cli.console import check_writable, make_console
+from trady_kernels.cli.bench_plot import plot_rows
+from trady_kernels.cli.console import PLOT_FORMATS, check_plottable, check_writable, make_console
 
 _DESCRIPTION = """\
 Time the operators on the layers of real networks at batch 8, for few selected channels and shares of them, in both
@@ -77,6 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="calls of each contender (default: 5 to 100, what fits into about a second)",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help=f"draw time against k for each layer here ({', '.join(PLOT_FORMATS)}); a run of several operators, "
+        "formats or dtypes makes a file of each, with their names before the suffix",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
 
@@ -93,6 +101,11 @@ class _Part:
         """Which part of the run this is."""
         return f"{self.operator}, {self.setting.memory_format}, {self.setting.dtype}"
 
+    def file(self, path: Path) -> Path:
+        """``path`` with the part's name in it."""
+        part = f"{self.operator}-{self.setting.memory_format}-{self.setting.dtype}"
+        return path.with_name(f"{path.stem}-{part}{path.suffix}")
+
 
 def run(args: argparse.Namespace) -> int:
     """Time and print."""
@@ -102,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
             raise BadUsage(f"--{name.replace('_', '-')}: got {value}, expected at least 1")
     if args.json is not None:
         check_writable("json", args.json)
+    if args.plot is not None:
+        check_plottable(args.plot)
     parts = list(_parts(args))
     if not parts:
         raise BadUsage(
@@ -122,9 +137,11 @@ def run(args: argparse.Namespace) -> int:
             except ArithmeticError as error:
                 raise Failed(str(error)) from error
         if found:
-            about = f"{part.title}, batch {args.batch_size}, {args.threads} threads"
+            about = f"{part.title}, batch {args.batch_size}, {args.threads} thread{'s' * (args.threads > 1)}"
             text = f"{about}\n{rows_table(found)}\n\n{summary_table(found)}\n"
             console.print(text, soft_wrap=True, markup=False)
+            if args.plot is not None:
+                plot_rows(part.file(args.plot) if len(parts) > 1 else args.plot, found, about)
         rows += found
     console.print(goals_table(rows), soft_wrap=True, markup=False)
     if args.json is not None:
