@@ -58,13 +58,15 @@ BAD_USAGE = [
     (["bench", "--selected", "1,x"], "1,x", "1,4,16"),
     (["bench", "--rounds", "0"], "0", "at least 1"),
     (["bench", "--operator", "nope"], "nope", "conv2d_channel_grad"),
+    (["bench", "--tune"], "TRADY_CHOICE", "give it a file's name"),
+    (["bench", "--tune", "--plot", "plot.png"], "--tune", "leave one of the two out"),
     (["bench", "--plot", "plot.gif"], "plot.gif", ".png, .svg, .pdf"),
     (["bench", "--family", "9x9"], "9x9", "depthwise 5x5"),
     (["bench", "--layer", "nope"], "nope", "such as"),
     (
         ["bench", "--operator", "linear_channel_grad", "--family", "3x3"],
         "no layer passes",
-        "expected a layer",
+        "expected some such as",
     ),
 ]
 
@@ -239,6 +241,44 @@ def test_bench_filters(filters: list[str], labels: set[str], tmp_path: Path) -> 
     rows = json.loads(file.read_text())["rows"]
     assert {row["label"] for row in rows} == labels
     assert {row["selected"] for row in rows} == {3} and {row["dtype"] for row in rows} == {"float32"}
+
+
+@pytest.mark.usefixtures("bench_here")
+def test_bench_tune(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has limits for what was measured, none for a depthwise layer, where there is no choice, and the next start takes it."""
+    from trady_kernels.benchmark.layers import ConvLayer
+    from trady_kernels.cli import bench
+    from trady_kernels.ops import available, choice
+
+    tiny = [ConvLayer("", 8, 16, 9), ConvLayer("", 8, 16, 9, 3), ConvLayer("", 8, 8, 9, 3, 2, 8)]
+    monkeypatch.setattr(bench, "CONVS", tiny)
+    monkeypatch.setattr(bench, "LINEARS", [])
+    file, table = tmp_path / "tune.json", tmp_path / "new" / "choice.json"
+    with monkeypatch.context() as environment:
+        environment.setenv("TRADY_CHOICE", str(table))
+        arguments = [*SMALL_BENCH, "--tune", "--json", str(file)]
+        if available()["cpp"] is not None:
+            assert main(arguments) == 2
+            return
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        choice.load()
+        assert choice.in_force().path == table and choice.in_force().ignored is None
+        assert main(["doctor"]) == 0
+        assert f"limits measured here on {choice.in_force().made['date']}" in capsys.readouterr().out
+    choice.load()
+    limits, _ = choice.parse(json.loads(table.read_text()))
+    assert {(limit.operator, limit.family, str(limit.memory_format)) for limit in limits} == {
+        ("conv2d_channel_grad", family, memory_format)
+        for family in ("1x1", "kxk")
+        for memory_format in ("torch.contiguous_format", "torch.channels_last")
+    }
+    assert "C++ up to k" in out and str(table) in out
+    content = json.loads(file.read_text())
+    labels = {point["label"] for limit in content["limits"] for point in limit["points"]}
+    assert labels == {layer.label for layer in tiny[:2]} and content["machine"]["threads"] == 1
 
 
 @pytest.mark.usefixtures("bench_here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from trady_kernels.benchmark.goals import geometric_mean, verdicts
 from trady_kernels.benchmark.roofline import Roofline
 from trady_kernels.benchmark.rows import Row
 from trady_kernels.benchmark.timing import clock
+from trady_kernels.benchmark.tune import Point, losses
+from trady_kernels.ops.choice import ANY, Key, Limit, limits_in_force
 from trady_kernels.provenance import describe
 
 _TIMES = ("auto", "cpp", "aten", "dense")
@@ -75,6 +77,28 @@ def goals_table(rows: Sequence[Row]) -> str:
             f"({verdict.rows}; {verdict.worst})"
         )
     lines.append("The step of a whole network: python benchmarks/training_step.py")
+    return "\n".join(lines)
+
+
+def limits_table(limits: Sequence[Limit], measured: Mapping[Key, Sequence[Point]]) -> str:
+    """Each limit, and what the table loses over the faster kernel of each shape; beside it the limits now in force."""
+    lines = [
+        f"{'operator':<21}{'family':<13}{'format':<15}{'dtype':<9}{'pixels':>9}{'C++ up to k':>13}{'shapes':>8}"
+        f"{'loss':>8}{'worst':>7}{'before':>9}{'worst':>7}"
+    ]
+    now = {key: [limit for limit in limits_in_force() if limit.key == key] for key in measured}
+    for limit in limits:
+        operator, family, memory_format, dtype = limit.key
+        names = (str(memory_format).removeprefix("torch."), str(dtype).removeprefix("torch."))
+        pixels = "any" if limit.most_pixels == ANY else f"<= {limit.most_pixels}"
+        most = "any" if limit.most_selected == ANY else str(limit.most_selected)
+        line = f"{operator:<21}{family:<13}{names[0].removesuffix('_format'):<15}{names[1]:<9}{pixels:>9}{most:>13}"
+        if limit.most_pixels == ANY:
+            of = measured[limit.key]
+            tuned = losses([other for other in limits if other.key == limit.key], of)
+            before = losses(now[limit.key], of)
+            line += f"{len(of):>8}{tuned[0]:>8.1%}{tuned[1]:>7.0%}{before[0]:>9.1%}{before[1]:>7.0%}"
+        lines.append(line)
     return "\n".join(lines)
 
 

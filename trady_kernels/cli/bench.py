@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 
 from trady_kernels.atomic_write import write_json
 from trady_kernels.benchmark.layers import CONVS, LAYERS, LINEARS, NETWORKS, Layer, distinct
-from trady_kernels.benchmark.report import goals_table, report, rows_table, summary_table
+from trady_kernels.benchmark.report import (
+    conditions,
+    goals_table,
+    limits_table,
+    report,
+    rows_table,
+    summary_table,
+)
 from trady_kernels.benchmark.roofline import Roofline
-from trady_kernels.benchmark.rows import BENCHMARKS, FORMATS, Row, Setting, measure
+from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Row, Setting, measure
 from trady_kernels.benchmark.timing import calm_malloc
+from trady_kernels.benchmark.tune import Point, fit, key_of, points
 from trady_kernels.cli import BadUsage, Failed
 from trady_kernels.cli.bench_plot import plot_rows
 from trady_kernels.cli.console import PLOT_FORMATS, check_plottable, check_writable, make_console
+from trady_kernels.ops import choice
+from trady_kernels.ops.backend import unavailable
 
 _DESCRIPTION = """\
 Time the operators on the layers of real networks at batch 8, for few selected channels and shares of them, in both
@@ -36,9 +48,11 @@ examples:
   trady bench --threads 1
   trady bench --family 3x3 --format contiguous --dtype float32 --threads 1 --rounds 5
   trady bench --layer '64->64 @56' --selected 1,4,16
-  trady bench --network resnet50 --json bench.json --plot bench.png"""
+  trady bench --network resnet50 --json bench.json --plot bench.png
+  trady bench --tune --threads 1"""
 
-DTYPES = ("float32", "bfloat16")
+#: What is measured unless one is asked for; float64 has no peer worth measuring, but a choice of its own.
+_USUAL_DTYPES = ("float32", "bfloat16")
 _FAMILIES = tuple(dict.fromkeys(layer.family for layer in LAYERS))
 
 
@@ -70,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=FORMATS, help="memory format of the convolutions' tensors (default: both)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: both)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32 and bfloat16)")
     parser.add_argument("--batch-size", type=int, default=8, help="images or texts (default: %(default)s)")
     parser.add_argument(
         "--rounds",
@@ -84,6 +98,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"draw time against k for each layer here ({', '.join(PLOT_FORMATS)}); a run of several operators, "
         "formats or dtypes makes a file of each, with their names before the suffix",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead measure which kernel is faster where, and write the table that this user's calls are chosen by "
+        f"(now {choice.table_path() or 'switched off by an empty TRADY_CHOICE'})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
@@ -109,6 +129,19 @@ class _Part:
 
 def run(args: argparse.Namespace) -> int:
     """Time and print."""
+    _check(args)
+    parts = list(_tuned_parts(args) if args.tune else _parts(args))
+    if not parts:
+        raise BadUsage(
+            f"--operator, --network, --family, --layer{', --dtype' if args.tune else ''}: no layer passes all "
+            f"filters (--layer {args.layer!r}), expected some such as {CONVS[-1].label!r}"
+        )
+    calm_malloc()
+    torch.set_num_threads(args.threads)
+    return (_tune if args.tune else _bench)(args, parts)
+
+
+def _check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -116,28 +149,31 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         check_writable("json", args.json)
     if args.plot is not None:
+        if args.tune:
+            raise BadUsage("--plot: --tune draws nothing; leave one of the two out")
         check_plottable(args.plot)
-    parts = list(_parts(args))
-    if not parts:
-        raise BadUsage(
-            f"--operator, --network, --family, --layer: got {args.layer!r} and filters that no layer passes, "
-            f"expected a layer such as {CONVS[-1].label!r}"
-        )
-    calm_malloc()
-    torch.set_num_threads(args.threads)
+    if args.tune:
+        if unavailable("cpp"):
+            raise BadUsage(f"--tune: there is nothing to choose from: {unavailable('cpp')}")
+        if choice.table_path() is None:
+            raise BadUsage(
+                "--tune: TRADY_CHOICE is empty in the environment; unset it, or give it a file's name"
+            )
+
+
+def _bench(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
     console = make_console()
     roofline = Roofline(args.threads)
     rows: list[Row] = []
     for part in parts:
         found: list[Row] = []
-        bar = track(part.layers, part.title, console=console, disable=not console.is_terminal, transient=True)
-        for layer in bar:
+        for layer in _tracked(part, console):
             try:
                 found += measure(part.operator, layer, part.setting, roofline)
             except ArithmeticError as error:
                 raise Failed(str(error)) from error
         if found:
-            about = f"{part.title}, batch {args.batch_size}, {args.threads} thread{'s' * (args.threads > 1)}"
+            about = f"{part.title}, batch {args.batch_size}, {_threads(args)}"
             text = f"{about}\n{rows_table(found)}\n\n{summary_table(found)}\n"
             console.print(text, soft_wrap=True, markup=False)
             if args.plot is not None:
@@ -147,6 +183,52 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, report(rows, roofline))
     return 0
+
+
+def _tune(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
+    """Measure both kernels, fit the limits, write the table."""
+    console = make_console()
+    measured: dict[choice.Key, list[Point]] = {}
+    for part in parts:
+        for layer in _tracked(part, console):
+            key = key_of(part.operator, layer, part.setting)
+            if key is not None:
+                measured.setdefault(key, []).extend(points(part.operator, layer, part.setting))
+    limits = [limit for key, of in measured.items() for limit in fit(key, of)]
+    console.print(limits_table(limits, measured), soft_wrap=True, markup=False)
+    path = choice.table_path()
+    assert path is not None  # checked before the work
+    content = choice.render(limits, datetime.date.today().isoformat())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        raise Failed(f"{path} cannot be written: {error}") from error
+    console.print(f"{_threads(args)}; wrote {path}, in force from the next start", markup=False)
+    if args.json is not None:
+        shapes = [
+            {**row, "points": [asdict(point) for point in measured[limit.key]]}
+            for row, limit in zip(content["limits"], limits, strict=True)
+        ]
+        write_json(args.json, {**conditions(), "limits": shapes})
+    return 0
+
+
+def _tracked(part: _Part, console: Console) -> Iterable[Layer]:
+    return track(part.layers, part.title, console=console, disable=not console.is_terminal, transient=True)
+
+
+def _threads(args: argparse.Namespace) -> str:
+    return f"{args.threads} thread{'s' * (args.threads > 1)}"
+
+
+def _tuned_parts(args: argparse.Namespace) -> Iterator[_Part]:
+    """The parts that there is a choice in, in the dtypes that have one."""
+    for dtype in (args.dtype,) if args.dtype else tuple(DTYPES):
+        for part in _parts(argparse.Namespace(**{**vars(args), "dtype": dtype})):
+            layers = [layer for layer in part.layers if key_of(part.operator, layer, part.setting)]
+            if layers:
+                yield replace(part, layers=layers)
 
 
 def _parts(args: argparse.Namespace) -> Iterator[_Part]:
@@ -164,7 +246,7 @@ def _parts(args: argparse.Namespace) -> Iterator[_Part]:
         layers: Sequence[Layer] = linears if linear else convs
         formats = (args.format,) if args.format else tuple(FORMATS)
         for memory_format in formats[:1] if linear else formats:  # a linear layer has but one
-            for dtype in (args.dtype,) if args.dtype else DTYPES:
+            for dtype in (args.dtype,) if args.dtype else _USUAL_DTYPES:
                 if layers:
                     setting = Setting(memory_format, dtype, args.batch_size, args.selected, args.rounds)
                     yield _Part(operator, layers, setting)
