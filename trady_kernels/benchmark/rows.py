@@ -135,17 +135,13 @@ def _conv2d_peer(layer: ConvLayer, x: torch.Tensor, dy: torch.Tensor, groups: in
     weight = x.new_zeros((dy.shape[1], x.shape[1] // groups, layer.kernel, layer.kernel))
     last = ([1, 1], False, [0, 0], groups, [False, True, False])
     backward = torch.ops.aten.convolution_backward.default
-    if layer.kernel == 1 and layer.stride > 1 and memory_format_name(dy) == "channels_last":
-        # oneDNN's own strided 1x1 gradient crashes or errs here (see ops/conv2d_channel_grad/aten.py).
+    if layer.kernel == 1 and layer.stride > 1:
+        # oneDNN's own strided 1x1 gradient crashes or errs with few channels in channels_last (see
+        # ops/conv2d_channel_grad/aten.py), and in contiguous layout takes up to five times as long as this.
         step = layer.stride
         return lambda: backward(dy, x[:, :, ::step, ::step], weight, None, [1, 1], [0, 0], *last)
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
     return partial(backward, dy, x, weight, None, stride, padding, *last)
-
-
-def memory_format_name(tensor: torch.Tensor) -> str:
-    """By the strides alone."""
-    return "channels_last" if tensor.stride(1) == 1 and tensor.stride(3) != 1 else "contiguous"
 
 
 def gather_calls(layer: ConvLayer, setting: Setting, selected: Sequence[int]) -> list[Call]:
