@@ -1,5 +1,6 @@
 """Operators: ``torch.ops.trady.*`` and their Python fronts."""
 
+from trady_kernels.ops import choice
 from trady_kernels.ops.backend import available, backend, last_kernel, load_compiled
 from trady_kernels.ops.conv2d_channel_grad import conv2d_channel_grad
 from trady_kernels.ops.gather_channels import gather_channels
@@ -11,6 +12,7 @@ from trady_kernels.ops.rectify import rectify, rectify_
 from trady_kernels.ops.scale_by_bits import scale_by_bits
 
 load_compiled()
+choice.load()
 
 __all__ = [
     "available",

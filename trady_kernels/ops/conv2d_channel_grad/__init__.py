@@ -69,7 +69,8 @@ def _validate(
         )
 
 
-def _family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> str:
+def family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> str:
+    """The kind of convolution, as the choice between kernels names it."""
     if groups != 1:
         return "grouped"
     if kernel_size[0] != 1 or kernel_size[1] != 1:
@@ -92,10 +93,11 @@ def _choose(
         return "aten"
     return cpp_or_aten(
         "conv2d_channel_grad",
-        _family(kernel_size, stride, groups),
+        family(kernel_size, stride, groups),
         memory_format_of(grad_output),
         input_selected.dtype,
         channels.shape[0],
+        grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3],
     )
 
 

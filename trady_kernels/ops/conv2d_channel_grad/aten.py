@@ -28,7 +28,8 @@ def conv2d_channel_grad(
     if tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1):
         # oneDNN's own strided 1x1 gradient crashes or errs with few channels in channels_last (oneDNN#6035; with
         # torch 2.13 at 1 and 4 channels of 56x56, stride 2). The strided pixels alone are the same problem.
-        input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
+        if tuple(padding) != (0, 0):
+            input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
         input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
         stride, padding = (1, 1), (0, 0)
     if groups > 1:
