@@ -64,6 +64,5 @@ __attribute__((always_inline)) inline F* kernel_of_current_isa(F* const (&&kerne
   namespace trady::isa {                                 \
   result function(__VA_ARGS__);                          \
   }
-#define TRADY_KERNEL(function) \
-  (::trady::kernel_of_current_isa({TRADY_FOR_EACH_ISA(TRADY_ADDRESS_IN_ISA, function)}))
+#define TRADY_KERNEL(function) (::trady::kernel_of_current_isa({TRADY_FOR_EACH_ISA(TRADY_ADDRESS_IN_ISA, function)}))
 #define TRADY_ADDRESS_IN_ISA(isa, function) &::trady::isa::function,

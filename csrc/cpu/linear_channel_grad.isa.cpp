@@ -51,7 +51,7 @@ struct PackedPairs : Rows<float> {
 };
 
 // How rows of T are multiplied, straight from memory and packed.
-template <class T, bool DOT2 = HAS_DOT2>
+template <class T, bool DOT2 = MULTIPLIES_BFLOAT16>
 struct Products {
   using Direct = Rows<T>;
   using Packed = Rows<scalar_of<T>>;
