@@ -2,6 +2,8 @@
 
     python3 quickstart.py finetune [arguments of trady finetune]
     python3 quickstart.py test [--slow] [arguments of pytest]
+    python3 quickstart.py sanitize [arguments of pytest]
+    python3 quickstart.py arm
 
 ``TRADY_TORCH=2.10.0`` in the environment takes another version of torch than the pinned one.
 """
@@ -123,15 +125,19 @@ class Setup:
                 print(*log.readlines()[-60:], sep="")
             sys.exit(f"quickstart.py: the step '{name}' failed; the whole output is in {LOG}")
 
+    def tools(self) -> None:
+        """What a build needs beside a compiler."""
+        self.environment()
+        tools = [r for r in requirements("requires") if not r.startswith("torch")]
+        self.step("build tools", repr(tools), [*tools, "wheel"])
+
     def prepare(self, extras: list[str], networks: bool) -> None:
         """Everything installed: torch, the package, and the requirements of ``extras``."""
         if not re.fullmatch(r"\d+\.\d+\.\d+\S*", TORCH):
             sys.exit(f"TRADY_TORCH: got {TORCH!r}, expected a version such as 2.13.0")
-        self.environment()
+        self.tools()
         self.step(f"torch {TORCH}", TORCH, [f"torch=={TORCH}", "numpy"])
         pinned = [f"torch=={TORCH}"]
-        tools = [r for r in requirements("requires") if not r.startswith("torch")]
-        self.step("build tools", repr(tools), [*tools, "wheel"])
         installed = list((ROOT / "trady_kernels" / "_lib").glob("build.json"))
         if not installed:
             self.done.pop("trady_kernels", None)
@@ -186,7 +192,77 @@ def test(arguments: list[str]) -> None:
     sys.exit(bool(failed) or (0 if slow and code == 5 else code))
 
 
-COMMANDS = {"finetune": finetune, "test": test}
+def checked(command: list[str | Path], **environment: str) -> None:
+    """Run ``command`` in view; stop with its exit code where it fails."""
+    print(f"$ {' '.join(map(str, command))}", flush=True)
+    code = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}).returncode
+    if code:
+        sys.exit(code)
+
+
+def preloaded(name: str) -> str:
+    """Path of a library that Python has to load first where extensions were built with a sanitizer."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))), None)
+    asked = [compiler or "c++", f"-print-file-name={name}"]
+    try:
+        path = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        path = ""
+    if not Path(path).is_absolute():
+        sys.exit(f"sanitize: {asked[0]} has no {name}; install g++ with its sanitizers, or name another CXX")
+    return path
+
+
+def sanitize(arguments: list[str]) -> None:
+    libraries = [preloaded("libasan.so"), preloaded("libstdc++.so")]
+    Setup().prepare(["cli", "models", "data", "test"], networks=False)
+    build, site = ROOT / "build" / "sanitized", ROOT / "build" / "sanitized-site"
+    shutil.rmtree(site, ignore_errors=True)
+    checked(
+        [PYTHON, "setup.py", "-q", "build", "--build-lib", site], TRADY_SANITIZE="1", TRADY_CUDA="0"
+    )
+    checked([build / "trady_tests"])
+    stems = sorted(path.name.removesuffix(".isa.cpp") for path in (ROOT / "csrc" / "cpu").glob("*.isa.cpp"))
+    tests = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").exists()]
+    # Leaks are those of Python and torch. Not python -m pytest: it would import the package of this folder.
+    checked(
+        [VENV / "bin" / "pytest", *(arguments or ["-q"]), *tests],
+        PYTHONPATH=str(site),
+        LD_PRELOAD=":".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+    )
+
+
+#: The emulated CPU that each instruction set is tried on.
+ARM_CPUS = {
+    "baseline": "cortex-a72",
+    "neon_bf16": "max,sve-default-vector-length=16",
+    "sve256": "max,sve-default-vector-length=32",
+}
+
+
+def arm(arguments: list[str]) -> None:
+    if arguments:
+        sys.exit(f"arm: got {' '.join(arguments)!r}, expected no arguments")
+    missing = [name for name in ("aarch64-linux-gnu-g++", "qemu-aarch64") if shutil.which(name) is None]
+    if missing:
+        sys.exit(
+            f"arm: {' and '.join(missing)} not found; install the cross compiler and the emulator "
+            "(Debian and Ubuntu: apt-get install g++-aarch64-linux-gnu qemu-user) and run this again"
+        )
+    Setup().tools()
+    cmake, folder = VENV / "bin" / "cmake", ROOT / "build" / "aarch64"
+    ninja = f"-DCMAKE_MAKE_PROGRAM={VENV / 'bin' / 'ninja'}"
+    toolchain = ROOT / "tests" / "cpp" / "aarch64.cmake"
+    options = ["-G", "Ninja", ninja, "--toolchain", toolchain, "-DTRADY_TESTS=ON"]
+    checked([cmake, "-S", ROOT, "-B", folder, *options])
+    checked([cmake, "--build", folder])
+    for isa, cpu in ARM_CPUS.items():
+        checked(["qemu-aarch64", "-cpu", cpu, folder / "trady_tests", isa])
+
+
+COMMANDS = {"finetune": finetune, "test": test, "sanitize": sanitize, "arm": arm}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

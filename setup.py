@@ -2,7 +2,8 @@
 
 Environment: ``TRADY_CUDA=0`` or ``1`` leaves the CUDA library out or insists on it (default: built where
 nvcc is found), ``TRADY_CUDA_ARCHS`` its architectures as CMake spells them ("80-real;90"), ``CXX`` the
-compiler. Without a C++ compiler the package is installed without compiled code.
+compiler, ``TRADY_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer, the C++ tests too. Without
+a C++ compiler the package is installed without compiled code.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ def wanted_nvcc() -> str | None:
     return found
 
 
+def sanitized() -> bool:
+    value = os.environ.get("TRADY_SANITIZE", "0")
+    if value not in ("0", "1"):
+        raise SystemExit(f"TRADY_SANITIZE: got {value!r}, expected 0, 1, or unset")
+    return value == "1"
+
+
 def first_line(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
 
@@ -101,12 +109,14 @@ class BuildThroughCMake(build_ext):
             "PYBIND11_INCLUDE": pybind11.get_include(),
             "MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "TRADY_CUDA": "ON" if cuda_compiler else "OFF",
+            "TRADY_SANITIZE": "ON" if sanitized() else "OFF",
+            "TRADY_TESTS": "ON" if sanitized() else "OFF",
         }
         if cuda_compiler:
             settings |= {"CMAKE_CUDA_COMPILER": cuda_compiler, "TRADY_CUDA_ARCHS": archs}
         # One folder for each Python, torch and compiler, so that going back and forth rebuilds nothing.
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-{Path(cxx).name}"
-        folder = ROOT / "build" / f"cmake-{tag}"
+        folder = ROOT / "build" / ("sanitized" if sanitized() else f"cmake-{tag}")
         cmake = str(program("cmake"))
         self.command(
             [cmake, "-G", "Ninja", "-S", ROOT, "-B", folder, *(f"-D{k}={v}" for k, v in settings.items())]

@@ -50,6 +50,7 @@ py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = __VERSION__;
   facts["isas"] = names(false);
+  facts["missing_isas"] = TRADY_MISSING_ISAS;
   return facts;
 }
 

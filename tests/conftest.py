@@ -59,6 +59,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(before)
 
 
+@pytest.fixture(params=(1, 2, 3, 7))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the test on several numbers of threads, which must not change a bit of any result."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` need one."""
     if torch.cuda.is_available():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,12 @@ def source(tmp_path: Path) -> Path:
         else:
             shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
+
+
+def program(name: str) -> str:
+    """A tool of the build, beside this Python or on PATH."""
+    found = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    return found or pytest.skip(f"{name} is not installed: pip install {name}")
 
 
 def build(source: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -88,6 +96,34 @@ def test_hot_objects_export_no_weak_symbols() -> None:
         for line in exported:
             kind, name = line.split(maxsplit=2)[1:]
             assert kind in "TRDB" and name.startswith(f"trady::{isa}::"), f"{path.name}: {line}"
+
+
+#: In /proc/cpuinfo's words, what each set of x86-64 asks of a CPU.
+X86_FLAGS = {
+    "baseline": {"sse2"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+def test_every_set_of_this_cpu_is_listed() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("there is no /proc/cpuinfo to compare with")
+    flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split()
+    compiled = _C.build_facts()["isas"]
+    assert _C.available_isas() == [isa for isa in compiled if X86_FLAGS[isa] <= set(flags)]
+    left_out = re.findall(r"(\w+) \(the compiler", _C.build_facts()["missing_isas"])
+    assert sorted([*compiled, *left_out]) == sorted(X86_FLAGS)
+
+
+def test_the_best_set_is_the_default() -> None:
+    code = "import trady_kernels.ops; from trady_kernels import _C; print(_C.isa())"
+    environment = {name: value for name, value in os.environ.items() if name != "TRADY_ISA"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{_C.available_isas()[-1]}\n"
 
 
 def test_instruction_set_is_chosen_and_checked() -> None:
@@ -163,9 +199,29 @@ def test_compiler_that_fails_stops_the_build(source: Path) -> None:
     assert not (source / "trady_kernels" / "_lib").exists()
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86-64")
+def test_compiler_that_does_not_know_a_set(source: Path) -> None:
+    """The set is left out of the build, and the record says so; the others are there."""
+    compiler = source / "older-compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-mavx512bf16*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    cmake, ninja = program("cmake"), program("ninja")
+    folder = source / "build"
+    options = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_CXX_COMPILER={compiler}")
+    torch_paths = (f"-DTORCH_INCLUDE={source}", f"-DTORCH_LIB={source}")
+    done = run(cmake, "-S", source, "-B", folder, *options, *torch_paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = (folder / "build.ninja").read_text()
+    assert re.search(r"TRADY_MISSING_ISAS=\S*avx512_bf16 \(the compiler does not take .*-mavx512bf16\)", plan)
+    sets = set(re.findall(r"CMakeFiles/trady_cpu_(\w+)\.dir", plan))
+    assert sets == {"baseline", "avx2", "avx512"}
+    assert "apply(avx512,__VA_ARGS__)" in plan and "apply(avx512_bf16" not in plan
+
+
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
+        ({"TRADY_SANITIZE": "yes"}, "TRADY_SANITIZE: got 'yes', expected 0, 1, or unset"),
         ({"TRADY_CUDA": "yes"}, "TRADY_CUDA: got 'yes', expected 0, 1, or unset"),
         ({"CXX": "no-such-compiler"}, "CXX: got 'no-such-compiler', expected a C++ compiler on this machine"),
     ],

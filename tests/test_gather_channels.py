@@ -78,7 +78,7 @@ def test_channels_may_be_strided() -> None:
     check(torch.randn(2, 9, 3, 3), torch.arange(9)[::2])
 
 
-def test_large_enough_for_threads() -> None:
+def test_large_enough_for_threads(threads: int, isa: str) -> None:
     channels = torch.randperm(64)[:31].sort().values
     for layout in ("contiguous", "channels_last"):
         check(laid_out(torch.randn(5, 64, 33, 31), layout), channels)

@@ -160,15 +160,17 @@ def test_infinite_gradients_stay_with_their_winners(layout: str) -> None:
     torch.testing.assert_close(ours, grad, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (PoolCase("scattered", (4, 24, 40, 56), (3, 3), (2, 2), (1, 1)), torch.bfloat16),
+        (PoolCase("gathered", (4, 24, 40, 56), (3, 3), (2, 2), (1, 1)), torch.float32),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_threads(layout: str) -> None:
-    case = PoolCase("", (4, 24, 40, 56), (3, 3), (2, 2), (1, 1))
-    x = laid_out(values(case, torch.bfloat16), layout)
-    torch.set_num_threads(3)
-    try:
-        check(case, x)
-    finally:
-        torch.set_num_threads(1)
+def test_threads(layout: str, case: PoolCase, dtype: torch.dtype, threads: int, isa: str) -> None:
+    check(case, laid_out(values(case, dtype), layout))
 
 
 def test_reference_means_the_same() -> None:

@@ -36,14 +36,10 @@ def test_bits_follow_memory() -> None:
             assert pack_bits(window).tolist() == by_hand(window.flatten().tolist())
 
 
-def test_large_enough_for_threads() -> None:
+def test_large_enough_for_threads(threads: int, isa: str) -> None:
     mask = torch.rand(300, 1001) < 0.5
-    torch.set_num_threads(2)
-    try:
-        with backend("cpp"):
-            packed = pack_bits(mask)
-    finally:
-        torch.set_num_threads(1)
+    with backend("cpp"):
+        packed = pack_bits(mask)
     with backend("reference"):
         assert torch.equal(packed, pack_bits(mask))
 

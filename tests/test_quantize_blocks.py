@@ -148,17 +148,16 @@ def test_float64_beyond_float32_is_not_overlooked(isa: str) -> None:
     )
 
 
-def test_threads_fall_on_blocks() -> None:
+def test_threads_fall_on_blocks(threads: int, isa: str) -> None:
     input = torch.randn(100_001)
-    expected = quantize_blocks(input)
-    torch.set_num_threads(3)
-    try:
+    with backend("reference"):
+        expected = quantize_blocks(input)
+        expected_output = dequantize_blocks(*expected, torch.float32)
+    with backend("cpp"):
         codes, scales = quantize_blocks(input)
         restored = dequantize_blocks(codes, scales, torch.float32)
-    finally:
-        torch.set_num_threads(1)
     assert torch.equal(codes, expected[0]) and torch.equal(scales, expected[1])
-    assert torch.equal(restored, dequantize_blocks(*expected, torch.float32))
+    assert torch.equal(restored, expected_output)
 
 
 @pytest.mark.parametrize("layout", ("slice", "expanded"))

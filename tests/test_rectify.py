@@ -110,14 +110,9 @@ def test_a_slice_leaves_its_neighbours_alone() -> None:
         assert torch.equal(whole, expected)
 
 
-def test_large_enough_for_threads() -> None:
-    x = torch.randn(300, 1001)
-    torch.set_num_threads(2)
-    try:
-        with backend("cpp"):
-            check(KINDS[1], x)
-    finally:
-        torch.set_num_threads(1)
+def test_large_enough_for_threads(threads: int, isa: str) -> None:
+    with backend("cpp"):
+        check(KINDS[1], torch.randn(300, 1001))
 
 
 def test_bad_arguments() -> None:

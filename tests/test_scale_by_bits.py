@@ -52,13 +52,9 @@ def test_layouts(layout: str, kernel: str) -> None:
         check(awkward(60, torch.float32).view(3, 4, 5).permute(2, 0, 1), 2.0, 0.5)
 
 
-def test_large_enough_for_threads() -> None:
-    torch.set_num_threads(2)
-    try:
-        with backend("cpp"):
-            check(torch.randn(300, 1001), 2.0, None)
-    finally:
-        torch.set_num_threads(1)
+def test_large_enough_for_threads(threads: int, isa: str) -> None:
+    with backend("cpp"):
+        check(torch.randn(300, 1001), 2.0, None)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,20 @@ from typing import TypedDict
 class BuildFacts(TypedDict):
     compiler: str
     isas: list[str]
+    missing_isas: str
 
 def build_facts() -> BuildFacts:
-    """Version of the compiler and the instruction sets compiled in."""
+    """Version of the compiler, the instruction sets compiled in, and in words which this compiler cannot build."""
 
 def isa() -> str:
-    """Instruction set that the C++ kernels run on now: ``baseline``, ``avx2`` or ``avx512``."""
+    """Instruction set that the C++ kernels run on now, one of ``available_isas()``."""
 
 def available_isas() -> list[str]:
-    """Instruction sets that this CPU has, the best last."""
+    """Instruction sets compiled in that this CPU has, in order of preference, the best last.
+
+    x86-64: ``baseline`` (SSE2), ``avx2``, ``avx512``, ``avx512_bf16``. 64-bit Arm: ``baseline`` (NEON),
+    ``neon_bf16``, ``sve256`` (SVE with vectors of exactly 256 bits).
+    """
 
 def set_isa(name: str) -> None:
     """Choose the instruction set; ``ValueError`` for one that this CPU does not have."""

@@ -98,6 +98,10 @@ TRADY_INLINE uint64_t bits_of(M mask) {
   if constexpr (lanes == 2) return static_cast<uint32_t>(_mm_movemask_pd((__m128d)mask));
 #endif
   mask &= lane_bits<M>();
+#if defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
+  if constexpr (lanes == 4) return vaddvq_u32((uint32x4_t)mask);
+  if constexpr (lanes == 2) return vaddvq_u64((uint64x2_t)mask);
+#endif
   uint64_t bits = 0;
   for (int lane = 0; lane < lanes; ++lane) bits |= static_cast<uint64_t>(mask[lane]);
   return bits;

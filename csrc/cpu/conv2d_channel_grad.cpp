@@ -1,4 +1,4 @@
-// conv2d_channel_grad: checks, how the work is cut, allocation, registration.
+// conv2d_channel_grad: checks, allocation, registration.
 #include "conv2d_channel_grad.h"
 
 #include <torch/csrc/stable/library.h>
@@ -9,7 +9,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "parallel.h"
@@ -19,8 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -66,100 +63,24 @@ std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t selected, int64
   return runs;
 }
 
-// Fills in how the work is cut, from the shape alone.
-void cut(Conv2dChannelGrad& q) {
-  constexpr int64_t kPixels = kPlane - kSlack;
-  const int64_t pixels = q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
-  // Where lanes are pixels every tile ends in a reduction of its register blocks, which wants long tiles; where lanes
-  // are outputs short ones keep grad_output in the first-level cache.
-  const int64_t target = q.outputs_last ? (taps == 1 ? 256 : 128) : taps == 1 ? 2048 : 1024;
-  const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
-  if (pixels <= target && pixels + reach <= kPixels) {
-    const int64_t images = std::clamp<int64_t>(std::min(kPixels / (pixels + reach), target / pixels), 1, q.batch);
-    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
-    q.tile_pixels = pixels;
-  } else {
-    const int64_t most = std::min(target, reach + 512 <= kPixels ? kPixels - reach : kPixels) / 16 * 16;
-    q.tile_images = 1;
-    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), 16) * 16;
-  }
-  q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
-
-  constexpr int64_t kTasks = 16, kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 256,
-                    kSlicePixels = 512;
-  const int64_t cost = q.batch * pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
-  const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
-  const int64_t elements = q.selected * q.out_per_group * taps;
-  const int64_t most = std::min(kPartialElements / elements, q.batch * pixels / kSlicePixels);
-  q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
-  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / kRangeOutputs));
-  q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
-  q.ranges = ceil_div(q.out_per_group, q.range_outputs);
-}
-
-// Copies planes (channels `offsets` into an image) to a contiguous (N, planes, height, width), a piece of a row of all
-// planes at a time: in channels_last they share the cache lines.
-template <class S>
-void copy_planes(const void* from, const int64_t (&stride)[4], const std::vector<int64_t>& offsets, int64_t batch,
-                 int64_t height, int64_t width, void* to) {
-  constexpr int64_t kPiece = 32;
-  const int64_t planes = static_cast<int64_t>(offsets.size());
-  parallel_for(batch * height, planes * width, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; row++) {
-      const int64_t n = row / height, h = row % height;
-      const S* in = static_cast<const S*>(from) + n * stride[0] + h * stride[2];
-      S* out = static_cast<S*>(to) + (n * planes * height + h) * width;
-      for (int64_t w = 0; w < width; w += kPiece) {
-        const int64_t stop = std::min(w + kPiece, width);
-        for (int64_t plane = 0; plane < planes; plane++)
-          for (int64_t i = w; i < stop; i++) out[plane * height * width + i] = in[offsets[plane] + i * stride[3]];
-      }
-    }
-  });
-}
-
-// The same with contiguous strides afterwards; the tensor owns the copy.
-Tensor compact(const Tensor& tensor, const void*& data, int64_t (&stride)[4], const std::vector<int64_t>& offsets) {
-  const int64_t batch = tensor.size(0), height = tensor.size(2), width = tensor.size(3);
-  const int64_t planes = static_cast<int64_t>(offsets.size());
-  Tensor copy = torch::stable::new_empty(tensor, std::vector<int64_t>{batch, planes, height, width});
-  const auto call = tensor.element_size() == 8   ? copy_planes<uint64_t>
-                    : tensor.element_size() == 4 ? copy_planes<uint32_t>
-                                                 : copy_planes<uint16_t>;
-  call(data, stride, offsets, batch, height, width, copy.mutable_data_ptr());
-  data = copy.const_data_ptr();
-  stride[3] = 1;
-  stride[2] = width;
-  stride[1] = height * width;
-  stride[0] = planes * stride[1];
-  return copy;
-}
-
-void cut_depthwise(Conv2dChannelGrad& q) {
-  constexpr int64_t kTasks = 16, kTaskCost = 50000;
-  const int64_t planes = q.selected * q.out_per_group;
-  const int64_t cost = q.batch * q.out_height * q.out_width * planes;
-  q.slices = std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / planes), 1, q.batch);
-}
-
-// Adds up the slices, in order, into (k, C'/groups, kh, kw).
+// Adds up the slices, in order, into (k, C'/groups, kh, kw); the first slice is overwritten.
 template <class T>
-void add_slices(const Conv2dChannelGrad& q, const T* partial, T* out) {
-  const int64_t taps = q.kernel[0] * q.kernel[1], outputs = q.out_per_group;
-  const int64_t elements = q.selected * outputs * taps;
-  const bool transpose = q.outputs_last && taps > 1;
-  parallel_for(q.selected, outputs * taps * q.slices, [&](int64_t begin, int64_t end) {
+void add_slices(const Conv2dChannelGrad& q, T* partial, T* out) {
+  const int64_t taps = q.kernel[0] * q.kernel[1], outputs = q.out_per_group, size = outputs * taps;
+  parallel_for(q.selected, size * q.slices, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
-      T* to = out + c * outputs * taps;
-      std::memset(to, 0, outputs * taps * sizeof(T));
-      for (int64_t slice = 0; slice < q.slices; slice++) {
-        const T* from = partial + slice * elements + c * outputs * taps;
-        if (!transpose)
-          for (int64_t i = 0; i < outputs * taps; i++) to[i] += from[i];
-        else
-          for (int64_t tap = 0; tap < taps; tap++)
-            for (int64_t o = 0; o < outputs; o++) to[o * taps + tap] += from[tap * outputs + o];
+      T* sum = partial + c * size;
+      for (int64_t slice = 1; slice < q.slices; slice++) {
+        const T* from = sum + slice * q.selected * size;
+        for (int64_t i = 0; i < size; i++) sum[i] += from[i];
       }
+      T* to = out + c * size;
+      if (!q.outputs_last) {
+        std::memcpy(to, sum, size * sizeof(T));
+        continue;
+      }
+      for (int64_t o = 0; o < outputs; o++)
+        for (int64_t tap = 0; tap < taps; tap++) *to++ = sum[tap * outputs + o];
     }
   });
 }
@@ -226,63 +147,23 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
     q.padding[axis] = padding[axis];
     q.dilation[axis] = dilation[axis];
   }
-  // With a few outputs a group (depthwise) lanes over outputs would be empty.
-  q.outputs_last =
-      q.grad_stride[1] == 1 && q.out_per_group >= 4 && (q.grad_stride[3] != 1 || q.out_height * q.out_width == 1);
-  // A plane at a time is the wrong way through a channels_last tensor: with few outputs a group the planes that are
-  // needed, no larger than the selected input, are copied out first.
-  std::optional<Tensor> input_copy, grad_copy;
-  if (q.out_per_group < 4 && q.input_stride[3] != 1 && q.width > 1) {
-    std::vector<int64_t> offsets(q.selected);
-    for (int64_t c = 0; c < q.selected; c++) offsets[c] = c * q.input_stride[1];
-    input_copy = compact(input_selected, q.input, q.input_stride, offsets);
-  }
-  if (q.out_per_group < 4 && q.grad_stride[3] != 1 && q.out_width > 1) {
-    std::vector<int64_t> offsets;
-    for (size_t run = 0; run < runs.size(); run++) {
-      for (int64_t o = 0; o < q.out_per_group; o++)
-        offsets.push_back((runs[run].group * q.out_per_group + o) * q.grad_stride[1]);
-      runs[run].group = static_cast<int64_t>(run);
-    }
-    grad_copy = compact(grad_output, q.grad_output, q.grad_stride, offsets);
-  }
-  // The stride of a dimension of one element means nothing: give it the one that makes pixels follow each other.
-  if (q.out_width == 1) q.grad_stride[3] = q.out_height == 1 ? 1 : q.grad_stride[2];
-  if (q.out_height == 1) q.grad_stride[2] = q.out_width * q.grad_stride[3];
-  const bool depthwise = TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q);
-  if (depthwise)
-    cut_depthwise(q);
-  else
-    cut(q);
+  const auto loop = plan(q);
 
-  const size_t size = wide ? sizeof(double) : sizeof(float);
-  const bool whole = q.slices == 1 && !(q.outputs_last && kernel_size[0] * kernel_size[1] > 1);
-  Tensor partial = whole ? out
-                         : torch::stable::new_empty(grad_output,
-                                                    std::vector<int64_t>{q.slices, q.selected * q.out_per_group *
-                                                                                       kernel_size[0] * kernel_size[1]},
-                                                    accumulate);
+  const int64_t taps = kernel_size[0] * kernel_size[1], elements = q.selected * q.out_per_group * taps;
+  const bool whole = q.slices == 1 && !(q.outputs_last && taps > 1);
+  Tensor partial =
+      whole ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, elements}, accumulate);
   void* sums = partial.mutable_data_ptr();
-  const int64_t tasks = depthwise ? q.slices * q.selected * q.out_per_group : q.run_count * q.slices * q.ranges;
-  const int64_t cost =
-      q.batch * q.out_height * q.out_width * q.out_per_group * q.selected * kernel_size[0] * kernel_size[1] / tasks;
-  if (depthwise) {
-    const auto kernel = TRADY_KERNEL(conv2d_channel_grad_depthwise);
-    parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; task++) kernel(q, task, sums);
-    });
-  } else {
-    const auto kernel = TRADY_KERNEL(conv2d_channel_grad);
-    parallel_for(tasks, cost, [&](int64_t begin, int64_t end) {
-      void* room = scratch(kScratch * size);
-      for (int64_t task = begin; task < end; task++) kernel(q, task, sums, room);
-    });
-  }
+  const int64_t cost = q.batch * q.out_height * q.out_width * elements / q.tasks;
+  parallel_for(q.tasks, cost, [&](int64_t begin, int64_t end) {
+    void* room = scratch(q.scratch * (wide ? sizeof(double) : sizeof(float)));
+    for (int64_t task = begin; task < end; task++) loop(q, task, sums, room);
+  });
   if (!whole) {
     if (wide)
-      add_slices(q, static_cast<const double*>(sums), static_cast<double*>(out.mutable_data_ptr()));
+      add_slices(q, static_cast<double*>(sums), static_cast<double*>(out.mutable_data_ptr()));
     else
-      add_slices(q, static_cast<const float*>(sums), static_cast<float*>(out.mutable_data_ptr()));
+      add_slices(q, static_cast<float*>(sums), static_cast<float*>(out.mutable_data_ptr()));
   }
   return out;
 }

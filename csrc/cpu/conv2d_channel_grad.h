@@ -25,33 +25,48 @@ struct Conv2dChannelGrad {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   const ChannelRun* runs;
   int64_t run_count;
-  // How the work is cut. It depends on the shape alone, never on the number of threads, so the sums are the same for
-  // any number of them. A tile is a range of output pixels of one image, or all pixels of several images.
-  bool outputs_last;  // grad_output has its channels adjacent: lanes are outputs
-  int64_t tile_images, tile_pixels, tiles;
+
+  // How the work is cut, by plan(). It depends on the shape alone, never on the number of threads, so the sums are the
+  // same for any number of them. A task is a range of outputs and a slice of the tiles.
+  int64_t tile_images;
+  int64_t tile_pixels;              // of the output, where lanes are pixels
+  int64_t tile_rows, tile_columns;  // elsewhere
+  int64_t tiles;
   int64_t slices, ranges, range_outputs;
+  int64_t tasks;
+  int64_t scratch;  // elements of the accumulation type that a task needs
+  // Results lie as (slices, k, kh, kw, C'/groups), otherwise as (slices, k, C'/groups, kh, kw).
+  bool outputs_last;
 };
 
-// Row pitch of the packed input, in elements; a constant, so that a tap is an immediate offset of one base pointer.
-// 16 more than a multiple of 1024: neighbouring planes fall into different sets of the first-level cache.
-constexpr int64_t kPlane = 2064;
-constexpr int64_t kMaxPlanes = 48;
+// Row pitch of the packed input where lanes are pixels, in elements; a constant, so that a tap is an immediate offset
+// of one base pointer. 32 more than a multiple of 1024: neighbouring planes fall into different sets of the first-level
+// cache.
+constexpr int64_t kPlane = 2080;
+// Those of a 7x7 kernel, or of 16 channels of a 3x3 one.
+constexpr int64_t kMaxPlanes = 49;
 // Elements past a tile's last pixel that a vector store of the packing may touch.
-constexpr int64_t kSlack = 16;
-constexpr int64_t kOutputBlock = 32;
-// Outputs of a register block, where lanes are pixels.
-constexpr int64_t kMostOutputs = 8;
-constexpr int64_t kScratch = (kMaxPlanes + kOutputBlock + kMostOutputs) * kPlane;
+constexpr int64_t kSlack = 32;
+constexpr int64_t kMostOutputs = 8;  // of a register block
+constexpr int64_t kScratch = (kMaxPlanes + 2 * kMostOutputs) * kPlane;
+// A depthwise channels_last strip: vectors of at most 16 elements for 4096 pixels of the input and 2048 of the output.
+constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;
+
+// Computes one task's share of `partial`, float, or double for float64 input. `scratch` is 64-byte aligned.
+using Conv2dChannelGradLoop = void (*)(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch);
+
+// Decides which loop takes the problem, and fills in how the work is cut. Everything up to `run_count` must be set.
+Conv2dChannelGradLoop plan(Conv2dChannelGrad& problem);
 
 }  // namespace trady
 
-// Computes one task's share of `partial`, (slices, k, C'/groups, kh, kw), or (slices, k, kh, kw, C'/groups) where
-// outputs_last; float, or double for float64 input. `scratch` holds kScratch of those, 64-byte aligned.
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad, const trady::Conv2dChannelGrad& problem, int64_t task, void* partial,
                      void* scratch)
-
-// Depthwise layers of common shape on CPUs with masked loads: whether that kernel takes the problem, and task
-// (slice, channel, output) of it; partial is (slices, k, C'/groups, kh, kw).
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_channels_last, const trady::Conv2dChannelGrad& problem, int64_t task,
+                     void* partial, void* scratch)
+// Layers with one or two outputs a group, of common shapes, on CPUs with masked loads: whether that loop takes them.
 TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_depthwise_fits, const trady::Conv2dChannelGrad& problem)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise, const trady::Conv2dChannelGrad& problem, int64_t task,
-                     void* partial)
+                     void* partial, void* scratch)
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise_channels_last, const trady::Conv2dChannelGrad& problem,
+                     int64_t task, void* partial, void* scratch)

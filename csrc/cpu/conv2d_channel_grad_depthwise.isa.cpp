@@ -62,18 +62,6 @@ TRADY_INLINE int clamp_lane(int64_t value, int lanes) {
   return value < 0 ? 0 : value > lanes ? lanes : static_cast<int>(value);
 }
 
-typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
-TRADY_INLINE f32 even_lanes(f32 a, f32 b) {
-  i32 even;
-  for (int i = 0; i < LANES<float>; i++) even[i] = 2 * i;
-  return shuffle(a, b, even);
-}
-TRADY_INLINE f64 even_lanes(f64 a, f64 b) {
-  i64 even;
-  for (int i = 0; i < LANES<double>; i++) even[i] = 2 * i;
-  return shuffle(a, b, even);
-}
-
 // What a vector of output columns meets in an input row, for each kernel column.
 template <class T, int KERNEL, int STRIDE>
 struct Columns {
@@ -129,6 +117,7 @@ void add_planes(const Conv2dChannelGrad& q, const S* input, const S* grad, int64
   for (int a = 0; a < KERNEL * KERNEL; a++) acc[a] = vector_of<T>{};
   // Along the rows, so that memory is read in order; maps wider than a group in several passes.
   constexpr int GROUP = 16;
+  constexpr int64_t LINE = 64 / sizeof(S);
   constexpr int64_t WIDTH = GROUP * LANES<T>;
   for (int64_t left = 0; left < q.out_width; left += WIDTH) {
     Columns<T, KERNEL, STRIDE> columns[GROUP];
@@ -138,13 +127,25 @@ void add_planes(const Conv2dChannelGrad& q, const S* input, const S* grad, int64
     for (int64_t n = 0; n < images; n++) {
       const S* x = input + n * q.input_stride[0] + left * STRIDE - q.padding[1];
       const S* d = grad + n * q.grad_stride[0] + left;
+      // The planes of the next image, a few lines a step: the hardware does not follow from plane to plane.
+      const S* next_x = n + 1 < images ? input + (n + 1) * q.input_stride[0] : x;
+      const S* next_d = n + 1 < images ? grad + (n + 1) * q.grad_stride[0] : d;
+      auto strip = [&]<int COUNT>(int64_t row) {
+        for (int c = 0; c < count; c++) {
+#pragma GCC unroll 8
+          for (int r = 0; r < COUNT; r++) {
+            prefetch(next_d + r * LINE);
+#pragma GCC unroll 4
+            for (int part = 0; part < STRIDE * STRIDE; part++) prefetch(next_x + (r * STRIDE * STRIDE + part) * LINE);
+          }
+          next_d += COUNT * LINE;
+          next_x += COUNT * STRIDE * STRIDE * LINE;
+          add_strip<T, S, KERNEL, STRIDE, COUNT>(x + c * LANES<T> * STRIDE, d + c * LANES<T>, row, q, columns[c], acc);
+        }
+      };
       int64_t row = 0;
-      for (; row + ROWS <= q.out_height; row += ROWS)
-        for (int c = 0; c < count; c++)
-          add_strip<T, S, KERNEL, STRIDE, ROWS>(x + c * LANES<T> * STRIDE, d + c * LANES<T>, row, q, columns[c], acc);
-      for (; row < q.out_height; row++)
-        for (int c = 0; c < count; c++)
-          add_strip<T, S, KERNEL, STRIDE, 1>(x + c * LANES<T> * STRIDE, d + c * LANES<T>, row, q, columns[c], acc);
+      for (; row + ROWS <= q.out_height; row += ROWS) strip.template operator()<ROWS>(row);
+      for (; row < q.out_height; row++) strip.template operator()<1>(row);
     }
   }
 #pragma GCC unroll 32
@@ -192,7 +193,7 @@ bool conv2d_channel_grad_depthwise_fits([[maybe_unused]] const Conv2dChannelGrad
 }
 
 void conv2d_channel_grad_depthwise([[maybe_unused]] const Conv2dChannelGrad& q, [[maybe_unused]] int64_t task,
-                                   [[maybe_unused]] void* partial) {
+                                   [[maybe_unused]] void* partial, void*) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   switch (q.dtype) {
     case Dtype::float32:

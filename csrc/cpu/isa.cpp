@@ -2,14 +2,51 @@
 
 #include <atomic>
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#include <sys/prctl.h>
+#endif
+
 namespace trady {
 namespace {
 
+// ---- how a CPU, and its operating system, is asked for a set -------------------------------------------------
+
+[[maybe_unused]] bool runs_baseline() { return true; }
+#if defined(__x86_64__)
+// __builtin_cpu_supports asks the operating system too (XGETBV), not the CPU alone.
+[[maybe_unused]] bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+[[maybe_unused]] bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+[[maybe_unused]] bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#elif defined(__aarch64__)
+// Bits of AT_HWCAP and AT_HWCAP2, which older C libraries do not name.
+constexpr unsigned long ATOMICS = 1UL << 8, HALF = 1UL << 10, RDM = 1UL << 12, SVE = 1UL << 22, BF16 = 1UL << 14;
+[[maybe_unused]] bool has(unsigned long features) { return (getauxval(AT_HWCAP) & features) == features; }
+[[maybe_unused]] bool runs_neon_bf16() { return has(ATOMICS | RDM) && (getauxval(AT_HWCAP2) & BF16) != 0; }
+// Compiled for vectors of exactly 32 bytes: on any others it would compute something else.
+[[maybe_unused]] bool runs_sve256() {
+  constexpr int get_vector_length = 51, length = 0xffff;
+  return has(ATOMICS | RDM | HALF | SVE) && (prctl(get_vector_length) & length) == 32;
+}
+#endif
+
+struct Row {
+  const char* name;
+  bool (*runs)();
+};
+#define TRADY_ROW(name, ...) {#name, &runs_##name},
+constexpr Row ROWS[] = {TRADY_FOR_EACH_ISA(TRADY_ROW)};
+#undef TRADY_ROW
+
 Isa best_isa() {
-  for (int isa = static_cast<int>(Isa::count) - 1; isa > 0; --isa) {
-    if (isa_available(static_cast<Isa>(isa))) return static_cast<Isa>(isa);
-  }
-  return Isa::baseline;
+  int isa = static_cast<int>(Isa::count) - 1;
+  while (isa > 0 && !ROWS[isa].runs()) --isa;
+  return static_cast<Isa>(isa);
 }
 
 std::atomic<Isa>& state() {
@@ -23,33 +60,8 @@ Isa current_isa() { return state().load(std::memory_order_relaxed); }
 
 void set_isa(Isa isa) { state().store(isa, std::memory_order_relaxed); }
 
-bool isa_available(Isa isa) {
-  switch (isa) {
-    case Isa::baseline:
-      return true;
-#if defined(__x86_64__)
-    // __builtin_cpu_supports asks the operating system too (XGETBV), not the CPU alone.
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return isa_available(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-    default:
-      return false;
-  }
-}
+bool isa_available(Isa isa) { return ROWS[static_cast<int>(isa)].runs(); }
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-#define TRADY_NAME(name) \
-  case Isa::name:        \
-    return #name;
-    TRADY_FOR_EACH_ISA(TRADY_NAME)
-#undef TRADY_NAME
-    default:
-      return "none";
-  }
-}
+const char* isa_name(Isa isa) { return ROWS[static_cast<int>(isa)].name; }
 
 }  // namespace trady

@@ -15,21 +15,25 @@
 //                        const auto kernel = TRADY_KERNEL(example);  // the one of the current set
 //                        parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { kernel(...); });
 //                        STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) { m.impl("example", TORCH_BOX(&example)); }
+//   tests/cpp/example.cpp  the hot functions beside plain loops, without torch: for sanitizers and for Arm.
 //
 // CMake finds the files by name; nothing else has to be edited.
+//
+// How to add an instruction set: a row in the table of CMakeLists.txt (its compiler options) and one in the table of
+// isa.cpp (how a CPU is asked for it); what it can do is asked in vector.h by the compiler's own macros.
 #pragma once
 
-#if defined(__x86_64__)
-#define TRADY_FOR_EACH_ISA(apply) apply(baseline) apply(avx2) apply(avx512)
-#else
-#define TRADY_FOR_EACH_ISA(apply) apply(baseline)
+// TRADY_FOR_EACH_ISA(apply, ...) is apply(baseline, ...) apply(avx2, ...) and so on for the sets that this compiler
+// builds, in order of preference. CMakeLists.txt defines it from its table.
+#ifndef TRADY_FOR_EACH_ISA
+#error "TRADY_FOR_EACH_ISA is defined by CMakeLists.txt: link the target to trady_isas"
 #endif
 
 namespace trady {
 
-// In order of preference; `baseline` is what every CPU of the architecture has (SSE2, NEON).
+// `baseline` is what every CPU of the architecture has (SSE2, NEON).
 enum class Isa : int {
-#define TRADY_ENUMERATE(name) name,
+#define TRADY_ENUMERATE(name, ...) name,
   TRADY_FOR_EACH_ISA(TRADY_ENUMERATE)
 #undef TRADY_ENUMERATE
       count
@@ -45,28 +49,20 @@ __attribute__((visibility("default"))) bool isa_available(Isa isa);
 __attribute__((visibility("default"))) void set_isa(Isa isa);
 __attribute__((visibility("default"))) const char* isa_name(Isa isa);
 
+// The one of the current set out of a function's addresses in every set.
+template <class F>
+__attribute__((always_inline)) inline F* kernel_of_current_isa(F* const (&&kernels)[static_cast<int>(Isa::count)]) {
+  return kernels[static_cast<int>(current_isa())];
+}
+
 }  // namespace trady
 
 // Declares `result function(arguments)` in the namespace of every set. Use inside no namespace.
-#if defined(__x86_64__)
 #define TRADY_DECLARE_KERNEL(result, function, ...) \
-  namespace trady::baseline {                       \
-  result function(__VA_ARGS__);                     \
-  }                                                 \
-  namespace trady::avx2 {                           \
-  result function(__VA_ARGS__);                     \
-  }                                                 \
-  namespace trady::avx512 {                         \
-  result function(__VA_ARGS__);                     \
+  TRADY_FOR_EACH_ISA(TRADY_DECLARE_IN_ISA, result, function, __VA_ARGS__)
+#define TRADY_DECLARE_IN_ISA(isa, result, function, ...) \
+  namespace trady::isa {                                 \
+  result function(__VA_ARGS__);                          \
   }
-#define TRADY_KERNEL(function)                                                 \
-  (::trady::current_isa() == ::trady::Isa::avx512 ? &::trady::avx512::function \
-   : ::trady::current_isa() == ::trady::Isa::avx2 ? &::trady::avx2::function   \
-                                                  : &::trady::baseline::function)
-#else
-#define TRADY_DECLARE_KERNEL(result, function, ...) \
-  namespace trady::baseline {                       \
-  result function(__VA_ARGS__);                     \
-  }
-#define TRADY_KERNEL(function) (&::trady::baseline::function)
-#endif
+#define TRADY_KERNEL(function) (::trady::kernel_of_current_isa({TRADY_FOR_EACH_ISA(TRADY_ADDRESS_IN_ISA, function)}))
+#define TRADY_ADDRESS_IN_ISA(isa, function) &::trady::isa::function,

@@ -7,6 +7,7 @@
 #include "dtype.h"
 #include "layout.h"
 #include "parallel.h"
+#include "scratch.h"
 
 using torch::stable::Tensor;
 
@@ -19,15 +20,38 @@ Tensor as_rows(const Tensor& tensor) {
   return rows.stride(1) == 1 || rows.size(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
+// Sums over rows are cut into parts, and the result into blocks, by the shape alone.
+struct Cut {
+  int64_t columns, column_width;  // of outputs
+  int64_t blocks, block_groups;   // of features
+  int64_t parts;                  // of the rows, each summed by itself; only where the result alone is too few blocks
+};
+
+Cut cut(const LinearChannelGrad& a, int64_t cycles_per_row) {
+  // A part costs one more result written and read: it has to be worth that.
+  constexpr int64_t WIDTH = 128, GROUPS = 8, WANTED = 16, PART_ROWS = 128;
+  Cut result{};
+  result.column_width = a.packs ? BLOCK_OUTPUTS : WIDTH;
+  result.columns = (a.out_features + result.column_width - 1) / result.column_width;
+  result.block_groups = std::min(a.groups, GROUPS);
+  result.blocks = (a.groups + result.block_groups - 1) / result.block_groups;
+  const int64_t items = result.columns * result.blocks;
+  result.parts = reduction_parts((a.rows + 1) / 2, 2 * cycles_per_row,
+                                 std::min((WANTED + items - 1) / items, std::max<int64_t>(1, a.rows / PART_ROWS)));
+  return result;
+}
+
 Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_output) {
   STD_TORCH_CHECK(input_selected.dim() >= 2 && grad_output.dim() == input_selected.dim(), "grad_output: got ",
                   grad_output.dim(), " dimensions, expected those of input_selected, at least 2");
+  const auto scalar_type = grad_output.scalar_type();
   const auto dtype = dtype_of(grad_output, "grad_output");
-  const auto accumulate = accumulate_type(grad_output);
-  const Tensor dy = as_rows(grad_output);
-  // x is small beside dy: widened once, not in the loop.
-  const Tensor x = as_rows(input_selected.scalar_type() == accumulate ? input_selected
-                                                                      : torch::stable::to(input_selected, accumulate));
+  STD_TORCH_CHECK(input_selected.scalar_type() == scalar_type, "grad_output: got dtype ",
+                  torch::headeronly::toString(scalar_type), ", expected that of input_selected");
+  const bool float64 = dtype == Dtype::float64, half = dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+  const auto accumulate = float64 ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+  const int64_t element = float64 ? sizeof(double) : sizeof(float);
+  const Tensor dy = as_rows(grad_output), x = as_rows(input_selected);
   const int64_t rows = dy.size(0), k = x.size(1), out_features = dy.size(1);
   STD_TORCH_CHECK(x.size(0) == rows, "grad_output: got ", rows, " rows, expected ", x.size(0));
 
@@ -35,31 +59,70 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
   if (rows == 0) return torch::stable::zero_(grad);
   if (k == 0 || out_features == 0) return grad;
 
-  // Outputs are split among threads first; rows only where outputs are few, in parts that the shape alone decides.
-  constexpr int64_t WIDTH = 128, WANTED = 16;
-  const int64_t columns = (out_features + WIDTH - 1) / WIDTH;
-  const int64_t cycles_per_row = std::min(out_features, WIDTH) * (k + 2) / 16;
-  const int64_t parts = reduction_parts(rows, cycles_per_row * columns, (WANTED + columns - 1) / columns);
-  const Tensor sums = parts == 1 ? grad : empty({parts, k, out_features}, accumulate, grad_output.device());
-
-  const LinearChannelGrad a{x.const_data_ptr(), dy.const_data_ptr(), k, out_features, x.stride(0), dy.stride(0), dtype};
+  LinearChannelGrad a{x.const_data_ptr(),
+                      dy.const_data_ptr(),
+                      nullptr,
+                      rows,
+                      k,
+                      out_features,
+                      x.stride(0),
+                      dy.stride(0),
+                      dtype,
+                      k > 12 && rows > 16,
+                      1};
+  if (a.packs) a.groups = (k + GROUP_FEATURES - 1) / GROUP_FEATURES;
+  const int64_t cycles_per_row = out_features * (k + 2) / 16;
+  const Cut c = cut(a, cycles_per_row);
   const int64_t size = k * out_features;
-  const bool float64 = dtype == Dtype::float64;
+  const Tensor sums = c.parts == 1 ? grad : empty({c.parts, k, out_features}, accumulate, grad_output.device());
   auto* target = static_cast<char*>(sums.mutable_data_ptr());
+
+  // Rows of x that are packed at a time, so that the copy of a large x stays small and in the caches.
+  const bool panel = a.packs || half;
+  const int64_t blocks = c.parts * BLOCK_ROWS, most = std::max<int64_t>(1, (1 << 20) / (k * element * blocks)) * blocks;
+  const int64_t chunk = panel ? std::min(rows, most) : rows;
+  const Tensor room = panel ? empty({chunk, k}, accumulate, grad_output.device()) : grad;
+  if (panel) a.panel = room.mutable_data_ptr();
+
+  const auto pack = TRADY_KERNEL(pack_features);
   const auto kernel = TRADY_KERNEL(linear_channel_grad);
-  parallel_for(parts * columns, rows / parts * cycles_per_row, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end;) {
-      const int64_t part = item / columns, next = std::min(end, (part + 1) * columns);
-      kernel(a, target + part * size * (float64 ? 8 : 4), part_begin(rows, parts, part),
-             part_begin(rows, parts, part + 1), item % columns * WIDTH,
-             std::min(out_features, (item % columns + next - item) * WIDTH));
-      item = next;
+  const int64_t items = c.columns * c.blocks;
+  const auto* x_data = static_cast<const char*>(a.x);
+  const auto* dy_data = static_cast<const char*>(a.dy);
+  const int64_t element_in = half ? 2 : element;
+  for (int64_t first = 0; first < rows; first += chunk) {
+    a.rows = std::min(chunk, rows - first);
+    a.x = x_data + first * a.x_stride * element_in;
+    a.dy = dy_data + first * a.dy_stride * element_in;
+    const int64_t pairs = (a.rows + 1) / 2;  // rows of bfloat16 are taken two by two
+    if (panel) {
+      parallel_for(pairs, 2 * k, [&](int64_t begin, int64_t end) { pack(a, 2 * begin, std::min(a.rows, 2 * end)); });
     }
-  });
-  if (parts > 1) {
+    parallel_for(c.parts * items, a.rows * cycles_per_row / (c.parts * items), [&](int64_t begin, int64_t end) {
+      void* block = a.packs ? scratch(BLOCK_ROWS * BLOCK_OUTPUTS * element) : nullptr;
+      for (int64_t item = begin; item < end;) {
+        // Neighbouring items as one task: the rest of a column's features, or whole columns.
+        const int64_t part = item / items, column = item % items / c.blocks, at = item % c.blocks;
+        const int64_t left = std::min(end, (part + 1) * items) - item;
+        const bool whole = at == 0 && left >= c.blocks;
+        const int64_t columns = whole ? left / c.blocks : 1, blocks = whole ? c.blocks : std::min(left, c.blocks - at);
+        LinearChannelGradTask task{};
+        task.row_begin = 2 * part_begin(pairs, c.parts, part);
+        task.row_end = std::min(a.rows, 2 * part_begin(pairs, c.parts, part + 1));
+        task.group_begin = at * c.block_groups;
+        task.group_end = std::min(a.groups, (at + blocks) * c.block_groups);
+        task.begin = column * c.column_width;
+        task.end = std::min(out_features, (column + columns) * c.column_width);
+        task.add = first > 0;
+        kernel(a, task, target + part * size * element, block);
+        item += columns * blocks;
+      }
+    });
+  }
+  if (c.parts > 1) {
     const auto add = TRADY_KERNEL(sum_parts);
-    parallel_for(size, parts, [&](int64_t begin, int64_t end) {
-      add(target, parts, size, grad.mutable_data_ptr(), begin, end, float64);
+    parallel_for(size, c.parts, [&](int64_t begin, int64_t end) {
+      add(target, c.parts, size, grad.mutable_data_ptr(), begin, end, float64);
     });
   }
   return grad;

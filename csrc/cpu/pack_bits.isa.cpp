@@ -26,6 +26,17 @@ TRADY_INLINE uint64_t word_of(const uint8_t* mask) {
     zeros |= static_cast<uint64_t>(zero) << i;
   }
   return ~zeros;
+#elif defined(__aarch64__)
+  static constexpr uint8_t places[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const uint8x16_t place = vld1q_u8(places);
+  uint8x16_t bits[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint8x16_t bytes = vld1q_u8(mask + 16 * i);
+    bits[i] = vandq_u8(vtstq_u8(bytes, bytes), place);
+  }
+  // Neighbours added three times: eight bytes, each the bit of its place, become one.
+  const uint8x16_t fours = vpaddq_u8(vpaddq_u8(bits[0], bits[1]), vpaddq_u8(bits[2], bits[3]));
+  return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(fours, fours)), 0);
 #else
   uint64_t word = 0;
   for (int i = 0; i < WORD; ++i) word |= static_cast<uint64_t>(mask[i] != 0) << i;

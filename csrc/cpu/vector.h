@@ -8,6 +8,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef TRADY_ISA
@@ -25,6 +27,9 @@ constexpr int VECTOR_REGISTERS = 32;
 #elif defined(__AVX2__)
 constexpr int VECTOR_BYTES = 32;
 constexpr int VECTOR_REGISTERS = 16;
+#elif defined(__ARM_FEATURE_SVE_BITS) && __ARM_FEATURE_SVE_BITS > 0
+constexpr int VECTOR_BYTES = __ARM_FEATURE_SVE_BITS / 8;
+constexpr int VECTOR_REGISTERS = 32;
 #elif defined(__aarch64__)
 constexpr int VECTOR_BYTES = 16;
 constexpr int VECTOR_REGISTERS = 32;
@@ -46,11 +51,41 @@ typedef float f32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef double f64 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t u32 __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t i32 __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t i64 __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t u16 __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+#if defined(__ARM_FEATURE_SVE)
+typedef __fp16 half_precision __attribute__((vector_size(VECTOR_BYTES / 2)));
+#endif
 // The same in memory: any alignment, any declared type.
 typedef float f32_memory __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef double f64_memory __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+typedef uint16_t u16_memory __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 typedef uint16_t u16_half_memory __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+template <class V>
+constexpr int lanes_of = static_cast<int>(sizeof(V) / sizeof(V{}[0]));
+
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+// Integers of as many lanes as V has.
+template <class V>
+struct Index {
+  using type = i32;
+};
+template <>
+struct Index<f64> {
+  using type = i64;
+};
+template <>
+struct Index<u16> {
+  using type = u16;
+};
+template <class V>
+using index_of = typename Index<V>::type;
 
 // What a kernel over elements of T computes in: its scalar and its vector.
 template <class T>
@@ -78,7 +113,7 @@ TRADY_INLINE V keep(V value) {
   asm("" : "+v"(value));
 #elif defined(__x86_64__)
   asm("" : "+x"(value));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && !(defined(__clang__) && defined(__ARM_FEATURE_SVE))  // there it takes NEON's size alone
   asm("" : "+w"(value));
 #endif
   return value;
@@ -124,6 +159,10 @@ TRADY_INLINE f32 widen_float16(u16_half bits) {
   return (f32)_mm512_maskz_cvtph_ps(ALL, (__m256i)bits);
 #elif defined(__F16C__)
   return (f32)_mm256_cvtph_ps((__m128i)bits);
+#elif defined(__ARM_FEATURE_SVE)
+  return __builtin_convertvector((half_precision)bits, f32);
+#elif defined(__aarch64__)
+  return (f32)vcvt_f32_f16((float16x4_t)bits);
 #else
   const u32 x = __builtin_convertvector(bits, u32);
   const u32 magnitude = x & 0x7fffu;
@@ -151,6 +190,10 @@ TRADY_INLINE u16_half narrow_float16(f32 value) {
   return (u16_half)_mm512_maskz_cvtps_ph(ALL, (__m512)value, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
   return (u16_half)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__ARM_FEATURE_SVE)
+  return (u16_half) __builtin_convertvector(value, half_precision);
+#elif defined(__aarch64__)
+  return (u16_half)vcvt_f16_f32((float32x4_t)value);
 #else
   const u32 x = (u32)value;
   const u32 magnitude = x & 0x7fffffffu;
@@ -211,15 +254,14 @@ TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
 }
 #endif
 
-// ---- permutations and reductions
-// -------------------------------------------------------------------------------------------
+// ---- permutations ---------------------------------------------------------------------------------------------
 
 // Lane i of the result is lane index[i] of a, or of b where index[i] is past a's last. With constant indices both
 // compilers make it the permutations of the instruction set.
 template <class V, class I>
 TRADY_INLINE V shuffle(V a, V b, I index) {
 #if defined(__clang__)
-  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(a[0]));
+  constexpr int lanes = lanes_of<V>;
   V result;
   for (int lane = 0; lane < lanes; ++lane) {
     const int from = static_cast<int>(index[lane]);
@@ -231,9 +273,139 @@ TRADY_INLINE V shuffle(V a, V b, I index) {
 #endif
 }
 
+// Lanes 0, 2, 4, ... of a, then those of b.
+template <class V>
+TRADY_INLINE V even_lanes(V a, V b) {
+  index_of<V> even;
+  for (int lane = 0; lane < lanes_of<V>; ++lane) even[lane] = static_cast<decltype(+even[0])>(2 * lane);
+  return shuffle(a, b, even);
+}
+
+#if defined(__AVX512F__)
+// Lane i of the result is lane index[i] of `from` where bit i of `lanes` is set, and that of `into` elsewhere.
+TRADY_INLINE f32 permute_into(f32 into, uint32_t lanes, i32 index, f32 from) {
+  return (f32)_mm512_mask_permutexvar_ps((__m512)into, static_cast<__mmask16>(lanes), (__m512i)index, (__m512)from);
+}
+TRADY_INLINE f64 permute_into(f64 into, uint32_t lanes, i64 index, f64 from) {
+  return (f64)_mm512_mask_permutexvar_pd((__m512d)into, static_cast<__mmask8>(lanes), (__m512i)index, (__m512d)from);
+}
+#endif
+
+// ---- operands of multiply-adds --------------------------------------------------------------------------------
+
+// What a loop of multiply-adds over elements of P reads at a time: OPERANDS<P> of them in an operand_of<P>. For
+// bfloat16, on CPUs that multiply pairs of them, that is as many pairs as there are lanes; otherwise a vector of
+// floats.
+#if defined(__AVX512BF16__) || (defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(__ARM_FEATURE_SVE))
+#define TRADY_MULTIPLIES_BFLOAT16
+constexpr bool MULTIPLIES_BFLOAT16 = true;
+#else
+constexpr bool MULTIPLIES_BFLOAT16 = false;
+#endif
+
+template <class P>
+struct Operand {
+  using type = vector_of<P>;
+};
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
+template <>
+struct Operand<bfloat16> {
+  using type = u16;
+};
+#endif
+template <class P>
+using operand_of = typename Operand<P>::type;
+template <class P>
+constexpr int OPERANDS = MULTIPLIES_BFLOAT16 && is_same<P, bfloat16> ? 2 * LANES<P> : LANES<P>;
+
+template <class P>
+TRADY_INLINE operand_of<P> load_operand(const P* p) {
+  return load(p);
+}
+template <class P>
+TRADY_INLINE operand_of<P> load_first_operand(const P* p, int count) {
+  return load_first(p, count);
+}
+template <class P>
+TRADY_INLINE void store_operand(P* p, operand_of<P> value) {
+  store(p, value);
+}
+template <class A>
+TRADY_INLINE A multiply_add(A sum, A a, A b) {
+  return sum + a * b;
+}
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
+TRADY_INLINE u16 load_operand(const bfloat16* p) { return *reinterpret_cast<const u16_memory*>(p); }
+TRADY_INLINE u16 load_first_operand(const bfloat16* p, int count) {
+#if defined(__AVX512BF16__)
+  return (u16)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p);
+#else
+  u16 value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = p[lane].bits;
+  return value;
+#endif
+}
+TRADY_INLINE void store_operand(bfloat16* p, u16 value) { *reinterpret_cast<u16_memory*>(p) = value; }
+// Lane i gains the products of elements 2 i and 2 i + 1. The instructions take denormals for zero.
+TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
+#if defined(__AVX512BF16__)
+  return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return (f32)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_u16((uint16x8_t)a),
+                          vreinterpretq_bf16_u16((uint16x8_t)b));
+#endif
+}
+#endif
+
+// Lane i holds a[i] in its low half and b[i] in its high half: a pair of rows, for dot2().
+TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
+#if defined(__AVX512BW__)
+  // One permutation instead of two widenings, a shift and an or.
+  constexpr u16 order = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return (f32)_mm512_permutex2var_epi16(_mm512_zextsi256_si512((__m256i)a), (__m512i)order,
+                                        _mm512_zextsi256_si512((__m256i)b));
+#else
+  return (f32)(__builtin_convertvector(a, u32) | (__builtin_convertvector(b, u32) << 16));
+#endif
+}
+
+// sum + x.low * y.low + x.high * y.high of bfloat16; x is one pair for all lanes.
+TRADY_INLINE f32 dot2(f32 sum, float x, f32 y) {
+  const uint32_t pair = __builtin_bit_cast(uint32_t, x);
+  if constexpr (MULTIPLIES_BFLOAT16) return multiply_add(sum, (operand_of<bfloat16>)(u32{} + pair), (operand_of<bfloat16>)y);
+  sum += __builtin_bit_cast(float, pair << 16) * (f32)((u32)y << 16);
+  return sum + __builtin_bit_cast(float, pair & 0xffff0000u) * (f32)((u32)y & 0xffff0000u);
+}
+
+// OPERANDS<P> elements of S, or the first `count` of them, as an operand.
+template <class P, class S>
+TRADY_INLINE operand_of<P> load_as(const S* p) {
+  if constexpr (is_same<P, S>)
+    return load_operand(p);
+  else
+    return load(p);
+}
+template <class P, class S>
+TRADY_INLINE operand_of<P> load_first_as(const S* p, int count) {
+  if constexpr (is_same<P, S>)
+    return load_first_operand(p, count);
+  else
+    return load_first(p, count);
+}
+template <class P, class S>
+TRADY_INLINE P element_as(S x) {
+  if constexpr (is_same<P, S>)
+    return x;
+  else
+    return widen(x);
+}
+
+// ---- reductions -----------------------------------------------------------------------------------------------
+
 template <class V>
 TRADY_INLINE auto sum(V value) {
-  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(value[0]));
+  constexpr int lanes = lanes_of<V>;
 #if defined(__AVX512F__)
   if constexpr (lanes == 16) return _mm512_reduce_add_ps((__m512)value);
   if constexpr (lanes == 8) return _mm512_reduce_add_pd((__m512d)value);

@@ -29,8 +29,8 @@ _DESCRIPTION = """\
 Show versions, the machine, which backends can run and why the others cannot, the instruction set of the C++ kernels,
 which kernel each operator took just now, and what optional parts are missing and how to get them.
 
-TRADY_ISA=baseline, avx2 or avx512 in the environment chooses the instruction set, TRADY_CHOICE=FILE the table by which
-kernels are chosen (empty: the shipped one)."""
+TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set, and
+TRADY_CHOICE=FILE the table by which kernels are chosen (empty: the shipped one)."""
 
 _EPILOG = """\
 examples:
@@ -113,7 +113,11 @@ def _instruction_sets() -> str:
     from trady_kernels import _C
 
     forced = ", forced by TRADY_ISA" if "TRADY_ISA" in os.environ else ""
-    return f"instruction set {_C.isa()}{forced}; this CPU has {', '.join(_C.available_isas())}"
+    missing = _C.build_facts()["missing_isas"]
+    return (
+        f"instruction set {_C.isa()}{forced}; this CPU has {', '.join(_C.available_isas())}"
+        f"{f'; left out at installation: {missing}' if missing else ''}"
+    )
 
 
 _ABOUT: dict[str, Callable[[], str]] = {

@@ -68,8 +68,8 @@ def _product(
         pixels = grad_output.permute(0, 2, 3, 1).reshape(-1, out_channels)
         grad = torch.mm(pixels, weight.reshape(out_channels, -1))
         return grad.view(batch, height, width, -1).permute(0, 3, 1, 2)
-    return torch.ops.aten.convolution(
-        grad_output, weight.transpose(0, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    return torch.convolution(
+        grad_output, weight.transpose(0, 1), None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1
     )
 
 
@@ -82,20 +82,14 @@ def _transposed(
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    rest = [
-        shape[i + 2]
-        - (
-            (grad_output.shape[i + 2] - 1) * stride[i]
-            - 2 * padding[i]
-            + dilation[i] * (weight.shape[i + 2] - 1)
-            + 1
-        )
-        for i in (0, 1)
-    ]
-    # not F.conv_transpose2d, which an autocast around backward would cast
-    return torch.ops.aten.convolution(
-        grad_output, weight, None, stride, padding, dilation, True, rest, groups
+    (height, width), (out_height, out_width) = shape[2:], grad_output.shape[2:]
+    kernel_height, kernel_width = weight.shape[2:]
+    rest = (
+        height - (out_height - 1) * stride[0] + 2 * padding[0] - dilation[0] * (kernel_height - 1) - 1,
+        width - (out_width - 1) * stride[1] + 2 * padding[1] - dilation[1] * (kernel_width - 1) - 1,
     )
+    # not F.conv_transpose2d, which an autocast around backward would cast
+    return torch.convolution(grad_output, weight, None, stride, padding, dilation, True, rest, groups)
 
 
 def _by_backward(
@@ -113,7 +107,7 @@ def _by_backward(
     stand_in = torch.empty(
         shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format
     )
-    return torch.ops.aten.convolution_backward(
+    return torch.ops.aten.convolution_backward.default(
         grad_output,
         stand_in,
         weight,

@@ -28,9 +28,11 @@ def first_order_only(name: str) -> Callable[[Callable[..., _Gradients]], Callabl
     def decorate(backward: Callable[..., _Gradients]) -> Callable[..., _Gradients]:
         @functools.wraps(backward)
         def wrapper(ctx: Any, *grad_outputs: torch.Tensor | None) -> _Gradients:
+            if not torch.is_grad_enabled():  # the usual case
+                return backward(ctx, *grad_outputs)
             with torch.no_grad():
                 gradients = backward(ctx, *grad_outputs)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return gradients
             transforms = retrieve_all_functorch_interpreters()
             if not transforms:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 
@@ -78,26 +79,29 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         self.validate(*args)
-        if _forced is None:
-            name = self.choose(*args)
-            if name not in self.kernels:
-                name = "aten" if "aten" in self.kernels else "reference"
-        else:
-            name = _forced
-            if name not in self.kernels:
-                raise NotImplementedError(
-                    f"{self.name}: backend {name!r} has no kernel for this operator, "
-                    f"expected one of {', '.join(self.kernels)}"
-                )
-            device = _DEVICES.get(name)
-            if device is not None and args[0].device.type != device:
-                raise ValueError(
-                    f"{self.name}: backend {name!r} runs on {device} tensors, got one on {args[0].device}; "
-                    f"move it or force another backend"
-                )
-        if not torch.compiler.is_compiling():
+        name = self.choose(*args) if _forced is None else self._forced(args[0])
+        kernel = self.kernels.get(name)
+        if kernel is None:
+            name = "aten" if "aten" in self.kernels else "reference"
+            kernel = self.kernels[name]
+        if not is_compiling():
             _last_kernel[self.name] = name
-        return self.kernels[name](*args)
+        return kernel(*args)
+
+    def _forced(self, input: torch.Tensor) -> str:
+        name = _forced or ""
+        if name not in self.kernels:
+            raise NotImplementedError(
+                f"{self.name}: backend {name!r} has no kernel for this operator, "
+                f"expected one of {', '.join(self.kernels)}"
+            )
+        device = _DEVICES.get(name)
+        if device is not None and input.device.type != device:
+            raise ValueError(
+                f"{self.name}: backend {name!r} runs on {device} tensors, got one on {input.device}; "
+                f"move it or force another backend"
+            )
+        return name
 
 
 @contextlib.contextmanager

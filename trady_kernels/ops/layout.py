@@ -12,7 +12,8 @@ def memory_format_of(input: torch.Tensor) -> torch.memory_format:
     channels_last tensor counts as channels_last, and a one-channel one as contiguous. The C++ kernels
     apply the same rule.
     """
-    if input.dim() == 4 and input.stride(1) == 1 and input.stride(3) != 1:
+    stride = input.stride()  # once: each call into torch costs more than the comparisons
+    if len(stride) == 4 and stride[1] == 1 and stride[3] != 1:
         return torch.channels_last
     return torch.contiguous_format
 

@@ -39,35 +39,34 @@ def _validate(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
-    if input_selected.dim() != 4 or grad_output.dim() != 4:
+    shape, out = input_selected.shape, grad_output.shape
+    if len(shape) != 4 or len(out) != 4:
         raise ValueError(
-            f"input_selected, grad_output: got {input_selected.dim()} and {grad_output.dim()} dimensions, "
+            f"input_selected, grad_output: got {len(shape)} and {len(out)} dimensions, "
             "expected (N, k, H, W) and (N, out_channels, H', W')"
         )
-    if channels.dim() != 1 or channels.shape[0] != input_selected.shape[1]:
+    if channels.shape != shape[1:2]:
         raise ValueError(
-            f"channels: got shape {tuple(channels.shape)}, expected ({input_selected.shape[1]},), one index "
+            f"channels: got shape {tuple(channels.shape)}, expected ({shape[1]},), one index "
             "for each channel of input_selected"
         )
     if input_selected.dtype != grad_output.dtype:
         raise ValueError(
             f"grad_output: got {grad_output.dtype}, expected {input_selected.dtype}, the dtype of input_selected"
         )
-    if in_channels % groups or grad_output.shape[1] % groups:
+    if in_channels % groups or out[1] % groups:
         raise ValueError(
             f"groups: got {groups}, expected a divisor of in_channels ({in_channels}) and of grad_output's "
-            f"channels ({grad_output.shape[1]})"
+            f"channels ({out[1]})"
         )
-    for axis in (0, 1):
-        size, out = input_selected.shape[axis + 2], grad_output.shape[axis + 2]
-        expected = (size + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1) // stride[
-            axis
-        ] + 1
-        if input_selected.shape[0] != grad_output.shape[0] or out != expected:
-            raise ValueError(
-                f"grad_output: got shape {tuple(grad_output.shape)}, expected batch {input_selected.shape[0]} and "
-                f"size {expected} along dimension {axis + 2}, which the convolution's arguments give"
-            )
+    height = (shape[2] + 2 * padding[0] - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    width = (shape[3] + 2 * padding[1] - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    if out[0] != shape[0] or out[2] != height or out[3] != width:
+        axis, expected = (2, height) if out[0] != shape[0] or out[2] != height else (3, width)
+        raise ValueError(
+            f"grad_output: got shape {tuple(out)}, expected batch {shape[0]} and "
+            f"size {expected} along dimension {axis}, which the convolution's arguments give"
+        )
 
 
 def family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> str:
@@ -104,7 +103,7 @@ def _choose(
 
 _operator = Operator(
     "conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, "
-    "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
     reference=reference,
     fake=_fake,
     kernels={"aten": aten},

@@ -39,7 +39,7 @@ def conv2d_channel_grad(
         shape, conv_groups = (k * out_per_group, 1, *kernel_size), k
     else:
         shape, conv_groups = (out_per_group, k, *kernel_size), 1
-    _, grad, _ = torch.ops.aten.convolution_backward(
+    _, grad, _ = torch.ops.aten.convolution_backward.default(
         grad_output,
         input_selected,
         grad_output.new_empty(1, dtype=input_selected.dtype).expand(shape),

@@ -18,10 +18,11 @@ def _fake(input_selected: torch.Tensor, grad_output: torch.Tensor) -> torch.Tens
 
 
 def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
-    if input_selected.dim() < 2 or input_selected.shape[:-1] != grad_output.shape[:-1]:
+    shape, out = input_selected.shape, grad_output.shape
+    if len(shape) < 2 or shape[:-1] != out[:-1]:
         raise ValueError(
-            f"grad_output: got shape {tuple(grad_output.shape)}, expected "
-            f"{(*input_selected.shape[:-1], 'out_features')} to match input_selected, at least 2-D"
+            f"grad_output: got shape {tuple(out)}, expected "
+            f"{(*shape[:-1], 'out_features')} to match input_selected, at least 2-D"
         )
     if input_selected.dtype != grad_output.dtype:
         raise ValueError(
@@ -66,7 +67,8 @@ def linear_channel_grad(
 
     Returns:
         ``(k, O)``, contiguous, accumulated and returned in float32 (float64 for float64 input). Note
-        that ``nn.Linear.weight`` is ``(O, in_features)``: this is its transpose's selected rows.
+        that ``nn.Linear.weight`` is ``(O, in_features)``: this is its transpose's selected rows. Where the C++
+        kernel has the CPU's dot product of bfloat16 (AVX512_BF16), bfloat16 denormals (below 1.2e-38) count as zero.
 
     Raises:
         ValueError: leading shapes or dtypes differ.

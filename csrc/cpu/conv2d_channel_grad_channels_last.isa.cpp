@@ -1,0 +1,331 @@
+// conv2d_channel_grad where the channels of grad_output are adjacent: lanes are outputs.
+//
+// A register block holds the sums of a few vectors of outputs and all taps of a channel (or several channels of a 1x1
+// kernel). For each pixel the vectors are read once and multiplied by the taps' input elements, broadcast. The input of
+// a tile is packed into padded planes, a channel each, so that a tap is an offset; there is nothing to reduce at the
+// end.
+#include "conv2d_channel_grad.h"
+#include "vector.h"
+
+namespace trady::TRADY_ISA {
+namespace {
+
+#define INLINED __attribute__((always_inline))
+
+TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+TRADY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Stretches of pixels: `rows` of them for each of `images`. Distances in elements.
+struct Pixels {
+  int64_t images, rows, columns;
+  int64_t input_image, input_row, input_column;
+  int64_t grad_image, grad_row, grad_column;
+};
+
+// out[tap][o] += sum over pixels of input[tap] * grad[o] for VECTORS vectors of outputs, the last of them `left` long.
+// Taps are COLUMNS adjacent elements for each of ROWS kernel rows, `row_step` apart.
+template <class S, int VECTORS, int ROWS, int COLUMNS>
+void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pixels& pixels, int left,
+           scalar_of<S>* const* out) {
+  using V = vector_of<S>;
+  constexpr int TAPS = ROWS * COLUMNS;
+  constexpr int VL = LANES<S>;
+  // Chains of multiply-adds that do not wait for each other.
+  constexpr int CHAINS = VECTORS * TAPS >= 8 ? 1 : VECTORS * TAPS >= 4 ? 2 : 4;
+  // Pixels from one request to the use: about 200 cycles.
+  constexpr int64_t AHEAD = 200 / (VECTORS * TAPS) + 1;
+  V acc[CHAINS][VECTORS * TAPS];
+#pragma GCC unroll 4
+  for (int chain = 0; chain < CHAINS; chain++)
+#pragma GCC unroll 64
+    for (int a = 0; a < VECTORS * TAPS; a++) acc[chain][a] = V{};
+  auto run = [&](auto load_last) INLINED {
+    for (int64_t n = 0; n < pixels.images; n++)
+      for (int64_t r = 0; r < pixels.rows; r++) {
+        const scalar_of<S>* x[ROWS];
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) x[i] = input + n * pixels.input_image + r * pixels.input_row + i * row_step;
+        const S* g = grad + n * pixels.grad_image + r * pixels.grad_row;
+        const int64_t grad_step = pixels.grad_column, input_step = pixels.input_column, ahead = AHEAD * grad_step;
+        auto step = [&](V* sums) INLINED {
+          auto load_grad = [&](int v) INLINED {
+            prefetch(g + v * VL + ahead);
+            return keep(v + 1 < VECTORS ? load(g + v * VL) : load_last(g + v * VL));
+          };
+          auto load_input = [&](int t) INLINED { return keep(V{} + x[t / COLUMNS][t % COLUMNS]); };
+          if constexpr (VECTORS <= TAPS) {
+            V d[VECTORS];
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) d[v] = load_grad(v);
+#pragma GCC unroll 64
+            for (int t = 0; t < TAPS; t++) {
+              const V value = load_input(t);
+#pragma GCC unroll 16
+              for (int v = 0; v < VECTORS; v++) sums[v * TAPS + t] += d[v] * value;
+            }
+          } else {
+            V values[TAPS];
+#pragma GCC unroll 64
+            for (int t = 0; t < TAPS; t++) values[t] = load_input(t);
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) {
+              const V d = load_grad(v);
+#pragma GCC unroll 64
+              for (int t = 0; t < TAPS; t++) sums[v * TAPS + t] += d * values[t];
+            }
+          }
+          g += grad_step;
+#pragma GCC unroll 8
+          for (int i = 0; i < ROWS; i++) x[i] += input_step;
+        };
+        int64_t w = 0;
+        for (; w + CHAINS <= pixels.columns; w += CHAINS) {
+#pragma GCC unroll 4
+          for (int chain = 0; chain < CHAINS; chain++) step(acc[chain]);
+        }
+        if constexpr (CHAINS > 1)
+          for (; w < pixels.columns; w++) step(acc[0]);
+      }
+  };
+  if (left == VL)
+    run([](const S* from) INLINED { return load(from); });
+  else
+    run([left](const S* from) INLINED { return load_first(from, left); });
+#pragma GCC unroll 64
+  for (int t = 0; t < TAPS; t++) {
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; v++) {
+      V sum = acc[0][v * TAPS + t];
+#pragma GCC unroll 4
+      for (int chain = 1; chain < CHAINS; chain++) sum += acc[chain][v * TAPS + t];
+      scalar_of<S>* to = out[t] + v * VL;
+      if (v + 1 < VECTORS || left == VL)
+        store(to, load(to) + sum);
+      else
+        store_first(to, load_first(to, left) + sum, left);
+    }
+  }
+}
+
+template <class S>
+using Block = void (*)(const scalar_of<S>*, int64_t, const S*, const Pixels&, int, scalar_of<S>* const*);
+
+// Register blocks by number of taps: as many vectors of outputs as leave registers for the operands.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxTaps = 8;
+constexpr int kVectorsByTaps[] = {0, 8, 8, 8, 6, 5, 4, 3, 3, 3};
+constexpr bool kFuses3x3 = true;
+#else
+constexpr int kMaxTaps = 6;
+constexpr int kVectorsByTaps[] = {0, 8, 4, 4, 3, 2, 2};
+constexpr bool kFuses3x3 = false;
+#endif
+
+template <class S, int ROWS, int COLUMNS, int VECTORS = 1>
+Block<S> block_of(int64_t vectors) {
+  if constexpr (VECTORS < kVectorsByTaps[ROWS * COLUMNS])
+    if (vectors > VECTORS) return block_of<S, ROWS, COLUMNS, VECTORS + 1>(vectors);
+  return block<S, VECTORS, ROWS, COLUMNS>;
+}
+template <class S, int TAPS = 1>
+Block<S> block_of_row(int64_t taps, int64_t vectors) {
+  if constexpr (TAPS < kMaxTaps)
+    if (taps > TAPS) return block_of_row<S, TAPS + 1>(taps, vectors);
+  return block_of<S, 1, TAPS>(vectors);
+}
+template <class S>
+Block<S> block_of_3x3([[maybe_unused]] int64_t vectors) {
+  if constexpr (kFuses3x3) return block_of<S, 3, 3>(vectors);
+  return nullptr;
+}
+
+template <class S>
+struct Task {
+  using A = scalar_of<S>;
+  const Conv2dChannelGrad& q;
+  A* packed;
+  A* partial = nullptr;  // this slice's, (k, kh, kw, C'/groups)
+  // This task.
+  ChannelRun run = {};
+  int64_t first_output = 0, last_output = 0;  // of the group
+  // This tile: output rows and columns of some images.
+  int64_t image = 0, images = 0, row = 0, rows = 0, column = 0, columns = 0;
+  // This packing: the channels, and the kernel's rows and columns, that the planes serve.
+  int64_t channel = 0, channels = 0, tap_row = 0, tap_rows = 0, tap_column = 0, tap_columns = 0;
+  int64_t plane_rows = 0, plane_columns = 0;
+
+  bool is_point() const { return q.kernel[0] * q.kernel[1] == 1; }
+  // Elements of a point's input follow each other pixel by pixel, those of all channels together.
+  bool input_in_place() const {
+    return is_same<A, S> && is_point() && q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
+           q.input_stride[1] == 1;
+  }
+
+  // Input elements [left, left + plane_columns) of a row, zero outside of it.
+  void pack_row(A* out, const S* in, int64_t left, int64_t step) const {
+    int64_t w = 0;
+    for (; w < plane_columns && left + w < 0; w++) out[w] = 0;
+    const int64_t end = min(plane_columns, q.width - left);
+    for (; w < end; w++) out[w] = widen(in[(left + w) * step]);
+    for (; w < plane_columns; w++) out[w] = 0;
+  }
+  // (images, rows, columns, channels) for a point, (channels, images, rows, columns) otherwise.
+  void pack_input() const {
+    const int64_t top = row * q.stride[0] + tap_row * q.dilation[0] - q.padding[0];
+    const int64_t left = column * q.stride[1] + tap_column * q.dilation[1] - q.padding[1];
+    const bool point = is_point();
+    for (int64_t n = 0; n < images; n++)
+      for (int64_t r = 0; r < plane_rows; r++) {
+        const int64_t from = top + r;
+        const S* in = static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + channel * q.input_stride[1] +
+                      from * q.input_stride[2];
+        const int64_t at = (n * plane_rows + r) * plane_columns;
+        for (int64_t c = 0; c < channels; c++, in += q.input_stride[1]) {
+          A* out = packed + (point ? at * channels + c : c * images * plane_rows * plane_columns + at);
+          const bool inside = from >= 0 && from < q.height;
+          if (!point && inside) {
+            pack_row(out, in, left, q.input_stride[3]);
+            continue;
+          }
+          const int64_t step = point ? channels : 1;
+          for (int64_t w = 0; w < plane_columns; w++)
+            out[w * step] =
+                inside && left + w >= 0 && left + w < q.width ? widen(in[(left + w) * q.input_stride[3]]) : A{};
+        }
+      }
+  }
+
+  void add_packing() {
+    const bool point = is_point(), in_place = input_in_place();
+    const bool fused = kFuses3x3 && tap_rows == 3 && tap_columns == 3 && q.dilation[1] == 1;
+    const A* input = packed;
+    Pixels pixels{images,
+                  rows,
+                  columns,
+                  plane_rows * plane_columns,
+                  q.stride[0] * plane_columns,
+                  q.stride[1],
+                  q.grad_stride[0],
+                  q.grad_stride[2],
+                  q.grad_stride[3]};
+    if (in_place) {
+      input = reinterpret_cast<const A*>(static_cast<const S*>(q.input) + image * q.input_stride[0] + channel +
+                                         row * q.input_stride[2] + column * q.input_stride[3]);
+      pixels.input_image = q.input_stride[0];
+      pixels.input_row = q.input_stride[2];
+      pixels.input_column = q.input_stride[3];
+    } else {
+      pack_input();
+      if (point) {
+        pixels.input_image *= channels;
+        pixels.input_row *= channels;
+        pixels.input_column *= channels;
+      }
+    }
+    // Rows that lie behind one another are one.
+    if (pixels.input_row == columns * pixels.input_column && pixels.grad_row == columns * pixels.grad_column) {
+      pixels.columns *= pixels.rows;
+      pixels.rows = 1;
+      if (pixels.input_image == pixels.columns * pixels.input_column &&
+          pixels.grad_image == pixels.columns * pixels.grad_column) {
+        pixels.columns *= pixels.images;
+        pixels.images = 1;
+      }
+    }
+
+    // A block's taps are neighbours: channels of a point, columns of a kernel row; or one tap where there is dilation.
+    const int64_t together = point ? channels : q.dilation[1] == 1 ? tap_columns : 1;
+    const int64_t blocks = fused ? 1 : ceil_div(together, kMaxTaps);
+    const int64_t most = kVectorsByTaps[fused ? 9 : ceil_div(together, blocks)];
+    const int64_t lanes = LANES<S>, vectors = ceil_div(last_output - first_output, lanes);
+    const int64_t pieces = ceil_div(vectors, most);
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      const int64_t first = vectors * piece / pieces, count = vectors * (piece + 1) / pieces - first;
+      const int64_t output = first_output + first * lanes;
+      const int left = static_cast<int>(min(lanes, last_output - output - (count - 1) * lanes));
+      const S* grad = static_cast<const S*>(q.grad_output) + image * q.grad_stride[0] + row * q.grad_stride[2] +
+                      column * q.grad_stride[3] + run.group * q.out_per_group + output;
+      for (int64_t c = 0; c < (point ? 1 : channels); c++)
+        for (int64_t i = 0; i < tap_rows; i += fused ? 3 : 1)
+          for (int64_t j = 0; j < (fused || point ? 1 : tap_columns); j += together)
+            for (int64_t b = 0; b < blocks; b++) {
+              const int64_t begin = together * b / blocks, taps = together * (b + 1) / blocks - begin;
+              const A* from = input + begin;
+              if (!point) from += (c * images * plane_rows + i * q.dilation[0]) * plane_columns + j * q.dilation[1];
+              A* out[9];
+              for (int64_t t = 0; t < (fused ? 9 : taps); t++) {
+                const int64_t tap_channel = channel + (point ? begin + t : c);
+                const int64_t tap = (tap_row + i + (fused ? t / 3 : 0)) * q.kernel[1] + tap_column + j +
+                                    (fused   ? t % 3
+                                     : point ? 0
+                                             : begin + t);
+                out[t] = partial + (tap_channel * q.kernel[0] * q.kernel[1] + tap) * q.out_per_group + output;
+              }
+              const Block<S> call = fused ? block_of_3x3<S>(count) : block_of_row<S>(taps, count);
+              call(from, q.dilation[0] * plane_columns, grad, pixels, left, out);
+            }
+    }
+  }
+
+  void add_tile(int64_t tile) {
+    const int64_t tiles_across = ceil_div(q.out_width, q.tile_columns),
+                  tiles_down = ceil_div(q.out_height, q.tile_rows);
+    column = tile % tiles_across * q.tile_columns;
+    columns = min(q.tile_columns, q.out_width - column);
+    row = tile / tiles_across % tiles_down * q.tile_rows;
+    rows = min(q.tile_rows, q.out_height - row);
+    image = tile / tiles_across / tiles_down * q.tile_images;
+    images = min(q.tile_images, q.batch - image);
+
+    // All taps share a packing where it has room for them.
+    const int64_t down = (rows - 1) * q.stride[0] + 1, across = (columns - 1) * q.stride[1] + 1;
+    const int64_t reach[] = {(q.kernel[0] - 1) * q.dilation[0], (q.kernel[1] - 1) * q.dilation[1]};
+    const bool shared = images * (down + reach[0]) * (across + reach[1]) <= kScratch;
+    tap_rows = shared ? q.kernel[0] : 1;
+    tap_columns = shared ? q.kernel[1] : 1;
+    plane_rows = down + (tap_rows - 1) * q.dilation[0];
+    plane_columns = across + (tap_columns - 1) * q.dilation[1];
+    const int64_t most = input_in_place() ? run.end - run.begin : kScratch / (images * plane_rows * plane_columns);
+    for (channel = run.begin; channel < run.end; channel += channels) {
+      channels = min(most, run.end - channel);
+      for (tap_row = 0; tap_row < q.kernel[0]; tap_row += tap_rows)
+        for (tap_column = 0; tap_column < q.kernel[1]; tap_column += tap_columns) add_packing();
+    }
+  }
+
+  void operator()(int64_t task, A* all_partial) {
+    const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
+    run = q.runs[task / q.ranges / q.slices];
+    first_output = range * q.range_outputs;
+    last_output = min(q.out_per_group, first_output + q.range_outputs);
+    const int64_t taps = q.kernel[0] * q.kernel[1];
+    partial = all_partial + slice * q.selected * q.out_per_group * taps;
+    for (int64_t i = run.begin * taps; i < run.end * taps; i++)
+      for (int64_t o = first_output; o < last_output; o++) partial[i * q.out_per_group + o] = 0;
+    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) add_tile(tile);
+  }
+};
+
+template <class S>
+void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
+  Task<S> work{q, static_cast<scalar_of<S>*>(scratch)};
+  work(task, static_cast<scalar_of<S>*>(partial));
+}
+
+}  // namespace
+
+void conv2d_channel_grad_channels_last(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
+  switch (q.dtype) {
+    case Dtype::float32:
+      return run_task<float>(q, task, partial, scratch);
+    case Dtype::float64:
+      return run_task<double>(q, task, partial, scratch);
+    case Dtype::bfloat16:
+      return run_task<bfloat16>(q, task, partial, scratch);
+    case Dtype::float16:
+      return run_task<float16>(q, task, partial, scratch);
+  }
+}
+
+}  // namespace trady::TRADY_ISA

@@ -1,0 +1,254 @@
+// conv2d_channel_grad of layers with a few outputs a group (depthwise) where channels are adjacent: lanes are pairs of
+// a selected channel and an output of its group.
+//
+// The selected channels of grad_output are picked on the way into a strip of a few rows that stays in the cache, beside
+// a strip of the input with its padding; all taps are accumulated in registers.
+#include "conv2d_channel_grad.h"
+#include "vector.h"
+
+namespace trady::TRADY_ISA {
+namespace {
+
+TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A strip's rows of pixels, each pixel a vector of pairs. Distances in pixels.
+struct Strip {
+  int64_t rows, columns;
+  int64_t input_pitch, input_row, input_column;  // from row to row; what a step in the output is
+};
+
+// sums[row * COLUMNS + column] += input under that tap times grad. STRIDE 0: as the strip says.
+template <class A, int ROWS, int COLUMNS, int STRIDE>
+void add_taps(const A* input, int64_t row_step, const A* grad, const Strip& strip, A* sums) {
+  using V = vector_of<A>;
+  constexpr int VL = LANES<A>;
+  // Output pixels that share the loads of the input.
+  constexpr int WIDE = COLUMNS == 1 ? 1 : 4;
+  const int64_t step = STRIDE ? STRIDE : strip.input_column;
+  V acc[ROWS * COLUMNS];
+#pragma GCC unroll 32
+  for (int a = 0; a < ROWS * COLUMNS; a++) acc[a] = load(sums + a * VL);
+  for (int64_t r = 0; r < strip.rows; r++) {
+    const A* x = input + r * strip.input_row * strip.input_pitch * VL;
+    const A* d = grad + r * strip.columns * VL;
+    int64_t w = 0;
+    if constexpr (WIDE > 1)
+      for (; w + WIDE <= strip.columns; w += WIDE, x += WIDE * STRIDE * VL, d += WIDE * VL) {
+        V g[WIDE];
+#pragma GCC unroll 4
+        for (int u = 0; u < WIDE; u++) g[u] = keep(load(d + u * VL));
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 16
+          for (int at = 0; at < (WIDE - 1) * STRIDE + COLUMNS; at++) {
+            const V value = keep(load(x + (i * row_step + at) * VL));
+#pragma GCC unroll 4
+            for (int u = 0; u < WIDE; u++) {
+              const int j = at - u * STRIDE;
+              if (j >= 0 && j < COLUMNS) acc[i * COLUMNS + j] += g[u] * value;
+            }
+          }
+      }
+    for (; w < strip.columns; w++, x += step * VL, d += VL) {
+      const V g = keep(load(d));
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) acc[i * COLUMNS + j] += g * load(x + (i * row_step + j) * VL);
+    }
+  }
+#pragma GCC unroll 32
+  for (int a = 0; a < ROWS * COLUMNS; a++) store(sums + a * VL, acc[a]);
+}
+
+template <class A>
+using AddTaps = void (*)(const A*, int64_t, const A*, const Strip&, A*);
+
+// The taps that one call takes, and the loop for them.
+template <class A>
+struct Loop {
+  int64_t rows, columns;
+  AddTaps<A> add;
+};
+template <class A>
+Loop<A> loop_of(const Conv2dChannelGrad& q) {
+  const bool plain = q.dilation[1] == 1 && q.stride[1] <= 2, two = q.stride[1] == 2;
+  const bool whole = plain && q.dilation[0] == 1;
+  if (whole && q.kernel[0] == 3 && q.kernel[1] == 3) return {3, 3, two ? add_taps<A, 3, 3, 2> : add_taps<A, 3, 3, 1>};
+  if (VECTOR_REGISTERS >= 32 && whole && q.kernel[0] == 5 && q.kernel[1] == 5)
+    return {5, 5, two ? add_taps<A, 5, 5, 2> : add_taps<A, 5, 5, 1>};
+  if (plain && q.kernel[1] == 3) return {1, 3, two ? add_taps<A, 1, 3, 2> : add_taps<A, 1, 3, 1>};
+  if (plain && q.kernel[1] == 5) return {1, 5, two ? add_taps<A, 1, 5, 2> : add_taps<A, 1, 5, 1>};
+  if (plain && q.kernel[1] == 7) return {1, 7, two ? add_taps<A, 1, 7, 2> : add_taps<A, 1, 7, 1>};
+  return {1, 1, add_taps<A, 1, 1, 0>};
+}
+
+template <class S>
+struct Task {
+  using A = scalar_of<S>;
+  static constexpr int VL = LANES<S>;
+  // Where the pairs of a task lie in a pixel: in windows of a vector's length.
+  struct Elements {
+    struct Window {
+      int64_t offset;
+      int count;  // elements up to the last pair
+      uint32_t lanes;
+      index_of<vector_of<S>> index;
+    };
+    int64_t offsets[VL];
+    Window windows[VL];
+    int64_t window_count;
+
+    void set(int lane, int64_t offset) {
+      if (lane == 0) window_count = 0;
+      offsets[lane] = offset;
+      Window* window = windows + window_count - 1;
+      const int64_t in_window = lane == 0 ? VL : offset - window->offset;
+      if (in_window < 0 || in_window >= VL) {
+        window = windows + window_count++;
+        *window = Window{};
+        window->offset = offset;
+      }
+      const int element = static_cast<int>(offset - window->offset);
+      window->count = element >= window->count ? element + 1 : window->count;
+      window->lanes |= 1u << lane;
+      window->index[lane] = element;
+    }
+  };
+
+  const Conv2dChannelGrad& q;
+  A* input;
+  A* grad;
+  A* sums;
+  int64_t pairs = 0;
+  Elements inputs, grads;
+
+  // out[w] holds the pairs of pixel w, then zeros.
+  void pack(A* out, const S* in, int64_t step, int64_t count, const Elements& from) const {
+    using V = vector_of<S>;
+    // Pixels from one request to the use: a few lines out of each pixel's are no stream that the hardware follows.
+    constexpr int64_t ahead = 16;
+#if defined(__AVX512F__)
+    for (int64_t w = 0; w < count; w++, in += step, out += VL) {
+      V pixel = {};
+      for (int64_t i = 0; i < from.window_count; i++) {
+        const auto& window = from.windows[i];
+        prefetch(in + window.offset + ahead * step);
+        pixel = permute_into(pixel, window.lanes, window.index, load_first(in + window.offset, window.count));
+      }
+      store(out, pixel);
+    }
+#else
+    for (int64_t w = 0; w < count; w++, in += step, out += VL) {
+      store(out, V{});
+      for (int64_t i = 0; i < from.window_count; i++) prefetch(in + from.windows[i].offset + ahead * step);
+      for (int l = 0; l < pairs; l++) out[l] = widen(in[from.offsets[l]]);
+    }
+#endif
+  }
+  static void clear(A* out, int64_t pixels) {
+    for (int64_t i = 0; i < pixels; i++) store(out + i * VL, vector_of<S>{});
+  }
+
+  void find_pairs(int64_t first) {
+    pairs = min(VL, q.selected * q.out_per_group - first);
+    int64_t run = 0;
+    for (int l = 0; l < pairs; l++) {
+      const int64_t c = (first + l) / q.out_per_group, o = (first + l) % q.out_per_group;
+      while (q.runs[run].end <= c) run++;
+      inputs.set(l, c * q.input_stride[1]);
+      grads.set(l, (q.runs[run].group * q.out_per_group + o) * q.grad_stride[1]);
+    }
+  }
+
+  void add_tile(int64_t tile, const Loop<A>& loop) {
+    const int64_t across = (q.out_width + q.tile_columns - 1) / q.tile_columns;
+    const int64_t down = (q.out_height + q.tile_rows - 1) / q.tile_rows;
+    const int64_t column = tile % across * q.tile_columns, columns = min(q.tile_columns, q.out_width - column);
+    const int64_t row = tile / across % down * q.tile_rows, rows = min(q.tile_rows, q.out_height - row);
+    const int64_t n = tile / across / down;
+    for (int64_t r = 0; r < rows; r++)
+      pack(grad + r * columns * VL,
+           static_cast<const S*>(q.grad_output) + n * q.grad_stride[0] + (row + r) * q.grad_stride[2] +
+               column * q.grad_stride[3],
+           q.grad_stride[3], columns, grads);
+
+    // The input under all taps of the strip, or, where dilation spreads them too far, under one call's.
+    const int64_t tall = (rows - 1) * q.stride[0] + 1, wide = (columns - 1) * q.stride[1] + 1;
+    const int64_t all_rows = tall + (q.kernel[0] - 1) * q.dilation[0];
+    const int64_t all_columns = wide + (q.kernel[1] - 1) * q.dilation[1];
+    const bool shared = all_rows * all_columns <= kStripInput / VL;
+    for (int64_t i = 0; i < q.kernel[0]; i += loop.rows)
+      for (int64_t j = 0; j < q.kernel[1]; j += loop.columns) {
+        const int64_t height = shared ? all_rows : tall + loop.rows - 1;
+        const int64_t pitch = shared ? all_columns : wide + loop.columns - 1;
+        if (!shared || i + j == 0)
+          pack_input(n, row * q.stride[0] - q.padding[0] + (shared ? 0 : i * q.dilation[0]),
+                     column * q.stride[1] - q.padding[1] + (shared ? 0 : j * q.dilation[1]), height, pitch);
+        const Strip strip{rows, columns, pitch, q.stride[0], q.stride[1]};
+        const A* from = input + (shared ? (i * q.dilation[0] * pitch + j * q.dilation[1]) * VL : 0);
+        loop.add(from, q.dilation[0] * pitch, grad, strip, sums + (i * q.kernel[1] + j) * VL);
+      }
+  }
+  void pack_input(int64_t n, int64_t top, int64_t left, int64_t height, int64_t width) const {
+    const int64_t begin = min(max(-left, 0), width), end = max(begin, min(width, q.width - left));
+    for (int64_t r = 0; r < height; r++) {
+      A* out = input + r * width * VL;
+      const int64_t from = top + r;
+      if (from < 0 || from >= q.height) {
+        clear(out, width);
+        continue;
+      }
+      clear(out, begin);
+      pack(out + begin * VL,
+           static_cast<const S*>(q.input) + n * q.input_stride[0] + from * q.input_stride[2] +
+               (left + begin) * q.input_stride[3],
+           q.input_stride[3], end - begin, inputs);
+      clear(out + end * VL, width - end);
+    }
+  }
+
+  void operator()(int64_t task, A* partial) {
+    const int64_t blocks = (q.selected * q.out_per_group + VL - 1) / VL;
+    const int64_t slice = task % q.slices, block_begin = task / q.slices * q.range_outputs / VL,
+                  block_end = min(blocks, block_begin + q.range_outputs / VL);
+    const int64_t taps = q.kernel[0] * q.kernel[1];
+    const Loop<A> loop = loop_of<A>(q);
+    for (int64_t b = block_begin; b < block_end; b++) {
+      find_pairs(b * VL);
+      clear(sums, taps);
+      for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++)
+        add_tile(tile, loop);
+      A* to = partial + (slice * q.selected * q.out_per_group + b * VL) * taps;
+      for (int64_t l = 0; l < pairs; l++)
+        for (int64_t t = 0; t < taps; t++) to[l * taps + t] = sums[t * VL + l];
+    }
+  }
+};
+
+template <class S>
+void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
+  using A = scalar_of<S>;
+  A* room = static_cast<A*>(scratch);
+  Task<S> work{q, room, room + kStripInput, room + kStripInput + kStripGrad, 0, {}, {}};
+  work(task, static_cast<A*>(partial));
+}
+
+}  // namespace
+
+void conv2d_channel_grad_depthwise_channels_last(const Conv2dChannelGrad& q, int64_t task, void* partial,
+                                                 void* scratch) {
+  switch (q.dtype) {
+    case Dtype::float32:
+      return run_task<float>(q, task, partial, scratch);
+    case Dtype::float64:
+      return run_task<double>(q, task, partial, scratch);
+    case Dtype::bfloat16:
+      return run_task<bfloat16>(q, task, partial, scratch);
+    case Dtype::float16:
+      return run_task<float16>(q, task, partial, scratch);
+  }
+}
+
+}  // namespace trady::TRADY_ISA
