@@ -218,9 +218,7 @@ def sanitize(arguments: list[str]) -> None:
     Setup().prepare(["cli", "models", "data", "test"], networks=False)
     build, site = ROOT / "build" / "sanitized", ROOT / "build" / "sanitized-site"
     shutil.rmtree(site, ignore_errors=True)
-    checked(
-        [PYTHON, "setup.py", "-q", "build", "--build-lib", site], TRADY_SANITIZE="1", TRADY_CUDA="0"
-    )
+    checked([PYTHON, "setup.py", "-q", "build", "--build-lib", site], TRADY_SANITIZE="1", TRADY_CUDA="0")
     checked([build / "trady_tests"])
     stems = sorted(path.name.removesuffix(".isa.cpp") for path in (ROOT / "csrc" / "cpu").glob("*.isa.cpp"))
     tests = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").exists()]
