@@ -128,7 +128,7 @@ def table_path() -> Path | None:
     """
     if "TRADY_CHOICE" in os.environ:
         return Path(os.environ["TRADY_CHOICE"]) if os.environ["TRADY_CHOICE"] else None
-    folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     return Path(folder) / "trady_kernels" / "choice.json"
 
 
@@ -142,7 +142,7 @@ def load() -> None:
     global _limits, _table
     path = table_path()
     _limits, _table = _by_key(LIMITS), Table(None, {}, None)
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):
         if path is not None and "TRADY_CHOICE" in os.environ:
             _table = Table(
                 path, {}, "there is no such file"
