@@ -183,7 +183,7 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    "conv2d_channel_grad": Benchmark(conv2d_channel_grad, conv2d_calls, 1.5),
+    "conv2d_channel_grad": Benchmark(conv2d_channel_grad, conv2d_calls, 1.0),
     "gather_channels": Benchmark(gather_channels, gather_calls, 0.3),
     "linear_channel_grad": Benchmark(linear_channel_grad, linear_calls, 1.0),
 }
