@@ -29,7 +29,7 @@ _DESCRIPTION = """\
 Show versions, the machine, which backends can run and why the others cannot, the instruction set of the C++ kernels,
 which kernel each operator took just now, and what optional parts are missing and how to get them.
 
-TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set, and
+TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set,
 TRADY_CHOICE=FILE the table by which kernels are chosen (empty: the shipped one)."""
 
 _EPILOG = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,3 +57,12 @@ def conv2d_channel_grad(
     if groups > 1:
         return grad.reshape(k, out_per_group, *kernel_size)
     return grad.transpose(0, 1).contiguous()
+
+
+def conv2d_channel_grad_with_bias(
+    input_selected: torch.Tensor, grad_output: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:  # (k, C', kh, kw), (C',)
+    """Two calls: ATen's own weight gradient sums the bias's in another pass too."""
+    accumulate = torch.promote_types(grad_output.dtype, torch.float32)
+    bias = grad_output.sum((0, 2, 3), dtype=accumulate)
+    return conv2d_channel_grad(input_selected, grad_output, *args), bias
