@@ -29,7 +29,7 @@ _DESCRIPTION = """\
 Show versions, the machine, which backends can run and why the others cannot, the instruction set of the C++ kernels,
 which kernel each operator took just now, and what optional parts are missing and how to get them.
 
-TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set,
+TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set, and
 TRADY_CHOICE=FILE the table by which kernels are chosen (empty: the shipped one)."""
 
 _EPILOG = """\
@@ -144,9 +144,11 @@ def _operators() -> list[Finding]:
     channels, window = torch.tensor([1, 4, 5]), ((3, 3), (2, 2), (1, 1), (1, 1))
     codes, bits = torch.randint(-127, 128, (130,), dtype=torch.int8), torch.arange(162, dtype=torch.uint8)
     _, offsets = OPERATORS["max_pool2d_offsets"].kernels["reference"](x, *window, False)
+    convolution = (x[:, channels], dy, channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     examples: dict[str, tuple[Any, ...]] = {
         "gather_channels": (x, channels),
-        "conv2d_channel_grad": (x[:, channels], dy, channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+        "conv2d_channel_grad": convolution,
+        "conv2d_channel_grad_with_bias": convolution,
         "linear_channel_grad": (torch.randn(33, 3), torch.randn(33, 20)),
         "rectify": (x, 0.0, 1.0, None),
         "rectify_": (x, 0.0, None, 0.1),

@@ -64,8 +64,8 @@ _F32, _F64 = torch.float32, torch.float64
 #: root mean square of 6% over the faster kernel with one limit, 3% with one up to 2048 pixels and one above.
 #:
 #: Measured with AVX-512 on one thread against torch 2.13 (oneDNN and MKL), on the layers of MobileNetV2, ResNet-18 and
-#: EfficientNet-Lite0 at batch 8 (``trady bench``, benchmarks/results). Linear: torch.mm takes 1.06 to 3.5 times as long
-#: up to 12 features, 0.95 to 1.3 times from 48 to all of 3072.
+#: EfficientNet-Lite0 at batch 8 (``trady bench``, benchmarks/results). Linear: torch.mm takes 1.06 to 3.5 times as
+#: long up to 12 features, 0.95 to 1.3 times from 48 to all of 3072.
 LIMITS = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 16),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 16),
