@@ -373,7 +373,8 @@ TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
 // sum + x.low * y.low + x.high * y.high of bfloat16; x is one pair for all lanes.
 TRADY_INLINE f32 dot2(f32 sum, float x, f32 y) {
   const uint32_t pair = __builtin_bit_cast(uint32_t, x);
-  if constexpr (MULTIPLIES_BFLOAT16) return multiply_add(sum, (operand_of<bfloat16>)(u32{} + pair), (operand_of<bfloat16>)y);
+  if constexpr (MULTIPLIES_BFLOAT16)
+    return multiply_add(sum, (operand_of<bfloat16>)(u32{} + pair), (operand_of<bfloat16>)y);
   sum += __builtin_bit_cast(float, pair << 16) * (f32)((u32)y << 16);
   return sum + __builtin_bit_cast(float, pair & 0xffff0000u) * (f32)((u32)y & 0xffff0000u);
 }
