@@ -159,16 +159,22 @@ template <class P>
 void any_features(int64_t count, const Block& b, const typename P::A* x, const typename P::Element* y,
                   const typename P::Element* next, typename P::A* grad, int64_t width) {
   switch (count) {
-#define TRADY_CASE(F)                             \
-  case F:                                         \
-    if constexpr (F <= FEATURES) {                \
-      features<P, F>(b, x, y, next, grad, width); \
-    }                                             \
-    break;
-    TRADY_CASE(1)
-    TRADY_CASE(2)
-    TRADY_CASE(3) TRADY_CASE(4) TRADY_CASE(5) TRADY_CASE(6) TRADY_CASE(7) TRADY_CASE(8) TRADY_CASE(9) TRADY_CASE(10)
-        TRADY_CASE(11) TRADY_CASE(12)
+#define TRADY_CASE(F)                                                        \
+  case F:                                                                    \
+    if constexpr (F <= FEATURES) features<P, F>(b, x, y, next, grad, width); \
+    break
+    TRADY_CASE(1);
+    TRADY_CASE(2);
+    TRADY_CASE(3);
+    TRADY_CASE(4);
+    TRADY_CASE(5);
+    TRADY_CASE(6);
+    TRADY_CASE(7);
+    TRADY_CASE(8);
+    TRADY_CASE(9);
+    TRADY_CASE(10);
+    TRADY_CASE(11);
+    TRADY_CASE(12);
 #undef TRADY_CASE
   }
 }
