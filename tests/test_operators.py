@@ -52,8 +52,11 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (_images(2, 5, 3, 4), torch.arange(0)),
         (torch.randn(6, 5), torch.tensor([2, 3])),
         (torch.randn(2, 5, 3, 4, 2), torch.tensor([2, 3])),
+        (_images(2, 5, 3, 4), torch.tensor([1, 3]), torch.bfloat16),
+        (_images(2, 5, 3, 4, channels_last=True).half(), torch.tensor([3]), torch.float64),
     ),
     "conv2d_channel_grad": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
+    "conv2d_channel_grad_with_bias": (_convolution(), _convolution(channels_last=True)),
     "linear_channel_grad": (
         (torch.randn(6, 3), torch.randn(6, 5)),
         (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "launch.h"
@@ -139,7 +140,7 @@ Layout layout_of(const Tensor& input, int64_t k, bool channels_last) {
   return layout;
 }
 
-Tensor gather_channels(const Tensor& input, const Tensor& channels) {
+Tensor gather(const Tensor& input, const Tensor& channels) {
   const OnDeviceOf device(input);
   STD_TORCH_CHECK(channels.is_cuda() && channels.get_device_index() == input.get_device_index(),
                   "channels: got a tensor on another device, expected the device of input");
@@ -180,6 +181,12 @@ Tensor gather_channels(const Tensor& input, const Tensor& channels) {
   }
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
+}
+
+Tensor gather_channels(const Tensor& input, const Tensor& channels,
+                       std::optional<torch::headeronly::ScalarType> dtype) {
+  const Tensor output = gather(input, channels);
+  return !dtype.has_value() || *dtype == input.scalar_type() ? output : torch::stable::to(output, dtype);
 }
 
 }  // namespace
