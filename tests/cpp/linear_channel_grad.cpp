@@ -65,13 +65,15 @@ TRADY_TEST(linear_channel_grad) {
           run(middle, rows, middle > 0);
           for (int64_t c = 0; c < k; ++c) {
             for (int64_t o = 0; o < out_features; ++o) {
-              double sum = 0, magnitude = 0;
+              long double sum = 0;  // exact beside what is tested, float64 too
+              double magnitude = 0;
               for (int64_t r = 0; r < rows; ++r) {
-                const double product = x.get(r, c) * dy.get(r, o);
+                const long double product = static_cast<long double>(x.get(r, c)) * dy.get(r, o);
                 sum += product;
-                magnitude += std::abs(product);
+                magnitude += static_cast<double>(std::abs(product));
               }
-              expect_sum("grad", c * out_features + o, dtype, grad.get(c * out_features + o), sum, magnitude, rows);
+              expect_sum("grad", c * out_features + o, dtype, grad.get(c * out_features + o), static_cast<double>(sum),
+                         magnitude, rows);
             }
           }
         }
