@@ -376,10 +376,13 @@ TRADY_INLINE operand_of<P> ones() {
 TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
 #if defined(__AVX512BW__)
   // One permutation instead of two widenings, a shift and an or.
-  constexpr u16 order = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  return (f32)_mm512_permutex2var_epi16(_mm512_zextsi256_si512((__m256i)a), (__m512i)order,
-                                        _mm512_zextsi256_si512((__m256i)b));
+  struct Halves {
+    u16_half low, high;
+  };
+  constexpr u16 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const u16 both = __builtin_bit_cast(u16, (Halves{a, b}));
+  return (f32)shuffle(both, both, order);
 #else
   return (f32)(__builtin_convertvector(a, u32) | (__builtin_convertvector(b, u32) << 16));
 #endif

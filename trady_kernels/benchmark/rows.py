@@ -46,7 +46,8 @@ class Row:
         kernel: the backend that ``auto`` took.
         microseconds: medians: ``auto`` is the operator as anyone calls it, ``cpp`` the C++ kernel where auto took
             another, ``aten`` ATen's call alone on the compact tensors, ``dense`` the same on all channels, ``call``
-            (depthwise layers) the operator on one pixel.
+            (depthwise layers) the operator on one pixel, which among the layer's calls, whose data push its code out
+            of the caches, takes about three times as long as in a loop of its own.
         roofline: the least microseconds that the bytes and FLOPs allow; None without compiled code.
     """
 

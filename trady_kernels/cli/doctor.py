@@ -144,9 +144,11 @@ def _operators() -> list[Finding]:
     channels, window = torch.tensor([1, 4, 5]), ((3, 3), (2, 2), (1, 1), (1, 1))
     codes, bits = torch.randint(-127, 128, (130,), dtype=torch.int8), torch.arange(162, dtype=torch.uint8)
     _, offsets = OPERATORS["max_pool2d_offsets"].kernels["reference"](x, *window, False)
+    convolution = (x[:, channels], dy, channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     examples: dict[str, tuple[Any, ...]] = {
         "gather_channels": (x, channels),
-        "conv2d_channel_grad": (x[:, channels], dy, channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+        "conv2d_channel_grad": convolution,
+        "conv2d_channel_grad_with_bias": convolution,
         "linear_channel_grad": (torch.randn(33, 3), torch.randn(33, 20)),
         "rectify": (x, 0.0, 1.0, None),
         "rectify_": (x, 0.0, None, 0.1),
