@@ -226,9 +226,10 @@ def sanitize(arguments: list[str]) -> None:
     checked([build / "trady_tests"])
     stems = sorted(path.name.removesuffix(".isa.cpp") for path in (ROOT / "csrc" / "cpu").glob("*.isa.cpp"))
     tests = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").exists()]
-    # Leaks are those of Python and torch. Not python -m pytest: it would import the package of this folder.
+    # Leaks are those of Python and torch. Not python -m pytest: it would import the package of this folder. A sanitizer
+    # ends the process, and a report that pytest had captured would be lost.
     checked(
-        [VENV / "bin" / "pytest", *(arguments or ["-q"]), *tests],
+        [VENV / "bin" / "pytest", "--capture=sys", *(arguments or ["-q"]), *tests],
         PYTHONPATH=str(site),
         LD_PRELOAD=":".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",

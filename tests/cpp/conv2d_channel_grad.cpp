@@ -117,7 +117,8 @@ void for_each_result(const Problem& p, const Array& input, const Array& grad_out
     for (int64_t o = 0; o < q.out_per_group; ++o) {
       for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
         for (int64_t kx = 0; kx < q.kernel[1]; ++kx) {
-          double sum = 0, magnitude = 0;
+          long double sum = 0;  // exact beside what is tested, float64 too
+          double magnitude = 0;
           for (int64_t n = 0; n < q.batch; ++n) {
             for (int64_t y = 0; y < q.out_height; ++y) {
               const int64_t row = y * q.stride[0] - q.padding[0] + ky * q.dilation[0];
@@ -127,15 +128,15 @@ void for_each_result(const Problem& p, const Array& input, const Array& grad_out
                 if (column < 0 || column >= q.width) continue;
                 const int64_t* s = p.in.stride;
                 const int64_t* t = p.out.stride;
-                const double product =
-                    input.get(n * s[0] + c * s[1] + row * s[2] + column * s[3]) *
+                const long double product =
+                    static_cast<long double>(input.get(n * s[0] + c * s[1] + row * s[2] + column * s[3])) *
                     grad_output.get(n * t[0] + (group * q.out_per_group + o) * t[1] + y * t[2] + x * t[3]);
                 sum += product;
-                magnitude += std::abs(product);
+                magnitude += static_cast<double>(std::abs(product));
               }
             }
           }
-          f(c, o, ky, kx, sum, magnitude);
+          f(c, o, ky, kx, static_cast<double>(sum), magnitude);
         }
       }
     }
@@ -155,6 +156,7 @@ TRADY_TEST(conv2d_channel_grad) {
           const Array input = random_array(dtype, p.in.count), grad_output = random_array(dtype, p.out.count);
           q.input = input.at(0);
           q.grad_output = grad_output.at(0);
+          const bool with_bias = shape.groups == 1;
           const auto loop = plan(q);
           loops.insert(loop);
           const Dtype accumulate = accumulate_type(dtype);
@@ -162,8 +164,24 @@ TRADY_TEST(conv2d_channel_grad) {
           Array partial(accumulate, q.slices * elements);
           const std::unique_ptr<void, void (*)(void*)> scratch(
               std::aligned_alloc(64, (q.scratch * size_of(accumulate) + 127) / 64 * 64), &std::free);
+          Array bias(accumulate, q.slices * shape.out_channels);
+          q.bias = with_bias ? bias.at(0) : nullptr;
           // From the last to the first: no task may rely on another.
           for (int64_t task = q.tasks - 1; task >= 0; --task) loop(q, task, partial.at(0), scratch.get());
+          for (int64_t o = 0; with_bias && o < shape.out_channels; ++o) {
+            long double sum = 0;
+            double got = 0, magnitude = 0;
+            for (int64_t slice = 0; slice < q.slices; ++slice) got += bias.get(slice * shape.out_channels + o);
+            for (int64_t i = 0; i < q.batch * q.out_height * q.out_width; ++i) {
+              const int64_t n = i / (q.out_height * q.out_width), y = i / q.out_width % q.out_height;
+              const int64_t* t = p.out.stride;
+              const double value = grad_output.get(n * t[0] + o * t[1] + y * t[2] + i % q.out_width * t[3]);
+              sum += value;
+              magnitude += std::abs(value);
+            }
+            expect_sum("bias", o, dtype, got, static_cast<double>(sum), magnitude,
+                       q.batch * q.out_height * q.out_width);
+          }
           for_each_result(
               p, input, grad_output, [&](int64_t c, int64_t o, int64_t ky, int64_t kx, double sum, double magnitude) {
                 const int64_t tap = ky * q.kernel[1] + kx;
