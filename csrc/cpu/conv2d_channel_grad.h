@@ -50,6 +50,10 @@ constexpr int64_t kMaxPlanes = 49;
 constexpr int64_t kSlack = 32;
 constexpr int64_t kMostOutputs = 8;  // of a register block
 constexpr int64_t kScratch = (kMaxPlanes + 2 * kMostOutputs) * kPlane;
+// Where lanes are outputs: channels of a 1x1 kernel that are packed together; outputs that are turned over together,
+// the most of a register block, for so many pixels; and what turning over writes too much, a vector's worth of pixels.
+constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTurnedPixels = 512;
+constexpr int64_t kTurnedSlack = 16 * kPointChannels;
 // A depthwise channels_last strip: vectors of at most 16 elements for 4096 pixels of the input and 2048 of the output.
 constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;
 

@@ -1,4 +1,5 @@
-// conv2d_channel_grad where the channels of grad_output are adjacent: lanes are outputs.
+// conv2d_channel_grad where lanes are outputs: the channels of grad_output are adjacent, or so many taps read it that
+// turning it over pays.
 //
 // A register block holds the sums of a few vectors of outputs and all taps of a channel (or several channels of a 1x1
 // kernel). For each pixel the vectors are read once and multiplied by the taps' input elements, broadcast. The input of
@@ -167,11 +168,33 @@ Block<S> block_of_3x3([[maybe_unused]] int64_t vectors) {
   return nullptr;
 }
 
+// out[p * out_step + r] = in[r * in_step + p] for `rows` <= LANES rows and `pixels`. Writes whole vectors, and up to
+// LANES
+// - 1 pixels too many.
+template <class S>
+void turn_over(const S* in, int64_t in_step, int64_t rows, int64_t pixels, scalar_of<S>* out, int64_t out_step) {
+  constexpr int VL = LANES<S>;
+  for (int64_t p = 0; p < pixels; p += VL) {
+    const int count = static_cast<int>(min(VL, pixels - p));
+    vector_of<S> block[VL];
+    if (rows == VL && count == VL) {
+#pragma GCC unroll 16
+      for (int r = 0; r < VL; r++) block[r] = load(in + r * in_step + p);
+    } else {
+      for (int r = 0; r < VL; r++) block[r] = r < rows ? load_first(in + r * in_step + p, count) : vector_of<S>{};
+    }
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) store(out + (p + i) * out_step, block[i]);
+  }
+}
+
 template <class S>
 struct Task {
   using A = scalar_of<S>;
   const Conv2dChannelGrad& q;
   A* packed;
+  A* turned;             // pixels of grad_output, each a piece of outputs
   A* partial = nullptr;  // this slice's, (k, kh, kw, C'/groups)
   A* bias = nullptr;     // likewise, while a tile's first packing is added
   // This task.
@@ -184,10 +207,14 @@ struct Task {
   int64_t plane_rows = 0, plane_columns = 0;
 
   bool is_point() const { return q.kernel[0] * q.kernel[1] == 1; }
-  // Elements of a point's input follow each other pixel by pixel, those of all channels together.
+  // A point whose output pixels are those of the input.
+  bool is_plain_point() const {
+    return is_point() && q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0;
+  }
+  // Elements of a point's input follow each other pixel by pixel, those of all channels together; of many channels a
+  // block's would be far apart.
   bool input_in_place() const {
-    return is_same<A, S> && is_point() && q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
-           q.input_stride[1] == 1;
+    return is_same<A, S> && is_plain_point() && q.input_stride[1] == 1 && run.end - run.begin <= kPointChannels;
   }
 
   // Input elements [left, left + plane_columns) of a row, zero outside of it.
@@ -198,11 +225,24 @@ struct Task {
     for (; w < end; w++) out[w] = widen(in[(left + w) * step]);
     for (; w < plane_columns; w++) out[w] = 0;
   }
+  // From pixel to pixel of a point's packed channels.
+  int64_t pixel_step() const { return ceil_div(channels, LANES<S>) * LANES<S>; }
   // (images, rows, columns, channels) for a point, (channels, images, rows, columns) otherwise.
   void pack_input() const {
     const int64_t top = row * q.stride[0] + tap_row * q.dilation[0] - q.padding[0];
     const int64_t left = column * q.stride[1] + tap_column * q.dilation[1] - q.padding[1];
     const bool point = is_point();
+    if (is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == plane_columns) {
+      const int64_t pixels = plane_rows * plane_columns;
+      // In order: what is written too far is overwritten. Behind the last channels of a pixel are the next one's.
+      for (int64_t n = 0; n < images; n++)
+        for (int64_t c = 0; c < channels; c += LANES<S>)
+          turn_over(static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] +
+                        (channel + c) * q.input_stride[1] + top * q.input_stride[2],
+                    q.input_stride[1], min(LANES<S>, channels - c), pixels, packed + n * pixels * pixel_step() + c,
+                    pixel_step());
+      return;
+    }
     for (int64_t n = 0; n < images; n++)
       for (int64_t r = 0; r < plane_rows; r++) {
         const int64_t from = top + r;
@@ -210,13 +250,13 @@ struct Task {
                       from * q.input_stride[2];
         const int64_t at = (n * plane_rows + r) * plane_columns;
         for (int64_t c = 0; c < channels; c++, in += q.input_stride[1]) {
-          A* out = packed + (point ? at * channels + c : c * images * plane_rows * plane_columns + at);
+          A* out = packed + (point ? at * pixel_step() + c : c * images * plane_rows * plane_columns + at);
           const bool inside = from >= 0 && from < q.height;
           if (!point && inside) {
             pack_row(out, in, left, q.input_stride[3]);
             continue;
           }
-          const int64_t step = point ? channels : 1;
+          const int64_t step = point ? pixel_step() : 1;
           for (int64_t w = 0; w < plane_columns; w++)
             out[w * step] =
                 inside && left + w >= 0 && left + w < q.width ? widen(in[(left + w) * q.input_stride[3]]) : A{};
@@ -226,7 +266,6 @@ struct Task {
 
   void add_packing() {
     const bool point = is_point(), in_place = input_in_place();
-    const bool fused = kFuses3x3 && tap_rows == 3 && tap_columns == 3 && q.dilation[1] == 1;
     const A* input = packed;
     Pixels pixels{images,
                   rows,
@@ -246,10 +285,16 @@ struct Task {
     } else {
       pack_input();
       if (point) {
-        pixels.input_image *= channels;
-        pixels.input_row *= channels;
-        pixels.input_column *= channels;
+        pixels.input_image *= pixel_step();
+        pixels.input_row *= pixel_step();
+        pixels.input_column *= pixel_step();
       }
+    }
+    const bool turns_over = q.grad_stride[1] != 1;
+    if (turns_over) {
+      pixels.grad_image = rows * columns * kTurnedOutputs;
+      pixels.grad_row = columns * kTurnedOutputs;
+      pixels.grad_column = kTurnedOutputs;
     }
     // Rows that lie behind one another are one.
     if (pixels.input_row == columns * pixels.input_column && pixels.grad_row == columns * pixels.grad_column) {
@@ -262,42 +307,62 @@ struct Task {
       }
     }
 
-    // A block's taps are neighbours: channels of a point, columns of a kernel row; or one tap where there is dilation.
-    const int64_t together = point ? channels : q.dilation[1] == 1 ? tap_columns : 1;
-    const int64_t blocks = fused ? 1 : ceil_div(together, kMaxTaps);
-    const int64_t most = kVectorsByTaps[fused ? 9 : ceil_div(together, blocks)];
-    const int64_t lanes = LANES<S>, vectors = ceil_div(last_output - first_output, lanes);
-    int64_t count;
-    for (int64_t first = 0; first < vectors; first += count) {
-      count = piece_of(vectors - first, most);
-      const int64_t output = first_output + first * lanes;
-      const int left = static_cast<int>(min(lanes, last_output - output - (count - 1) * lanes));
+    const int64_t lanes = LANES<S>, most = most_vectors();
+    int64_t vectors;
+    for (int64_t output = first_output; output < last_output; output += vectors * lanes) {
+      const int64_t outputs = last_output - output;
+      vectors = piece_of(ceil_div(outputs, lanes), most);
       const S* grad = static_cast<const S*>(q.grad_output) + image * q.grad_stride[0] + row * q.grad_stride[2] +
-                      column * q.grad_stride[3] + run.group * q.out_per_group + output;
-      if (bias)
-        for (int64_t v = 0; v < count; v++)
-          sum_pixels(grad + v * lanes, pixels, v + 1 < count ? LANES<S> : left, bias + output + v * lanes);
-      for (int64_t c = 0; c < (point ? 1 : channels); c++)
-        for (int64_t i = 0; i < tap_rows; i += fused ? 3 : 1)
-          for (int64_t j = 0; j < (fused || point ? 1 : tap_columns); j += together)
-            for (int64_t b = 0; b < blocks; b++) {
-              const int64_t begin = together * b / blocks, taps = together * (b + 1) / blocks - begin;
-              const A* from = input + begin;
-              if (!point) from += (c * images * plane_rows + i * q.dilation[0]) * plane_columns + j * q.dilation[1];
-              A* out[9];
-              for (int64_t t = 0; t < (fused ? 9 : taps); t++) {
-                const int64_t tap_channel = channel + (point ? begin + t : c);
-                const int64_t tap = (tap_row + i + (fused ? t / 3 : 0)) * q.kernel[1] + tap_column + j +
-                                    (fused   ? t % 3
-                                     : point ? 0
-                                             : begin + t);
-                out[t] = partial + (tap_channel * q.kernel[0] * q.kernel[1] + tap) * q.out_per_group + output;
-              }
-              const Block<S> call = fused ? block_of_3x3<S>(count) : block_of_row<S>(taps, count);
-              call(from, q.dilation[0] * plane_columns, grad, pixels, left, out);
-            }
+                      column * q.grad_stride[3] + (run.group * q.out_per_group + output) * q.grad_stride[1];
+      const int left = static_cast<int>(min(lanes, outputs - (vectors - 1) * lanes));
+      if (!turns_over) {
+        add_piece(input, grad, pixels, output, vectors, left);
+        continue;
+      }
+      for (int64_t n = 0; n < images; n++)
+        for (int64_t v = 0; v < vectors; v++)
+          turn_over(grad + n * q.grad_stride[0] + v * lanes * q.grad_stride[1], q.grad_stride[1],
+                    v + 1 < vectors ? lanes : left, rows * columns,
+                    turned + n * rows * columns * kTurnedOutputs + v * lanes, kTurnedOutputs);
+      add_piece(input, turned, pixels, output, vectors, left);
     }
   }
+
+  // A block's taps are neighbours: channels of a point, columns of a kernel row; or one tap where there is dilation.
+  bool fuses() const { return kFuses3x3 && tap_rows == 3 && tap_columns == 3 && q.dilation[1] == 1; }
+  int64_t together() const { return is_point() ? channels : q.dilation[1] == 1 ? tap_columns : 1; }
+  int64_t blocks() const { return fuses() ? 1 : ceil_div(together(), kMaxTaps); }
+  int64_t most_vectors() const { return kVectorsByTaps[fuses() ? 9 : ceil_div(together(), blocks())]; }
+
+  // All taps of the packing for `vectors` vectors of outputs; E is the type of grad, as the tensor has it or turned
+  // over.
+  template <class E>
+  void add_piece(const A* input, const E* grad, const Pixels& pixels, int64_t output, int64_t vectors, int left) const {
+    const bool point = is_point(), fused = fuses();
+    if (bias)
+      for (int64_t v = 0; v < vectors; v++)
+        sum_pixels(grad + v * LANES<S>, pixels, v + 1 < vectors ? LANES<S> : left, bias + output + v * LANES<S>);
+    for (int64_t c = 0; c < (point ? 1 : channels); c++)
+      for (int64_t i = 0; i < tap_rows; i += fused ? 3 : 1)
+        for (int64_t j = 0; j < (fused || point ? 1 : tap_columns); j += together())
+          for (int64_t b = 0; b < blocks(); b++) {
+            const int64_t begin = together() * b / blocks(), taps = together() * (b + 1) / blocks() - begin;
+            const A* from = input + begin;
+            if (!point) from += (c * images * plane_rows + i * q.dilation[0]) * plane_columns + j * q.dilation[1];
+            A* out[9];
+            for (int64_t t = 0; t < (fused ? 9 : taps); t++) {
+              const int64_t tap_channel = channel + (point ? begin + t : c);
+              const int64_t down = tap_row + i + (fused ? t / 3 : 0);
+              const int64_t across = tap_column + j + (fused ? t % 3 : point ? 0 : begin + t);
+              out[t] = partial + ((tap_channel * q.kernel[0] + down) * q.kernel[1] + across) * q.out_per_group + output;
+            }
+            const Block<E> call = fused ? block_of_3x3<E>(vectors) : block_of_row<E>(taps, vectors);
+            call(from, q.dilation[0] * plane_columns, grad, pixels, left, out);
+          }
+  }
+
+  // So many planes of the tile's images fit.
+  int64_t room(int64_t elements) const { return kScratch / (images * elements); }
 
   void add_tile(int64_t tile) {
     const int64_t tiles_across = ceil_div(q.out_width, q.tile_columns),
@@ -317,7 +382,9 @@ struct Task {
     tap_columns = shared ? q.kernel[1] : 1;
     plane_rows = down + (tap_rows - 1) * q.dilation[0];
     plane_columns = across + (tap_columns - 1) * q.dilation[1];
-    const int64_t most = input_in_place() ? run.end - run.begin : kScratch / (images * plane_rows * plane_columns);
+    const int64_t most = input_in_place() ? run.end - run.begin
+                         : is_point()     ? min(kPointChannels, room(plane_rows * plane_columns) / LANES<S> * LANES<S>)
+                                          : room(plane_rows * plane_columns);
     for (channel = run.begin; channel < run.end; channel += channels) {
       channels = min(most, run.end - channel);
       for (tap_row = 0; tap_row < q.kernel[0]; tap_row += tap_rows)
@@ -349,7 +416,8 @@ struct Task {
 
 template <class S>
 void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
-  Task<S> work{q, static_cast<scalar_of<S>*>(scratch)};
+  scalar_of<S>* packed = static_cast<scalar_of<S>*>(scratch);
+  Task<S> work{q, packed, packed + kScratch + kTurnedSlack};
   work(task, static_cast<scalar_of<S>*>(partial));
 }
 

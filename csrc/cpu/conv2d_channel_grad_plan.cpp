@@ -71,10 +71,11 @@ void cut_rows(Conv2dChannelGrad& q, int64_t target, int64_t input_target) {
 Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
   // Shorter tiles keep grad_output in the caches for the channels after the first.
   const int64_t taps = q.kernel[0] * q.kernel[1], channels = q.selected / q.run_count;
-  const int64_t target = taps * channels <= 9 ? 1024 : taps == 1 ? 256 : 512;
+  const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTurnedPixels : 1024;
   cut_rows(q, target, kScratch / 8);
   q.outputs_last = true;
   cut_tasks(q);
+  q.scratch = kScratch + kTurnedSlack + (kTurnedPixels + 16) * kTurnedOutputs;
   return TRADY_KERNEL(conv2d_channel_grad_channels_last);
 }
 
@@ -101,6 +102,18 @@ Conv2dChannelGradLoop plan_depthwise_channels_last(Conv2dChannelGrad& q) {
   return TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last);
 }
 
+// Whether so many taps read each element of grad_output that lanes of outputs, which need no reduction and waste no
+// lanes on small maps, repay turning it over.
+bool turning_over_pays(const Conv2dChannelGrad& q) {
+  const int64_t taps = q.kernel[0] * q.kernel[1] * q.selected / q.run_count;
+  const int64_t pixels = q.out_height * q.out_width;
+  // Measured (Zen 4, batch 8): 3x3 at 7x7 from 4 channels on, 1x1 at 7x7 from about 20, at 14x14 from about 64; 28x28
+  // never.
+  const int64_t least = pixels < 64 ? 24 : 64;
+  return q.out_per_group >= 16 && q.grad_stride[3] == 1 && q.grad_stride[2] == q.out_width && pixels < 256 &&
+         taps >= least;
+}
+
 }  // namespace
 
 Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
@@ -117,6 +130,8 @@ Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
     if (TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q)) return plan_depthwise(q);
     if (!pixels_adjacent || q.input_stride[3] != 1) return plan_depthwise_channels_last(q);
   } else if (q.grad_stride[1] == 1 && !pixels_adjacent) {
+    return plan_channels_last(q);
+  } else if (turning_over_pays(q)) {
     return plan_channels_last(q);
   }
   return plan_pixels(q);

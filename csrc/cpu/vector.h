@@ -250,9 +250,9 @@ TRADY_INLINE void store_first(double* p, f64 value, int count) {
 #else
 template <class T>
 TRADY_INLINE vector_of<T> load_first(const T* p, int count) {
-  vector_of<T> value = {};
-  for (int lane = 0; lane < count; ++lane) value[lane] = widen(p[lane]);
-  return value;
+  scalar_of<T> lanes[LANES<T>] = {};
+  for (int lane = 0; lane < count; ++lane) lanes[lane] = widen(p[lane]);
+  return load(lanes);
 }
 template <class T>
 TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
@@ -285,6 +285,29 @@ TRADY_INLINE V even_lanes(V a, V b) {
   index_of<V> even;
   for (int lane = 0; lane < lanes_of<V>; ++lane) even[lane] = static_cast<decltype(+even[0])>(2 * lane);
   return shuffle(a, b, even);
+}
+
+// rows[i][j] becomes rows[j][i]: pairs of vectors are interleaved until each holds a column.
+template <class V>
+TRADY_INLINE void transpose(V (&rows)[lanes_of<V>]) {
+  constexpr int count = lanes_of<V>;
+  index_of<V> low, high;
+  for (int lane = 0; lane < count; ++lane) {
+    const int from = lane / 2 + lane % 2 * count;
+    low[lane] = static_cast<decltype(+low[0])>(from);
+    high[lane] = static_cast<decltype(+low[0])>(from + count / 2);
+  }
+#pragma GCC unroll 4
+  for (int step = 1; step < count; step *= 2) {
+    V next[count];
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i) {
+      next[2 * i] = shuffle(rows[i], rows[i + count / 2], low);
+      next[2 * i + 1] = shuffle(rows[i], rows[i + count / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; ++i) rows[i] = next[i];
+  }
 }
 
 #if defined(__AVX512F__)
