@@ -168,7 +168,11 @@ def test(arguments: list[str]) -> None:
     slow = "--slow" in arguments
     arguments = [a for a in arguments if a != "--slow"]
     Setup().prepare(["cli", "models", "data", "test"], networks=True)
-    sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.*")) if p.is_file()]
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
+    found = sorted(
+        path for folder in folders for ending in ("h", "cpp", "cu") for path in folder.rglob(f"*.{ending}")
+    )
+    sources = [str(path.relative_to(ROOT)) for path in found]
     checks = (
         ["ruff", "check"],
         ["ruff", "format", "--check"],
@@ -218,9 +222,7 @@ def sanitize(arguments: list[str]) -> None:
     Setup().prepare(["cli", "models", "data", "test"], networks=False)
     build, site = ROOT / "build" / "sanitized", ROOT / "build" / "sanitized-site"
     shutil.rmtree(site, ignore_errors=True)
-    checked(
-        [PYTHON, "setup.py", "-q", "build", "--build-lib", site], TRADY_SANITIZE="1", TRADY_CUDA="0"
-    )
+    checked([PYTHON, "setup.py", "-q", "build", "--build-lib", site], TRADY_SANITIZE="1", TRADY_CUDA="0")
     checked([build / "trady_tests"])
     stems = sorted(path.name.removesuffix(".isa.cpp") for path in (ROOT / "csrc" / "cpu").glob("*.isa.cpp"))
     tests = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").exists()]
@@ -255,7 +257,7 @@ def arm(arguments: list[str]) -> None:
     cmake, folder = VENV / "bin" / "cmake", ROOT / "build" / "aarch64"
     ninja = f"-DCMAKE_MAKE_PROGRAM={VENV / 'bin' / 'ninja'}"
     toolchain = ROOT / "tests" / "cpp" / "aarch64.cmake"
-    options = ["-G", "Ninja", ninja, "--toolchain", toolchain, "-DTRADY_TESTS=ON"]
+    options: list[str | Path] = ["-G", "Ninja", ninja, "--toolchain", toolchain, "-DTRADY_TESTS=ON"]
     checked([cmake, "-S", ROOT, "-B", folder, *options])
     checked([cmake, "--build", folder])
     for isa, cpu in ARM_CPUS.items():

@@ -2,28 +2,28 @@
 
     pytest benchmarks/conv2d_channel_grad.py
 
-``trady bench`` has the whole table: every layer, ratios within interleaved rounds.
+``trady bench`` has the whole table: ratios within interleaved rounds, every number of channels, the roofline.
 """
 
 from __future__ import annotations
 
 import pytest
-import torch
 
-from trady_kernels.benchmark import LAYERS, ConvLayer
-from trady_kernels.ops import backend, conv2d_channel_grad
-
-FEW = [layer for layer in LAYERS if layer.network == "resnet18" and layer.size <= 28]
+from trady_kernels.benchmark.layers import CONVS, ConvLayer, distinct
+from trady_kernels.benchmark.rows import FORMATS, Setting, conv2d_calls
+from trady_kernels.ops import conv2d_channel_grad
 
 
 @pytest.mark.parametrize("kernel", ("auto", "aten"))
-@pytest.mark.parametrize("selected", (1, 4, 16))
-@pytest.mark.parametrize("layer", FEW, ids=lambda layer: layer.label)
-def test_conv2d_channel_grad(benchmark, layer: ConvLayer, selected: int, kernel: str) -> None:
-    x = torch.randn(8, selected, layer.size, layer.size)
-    dy = torch.randn(8, layer.out_channels, layer.out_size, layer.out_size)
-    geometry = tuple((v, v) for v in (layer.kernel, layer.stride, layer.padding, 1))
-    with backend(kernel):
-        benchmark(
-            conv2d_channel_grad, x, dy, torch.arange(selected), layer.in_channels, *geometry, layer.groups
-        )
+@pytest.mark.parametrize("selected", (1, 4, 12))
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("layer", distinct(CONVS), ids=lambda layer: layer.label)
+def test_conv2d_channel_grad(
+    benchmark, layer: ConvLayer, memory_format: str, selected: int, kernel: str
+) -> None:
+    k = min(selected, layer.in_channels)
+    (call,) = conv2d_calls(layer, Setting(memory_format), [k])
+    if kernel == "auto":
+        benchmark(conv2d_channel_grad, *call.arguments)
+    else:
+        benchmark(call.peer)

@@ -3,7 +3,7 @@
 python benchmarks/conv2d_input_grad.py
 python benchmarks/conv2d_input_grad.py --json benchmarks/results/conv2d_input_grad.json
 
-On every distinct layer of MobileNetV2, ResNet-18 and EfficientNet-Lite0, batch 8, float32.
+On every distinct convolution of MobileNetV2, ResNet-18, ResNet-50 and EfficientNet-Lite0, batch 8, float32.
 """
 
 from __future__ import annotations
@@ -13,19 +13,13 @@ from dataclasses import asdict
 import torch
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.benchmark import (
-    LAYERS,
-    ConvLayer,
-    calm_malloc,
-    conditions,
-    distinct,
-    geometric_mean,
-    interleaved,
-    json_argument,
-)
+from trady_kernels.benchmark.goals import geometric_mean
+from trady_kernels.benchmark.layers import CONVS, ConvLayer, distinct
+from trady_kernels.benchmark.report import conditions, json_argument
+from trady_kernels.benchmark.rows import FORMATS
+from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BATCH = 8
 
 
@@ -60,7 +54,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     ratios: dict[tuple[str, str], list[float]] = {}
     print(f"{'':<44}{'ours us':>9}{'ATen us':>9}{'ours/ATen':>11}")
-    for layer in distinct(LAYERS):
+    for layer in distinct(CONVS):
         for name, memory_format in FORMATS.items():
             times = measure(layer, memory_format)
             ratio = times["ours"] / times["ATen"]

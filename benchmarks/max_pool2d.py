@@ -12,7 +12,8 @@ from functools import partial
 import torch
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.benchmark import calm_malloc, conditions, interleaved, json_argument
+from trady_kernels.benchmark.report import conditions, json_argument
+from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.benchmark import calm_malloc, conditions, interleaved, json_argument
+from trady_kernels.benchmark.report import conditions, json_argument
+from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.ops import backend, pack_bits, rectify, rectify_, scale_by_bits
 
 #: EfficientNet-Lite0's largest activation at batch 8, and its last one.

@@ -25,7 +25,7 @@ from whole_networks import BUDGET, FRACTION, NETWORKS, Network, loss
 
 import trady_kernels as tk
 from trady_kernels.atomic_write import write_atomically, write_json
-from trady_kernels.benchmark import conditions
+from trady_kernels.benchmark.report import conditions
 from trady_kernels.cli import BadUsage
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.cli.memory_plot import look

@@ -19,7 +19,8 @@ from whole_networks import NETWORKS, Network, loss
 
 from trady_kernels import ChannelSampler, measure_memory, select_fraction, sparsify, trainable_parameters
 from trady_kernels.atomic_write import write_json
-from trady_kernels.benchmark import calm_malloc, conditions, interleaved
+from trady_kernels.benchmark.report import conditions
+from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.cli import BadUsage
 from trady_kernels.cli.console import check_writable
 

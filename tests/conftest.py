@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from trady_kernels.ops import choice
 from trady_kernels.ops.backend import unavailable
+
+# The shipped choice of kernels, here and in other processes, whatever this user has tuned.
+os.environ["TRADY_CHOICE"] = ""
+choice.load()
 
 # Thousands of small operators: a second thread costs more than it brings, and many times more on a busy machine.
 # Tests of parallel code set their own number.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 from pathlib import Path
@@ -57,6 +58,16 @@ BAD_USAGE = [
     (["bench", "--selected", "1,x"], "1,x", "1,4,16"),
     (["bench", "--rounds", "0"], "0", "at least 1"),
     (["bench", "--operator", "nope"], "nope", "conv2d_channel_grad"),
+    (["bench", "--tune"], "TRADY_CHOICE", "give it a file's name"),
+    (["bench", "--tune", "--plot", "plot.png"], "--tune", "leave one of the two out"),
+    (["bench", "--plot", "plot.gif"], "plot.gif", ".png, .svg, .pdf"),
+    (["bench", "--family", "9x9"], "9x9", "depthwise 5x5"),
+    (["bench", "--layer", "nope"], "nope", "such as"),
+    (
+        ["bench", "--operator", "linear_channel_grad", "--family", "3x3"],
+        "no layer passes",
+        "expected some such as",
+    ),
 ]
 
 
@@ -164,23 +175,124 @@ def test_memory_with_other_arguments(
     assert "resident memory: not here" in capsys.readouterr().out
 
 
-def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def bench_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``trady bench`` would restart the test run to set its allocator."""
     from trady_kernels.cli import bench
 
-    monkeypatch.setattr(bench, "calm_malloc", lambda: None)  # it would restart the test run
-    monkeypatch.setattr(bench, "LAYERS", [layer for layer in bench.LAYERS if layer.size == 7][:2])
-    monkeypatch.setattr(bench, "LINEARS", bench.LINEARS[:1])
-    file = tmp_path / "bench.json"
-    assert main(["bench", "--selected", "1", "--rounds", "1", "--batch-size", "1", "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())["rows"]
-    assert {row["operator"] for row in rows} == {
-        "conv2d_channel_grad",
-        "gather_channels",
-        "linear_channel_grad",
+    monkeypatch.setattr(bench, "calm_malloc", lambda: None)
+
+
+SMALL_BENCH = ["bench", "--rounds", "1", "--batch-size", "1", "--threads", "1"]
+
+
+@pytest.mark.usefixtures("bench_here")
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from trady_kernels.cli import bench
+    from trady_kernels.ops import available
+
+    convs = [layer for layer in bench.CONVS if layer.label in ("1x1 160->960 @7", "depthwise 5x5 672 @14 /2")]
+    monkeypatch.setattr(bench, "CONVS", convs)
+    monkeypatch.setattr(bench, "LINEARS", [layer for layer in bench.LINEARS if layer.in_features == 192][:1])
+    file, plot = tmp_path / "bench.json", tmp_path / "bench.svg"
+    assert main([*SMALL_BENCH, "--selected", "1,2", "--json", str(file), "--plot", str(plot)]) == 0
+    content = json.loads(file.read_text())
+    rows = content["rows"]
+    by_operator = {
+        name: [row for row in rows if row["operator"] == name] for name in {row["operator"] for row in rows}
+    }
+    assert {name: len(of) for name, of in by_operator.items()} == {
+        "conv2d_channel_grad": 2 * 2 * 2 * 2,  # layers, formats, dtypes, k
+        "gather_channels": 2 * 2 * 2 * 2,
+        "linear_channel_grad": 2 * 2,
     }
     assert all({"auto", "aten", "dense"} <= row["microseconds"].keys() for row in rows)
     assert all(time > 0 for row in rows for time in row["microseconds"].values())
-    assert "aten/auto" in capsys.readouterr().out
+    assert all(
+        ("call" in row["microseconds"]) == ("depthwise" in row["label"])
+        for row in by_operator["conv2d_channel_grad"]
+    )
+    if available()["cpp"] is None:
+        assert all(row["roofline"] > 0 for row in rows)
+        assert content["roofline"]["flops_per_second"].keys() == {"float32", "bfloat16"}
+    goals = {goal["goal"]: goal for goal in content["goals"]}
+    assert goals["depthwise, float32: times ATen, worst"]["count"] == 2
+    out = capsys.readouterr().out
+    assert "aten/auto" in out and "depthwise, float32: times ATen, worst" in out
+    drawn = (tmp_path / "bench-conv2d_channel_grad-channels_last-bfloat16.svg").read_text()
+    assert all(f">{html.escape(layer.label)}<" in drawn for layer in convs) and ">roofline<" in drawn
+    assert len(list(tmp_path.glob("bench-*.svg"))) == 2 * 2 * 2 + 2 and not plot.exists()
+
+
+@pytest.mark.usefixtures("bench_here")
+@pytest.mark.parametrize(
+    ("filters", "labels"),
+    (
+        (["--network", "resnet18", "--family", "7x7"], {"7x7 3->64 @224 /2"}),
+        (["--layer", "576 @14 /2"], {"depthwise 3x3 576 @14 /2"}),
+        (["--family", "linear", "--network", "resnet50"], {"linear 2048->1000 x1"}),
+    ),
+    ids=("family", "layer", "linear"),
+)
+def test_bench_filters(filters: list[str], labels: set[str], tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    where = ["--format", "channels_last", "--dtype", "float32", "--selected", "3", "--json", str(file)]
+    assert main([*SMALL_BENCH, *where, *filters]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["label"] for row in rows} == labels
+    assert {row["selected"] for row in rows} == {3} and {row["dtype"] for row in rows} == {"float32"}
+
+
+@pytest.mark.usefixtures("bench_here")
+def test_bench_tune(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has limits for what was measured, none for a depthwise layer, where there is no choice, and the next start takes it."""
+    from trady_kernels.benchmark.layers import ConvLayer
+    from trady_kernels.cli import bench
+    from trady_kernels.ops import available, choice
+
+    tiny = [ConvLayer("", 8, 16, 9), ConvLayer("", 8, 16, 9, 3), ConvLayer("", 8, 8, 9, 3, 2, 8)]
+    monkeypatch.setattr(bench, "CONVS", tiny)
+    monkeypatch.setattr(bench, "LINEARS", [])
+    file, table = tmp_path / "tune.json", tmp_path / "new" / "choice.json"
+    with monkeypatch.context() as environment:
+        environment.setenv("TRADY_CHOICE", str(table))
+        arguments = [*SMALL_BENCH, "--tune", "--json", str(file)]
+        if available()["cpp"] is not None:
+            assert main(arguments) == 2
+            return
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        choice.load()
+        assert choice.in_force().path == table and choice.in_force().ignored is None
+        assert main(["doctor"]) == 0
+        assert f"limits measured here on {choice.in_force().made['date']}" in capsys.readouterr().out
+    choice.load()
+    limits, _ = choice.parse(json.loads(table.read_text()))
+    assert {(limit.operator, limit.family, str(limit.memory_format)) for limit in limits} == {
+        ("conv2d_channel_grad", family, memory_format)
+        for family in ("1x1", "kxk")
+        for memory_format in ("torch.contiguous_format", "torch.channels_last")
+    }
+    assert "C++ up to k" in out and str(table) in out
+    content = json.loads(file.read_text())
+    labels = {point["label"] for limit in content["limits"] for point in limit["points"]}
+    assert labels == {layer.label for layer in tiny[:2]} and content["machine"]["threads"] == 1
+
+
+@pytest.mark.usefixtures("bench_here")
+def test_bench_notices_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trady_kernels.ops.backend import OPERATORS
+
+    operator = OPERATORS["linear_channel_grad"]
+    right = operator.kernels["aten"]
+    monkeypatch.setitem(operator.kernels, "aten", lambda *args: right(*args) * 1.1)
+    monkeypatch.setattr(operator, "choose", lambda *args: "aten")
+    assert main([*SMALL_BENCH, "--family", "linear", "--selected", "2"]) == 1
+    assert "2 channels, contiguous, float32: differs from ATen" in capsys.readouterr().err
 
 
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,12 @@ import torch
 from cases import CONV_CASES, ConvCase
 from tolerances import sum_tolerance
 
-from trady_kernels.ops import backend, conv2d_channel_grad, last_kernel
+from trady_kernels.ops import (
+    backend,
+    conv2d_channel_grad,
+    conv2d_channel_grad_with_bias,
+    last_kernel,
+)
 from trady_kernels.ops.conv2d_channel_grad import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -79,6 +84,23 @@ def test_cpp_matches_reference(case: ConvCase, dtype: torch.dtype, isa: str) -> 
 def test_chosen_kernel_matches_reference(case: ConvCase, layout: str) -> None:
     args = arguments(case, torch.float32)
     Exact(case, args).check(conv2d_channel_grad(*LAYOUTS[layout](*args[:2]), *args[2:]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CONV_CASES if c.groups == 1 and c.selected], ids=str)
+def test_with_bias_matches_reference(case: ConvCase, dtype: torch.dtype, isa: str) -> None:
+    args = arguments(case, dtype)
+    exact = Exact(case, args)
+    dy = args[1].double()
+    expected, allowed = dy.sum((0, 2, 3)), dy.abs().sum((0, 2, 3))
+    allowed *= sum_tolerance(dtype, dy[:, 0].numel())
+    for layout in LAYOUTS.values():
+        with backend("cpp"):
+            grad, bias = conv2d_channel_grad_with_bias(*layout(*args[:2]), *args[2:])
+        assert last_kernel("conv2d_channel_grad_with_bias") == "cpp"
+        exact.check(grad)
+        assert bias.dtype == exact.dtype and bias.shape == expected.shape and bias.is_contiguous()
+        assert bool(((bias.double() - expected).abs() <= allowed).all())
 
 
 LARGE = (
@@ -170,6 +192,14 @@ def test_bad_arguments_are_named(change: dict[int, object], message: str) -> Non
         args[index] = value
     with pytest.raises(ValueError, match=message):
         conv2d_channel_grad(*args)
+
+
+def test_with_bias_is_for_dense_layers_with_a_channel() -> None:
+    args = list(arguments(ConvCase("", 2, 8, 12, (7, 7), 3, padding=(1, 1), groups=2), torch.float32))
+    with pytest.raises(ValueError, match="groups: got 2, expected 1"):
+        conv2d_channel_grad_with_bias(*args)
+    with pytest.raises(ValueError, match="channels: got none, expected at least one"):
+        conv2d_channel_grad_with_bias(args[0][:, :0], args[1], args[2][:0], *args[3:8], 1)
 
 
 @pytest.mark.parametrize("index", (-1, 8))

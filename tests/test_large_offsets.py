@@ -9,7 +9,15 @@ import torch
 from cases import POINT, SAME, ConvCase
 from tolerances import sum_tolerance
 
-from trady_kernels.ops import backend, conv2d_channel_grad, gather_channels, linear_channel_grad
+from trady_kernels.ops import (
+    backend,
+    conv2d_channel_grad,
+    gather_channels,
+    linear_channel_grad,
+    max_pool2d_offsets,
+    max_pool2d_offsets_backward,
+    pack_bits,
+)
 from trady_kernels.ops.conv2d_channel_grad import reference as conv2d_reference
 from trady_kernels.ops.linear_channel_grad import reference as linear_reference
 
@@ -17,19 +25,20 @@ from trady_kernels.ops.linear_channel_grad import reference as linear_reference
 MAP_NORESERVE = 0x4000
 
 
-def spread(values: torch.Tensor, dimension: int) -> torch.Tensor:
-    """The same values, the last ones along ``dimension`` 2**31 elements on, in address space of which nothing else is
-    ever touched.
+def untouched(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take no memory until they are written to."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=flags)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # 2 MiB for every element that lies alone would be too much
+    return torch.frombuffer(memory, dtype=dtype)
 
-    The other dimensions keep their strides.
-    """
+
+def spread(values: torch.Tensor, dimension: int) -> torch.Tensor:
+    """The same values, the last ones along ``dimension`` 2**31 elements on; the other dimensions keep their strides."""
     strides = list(values.stride())
     strides[dimension] = 2**31 // (values.shape[dimension] - 1) + 12345
     size = 1 + sum((n - 1) * stride for n, stride in zip(values.shape, strides, strict=True))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    memory = mmap.mmap(-1, size * values.element_size(), flags=flags)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)  # 2 MiB for every element that lies alone would be too much
-    return torch.frombuffer(memory, dtype=values.dtype).as_strided(values.shape, strides).copy_(values)
+    return untouched(size, values.dtype).as_strided(values.shape, strides).copy_(values)
 
 
 def in_format(values: torch.Tensor, layout: str) -> torch.Tensor:
@@ -96,6 +105,21 @@ def test_linear_channel_grad(dimension: int, features: int, isa: str) -> None:
         assert bool(((actual.double() - expected).abs() <= allowed).all())
 
 
+@pytest.mark.parametrize("dimension", range(4))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_max_pool2d(layout: str, dimension: int, isa: str) -> None:
+    x = in_format(torch.randn(2, 5, 9, 12), layout)
+    geometry = ((3, 3), (2, 2), (1, 1), (1, 1))
+    with backend("reference"):
+        expected, places = max_pool2d_offsets(x, *geometry, False)
+        grad_output = in_format(torch.randn(expected.shape), layout)
+        expected_grad = max_pool2d_offsets_backward(grad_output, places, (9, 12), *geometry)
+    with backend("cpp"):
+        output, offsets = max_pool2d_offsets(spread(x, dimension), *geometry, False)
+        grad = max_pool2d_offsets_backward(spread(grad_output, dimension), places, (9, 12), *geometry)
+    assert torch.equal(output, expected) and torch.equal(offsets, places) and torch.equal(grad, expected_grad)
+
+
 # ---- more than 2**31 elements -------------------------------------------------------------------------------
 
 #: Images that are all the same one, so that only one is in memory.
@@ -139,3 +163,15 @@ def test_gather_channels_of_more_elements(layout: str) -> None:
     assert output.numel() > 2**31
     for n in (0, 512, 1023, 1024):
         assert torch.equal(output[n], input[0, channels])
+
+
+@pytest.mark.slow
+def test_pack_bits_of_more_elements() -> None:
+    mask = untouched(2**31 + 70, torch.bool)
+    places = torch.tensor([5, 2**31 - 1, 2**31 + 3, 2**31 + 69])
+    mask[places] = True
+    with backend("cpp"):
+        bits = pack_bits(mask)
+    assert bits.numel() == (2**31 + 77) // 8
+    assert bits.nonzero()[:, 0].tolist() == (places // 8).tolist()
+    assert bits[places // 8].tolist() == (1 << places % 8).tolist()

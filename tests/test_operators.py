@@ -56,6 +56,7 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (_images(2, 5, 3, 4, channels_last=True).half(), torch.tensor([3]), torch.float64),
     ),
     "conv2d_channel_grad": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
+    "conv2d_channel_grad_with_bias": (_convolution(), _convolution(channels_last=True)),
     "linear_channel_grad": (
         (torch.randn(6, 3), torch.randn(6, 5)),
         (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),

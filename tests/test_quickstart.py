@@ -129,6 +129,25 @@ def test_the_build_depends_on_its_sources(quickstart: ModuleType, tmp_path: Path
     assert len(set(digests)) == 3
 
 
+def test_arm_says_what_to_install(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart.shutil, "which", lambda name: None)
+    sentence = (
+        r"arm: aarch64-linux-gnu-g\+\+ and qemu-aarch64 not found; .*apt-get install g\+\+-aarch64-linux-gnu"
+    )
+    with pytest.raises(SystemExit, match=sentence):
+        quickstart.arm([])
+    with pytest.raises(SystemExit, match="arm: got '--slow', expected no arguments"):
+        quickstart.arm(["--slow"])
+
+
+def test_sanitize_says_what_is_missing(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler answers with the bare name where it has no such library."""
+    answer = subprocess.CompletedProcess([], 0, "libasan.so\n", "")
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda *_, **__: answer)
+    with pytest.raises(SystemExit, match=r"sanitize: .* has no libasan\.so; install g\+\+"):
+        quickstart.sanitize([])
+
+
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["dance"], 2), (["--help"], 0)], ids=str)
 def test_usage(arguments: list[str], code: int) -> None:
     ran = subprocess.run([sys.executable, ROOT / "quickstart.py", *arguments], capture_output=True, text=True)

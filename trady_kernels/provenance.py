@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from trady_kernels.ops.backend import instruction_set
+from trady_kernels.ops.backend import cpu_name, instruction_set
 
 _PACKAGES = (
     "trady-kernels",
@@ -83,19 +83,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     """The device in words, the threads of a CPU operator, and the instruction set of the C++ kernels."""
     facts = {
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
     }
     if (isa := instruction_set()) is not None:
         facts["instruction_set"] = isa
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -9,8 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <tuple>
 #include <vector>
 
+#include "dtype.h"
 #include "parallel.h"
 
 namespace trady {
@@ -18,23 +20,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(false,
-                      "conv2d_channel_grad: input_selected has an unsupported dtype, expected float32, float64, ",
-                      "bfloat16 or float16");
-  }
-}
 
 // Kept for the life of the thread: a fresh block for each call would be returned to the system and faulted in again.
 void* scratch(size_t bytes) {
@@ -85,9 +70,11 @@ void add_slices(const Conv2dChannelGrad& q, T* partial, T* out) {
   });
 }
 
-Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, int64_t in_channels,
-                           std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                           std::vector<int64_t> dilation, int64_t groups) {
+// The weight gradient, and where `bias` is given that of the bias too, from the same pass.
+Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const Tensor& channels, int64_t in_channels,
+                 const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                 Tensor* bias) {
   STD_TORCH_CHECK(input_selected.dim() == 4 && grad_output.dim() == 4,
                   "conv2d_channel_grad: input_selected and grad_output have ", input_selected.dim(), " and ",
                   grad_output.dim(), " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
@@ -115,13 +102,16 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   }
 
   Conv2dChannelGrad q{};
-  q.dtype = dtype_of(input_selected);
+  q.dtype = dtype_of(input_selected, "input_selected");
   const bool wide = q.dtype == Dtype::float64;
   q.selected = input_selected.size(1);
   q.out_per_group = grad_output.size(1) / groups;
   const std::vector<int64_t> shape{q.selected, q.out_per_group, kernel_size[0], kernel_size[1]};
   const auto accumulate = wide ? ScalarType::Double : ScalarType::Float;
-  if (q.selected == 0 || grad_output.numel() == 0) return torch::stable::new_zeros(grad_output, shape, accumulate);
+  if (q.selected == 0 || grad_output.numel() == 0) {
+    if (bias) *bias = torch::stable::new_zeros(grad_output, std::vector<int64_t>{q.out_per_group}, accumulate);
+    return torch::stable::new_zeros(grad_output, shape, accumulate);
+  }
   Tensor out = torch::stable::new_empty(grad_output, shape, accumulate);
 
   std::vector<int64_t> indices(q.selected);
@@ -154,22 +144,61 @@ Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor cha
   Tensor partial =
       whole ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, elements}, accumulate);
   void* sums = partial.mutable_data_ptr();
+  Tensor bias_partial;
+  if (bias) {
+    *bias = torch::stable::new_empty(grad_output, std::vector<int64_t>{q.out_per_group}, accumulate);
+    bias_partial = q.slices == 1 ? *bias
+                                 : torch::stable::new_empty(
+                                       grad_output, std::vector<int64_t>{q.slices, q.out_per_group}, accumulate);
+    q.bias = bias_partial.mutable_data_ptr();
+  }
   const int64_t cost = q.batch * q.out_height * q.out_width * elements / q.tasks;
   parallel_for(q.tasks, cost, [&](int64_t begin, int64_t end) {
     void* room = scratch(q.scratch * (wide ? sizeof(double) : sizeof(float)));
     for (int64_t task = begin; task < end; task++) loop(q, task, sums, room);
   });
-  if (!whole) {
-    if (wide)
-      add_slices(q, static_cast<double*>(sums), static_cast<double*>(out.mutable_data_ptr()));
-    else
-      add_slices(q, static_cast<float*>(sums), static_cast<float*>(out.mutable_data_ptr()));
-  }
+  const auto finish = [&](auto zero) {
+    using T = decltype(zero);
+    if (!whole) add_slices(q, static_cast<T*>(sums), static_cast<T*>(out.mutable_data_ptr()));
+    if (!bias || q.slices == 1) return;
+    const T* from = static_cast<const T*>(q.bias);
+    T* to = static_cast<T*>(bias->mutable_data_ptr());
+    for (int64_t o = 0; o < q.out_per_group; o++) to[o] = from[o];
+    for (int64_t slice = 1; slice < q.slices; slice++)
+      for (int64_t o = 0; o < q.out_per_group; o++) to[o] += from[slice * q.out_per_group + o];
+  };
+  if (wide)
+    finish(double{});
+  else
+    finish(float{});
   return out;
+}
+
+Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, int64_t in_channels,
+                           std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                           std::vector<int64_t> dilation, int64_t groups) {
+  return gradients(input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups,
+                   nullptr);
+}
+
+std::tuple<Tensor, Tensor> conv2d_channel_grad_with_bias(Tensor input_selected, Tensor grad_output, Tensor channels,
+                                                         int64_t in_channels, std::vector<int64_t> kernel_size,
+                                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                         std::vector<int64_t> dilation, int64_t groups) {
+  STD_TORCH_CHECK(groups == 1 && channels.numel() > 0,
+                  "conv2d_channel_grad_with_bias: expected groups = 1 and at least one channel, got groups = ", groups,
+                  " and ", channels.numel(), " channels");
+  Tensor bias;
+  Tensor grad = gradients(input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation,
+                          groups, &bias);
+  return {grad, bias};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) { m.impl("conv2d_channel_grad", TORCH_BOX(&conv2d_channel_grad)); }
+STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) {
+  m.impl("conv2d_channel_grad", TORCH_BOX(&conv2d_channel_grad));
+  m.impl("conv2d_channel_grad_with_bias", TORCH_BOX(&conv2d_channel_grad_with_bias));
+}
 
 }  // namespace trady

@@ -25,6 +25,7 @@ struct Conv2dChannelGrad {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   const ChannelRun* runs;
   int64_t run_count;
+  void* bias;  // where (slices, C') sums of grad_output over its pixels go, or null; with one run, of all channels
 
   // How the work is cut, by plan(). It depends on the shape alone, never on the number of threads, so the sums are the
   // same for any number of them. A task is a range of outputs and a slice of the tiles.
@@ -55,7 +56,8 @@ constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;
 // Computes one task's share of `partial`, float, or double for float64 input. `scratch` is 64-byte aligned.
 using Conv2dChannelGradLoop = void (*)(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch);
 
-// Decides which loop takes the problem, and fills in how the work is cut. Everything up to `run_count` must be set.
+// Decides which loop takes the problem, and fills in how the work is cut. Everything up to `bias` must be set; that, by
+// the time a task runs.
 Conv2dChannelGradLoop plan(Conv2dChannelGrad& problem);
 
 }  // namespace trady

@@ -147,6 +147,25 @@ void block(const P* input, const int64_t* rows, const P* grad, int64_t output_st
   sum_lanes(acc, sums);
 }
 
+// The sum of `count` stretches of pixels, `step` apart.
+template <class P>
+scalar_of<P> sum_pixels(const P* grad, int64_t count, int64_t step, int64_t pixels) {
+  constexpr int VL = OPERANDS<P>;
+  // Chains of additions that do not wait for each other.
+  constexpr int CHAINS = 4;
+  vector_of<P> acc[CHAINS] = {};
+  const operand_of<P> one = ones<P>();
+  for (int64_t n = 0; n < count; n++, grad += step) {
+    int64_t p = 0;
+    for (; p + CHAINS * VL <= pixels; p += CHAINS * VL)
+      for (int chain = 0; chain < CHAINS; chain++)
+        acc[chain] = multiply_add(acc[chain], load_operand(grad + p + chain * VL), one);
+    for (; p + VL <= pixels; p += VL) acc[0] = multiply_add(acc[0], load_operand(grad + p), one);
+    if (p < pixels) acc[1] = multiply_add(acc[1], load_first_operand(grad + p, static_cast<int>(pixels - p)), one);
+  }
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
 template <class P>
 using Block = void (*)(const P*, const int64_t*, const P*, int64_t, Segments<P>, int64_t, scalar_of<P>*);
 
@@ -203,7 +222,8 @@ template <class P, class S>
 struct Task {
   using A = scalar_of<P>;
   const Conv2dChannelGrad& q;
-  A* partial;  // this slice's
+  A* partial = nullptr;  // this slice's
+  A* bias = nullptr;     // likewise, while a tile's first packing is added
   P* planes;
   P* packed_grad;
   P* gathered_grad;
@@ -405,6 +425,11 @@ struct Task {
       if (gathers_tails)
         for (int64_t o = 0; o < outputs; o++)
           gather_tails(gathered_grad + o * kPlane, grad + o * output_step, segments.grad_step);
+      if (bias)
+        for (int64_t o = 0; o < outputs; o++) {
+          bias[output + o] += sum_pixels(grad + o * output_step, images, segments.grad_step, segments.pixels);
+          bias[output + o] += sum_pixels(gathered_grad + o * kPlane, 1, 0, segments.gathered);
+        }
       for (int64_t i = 0; i < rows; i += fused ? 3 : 1)
         for (int64_t b = 0; b < blocks; b++, ahead = 0) {
           const int64_t first = row_taps * b / blocks, count = row_taps * (b + 1) / blocks - first;
@@ -462,6 +487,7 @@ struct Task {
           channel = run.begin + (run.end - run.begin) * p / packings;
           channels = run.begin + (run.end - run.begin) * (p + 1) / packings - channel;
           add_packing();
+          bias = nullptr;
         }
       }
     }
@@ -478,7 +504,13 @@ struct Task {
       A* to = partial + (c * q.out_per_group + first_output) * all_taps;
       for (int64_t i = 0; i < (last_output - first_output) * all_taps; i++) to[i] = 0;
     }
-    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) add_tile(tile);
+    A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
+    if (sums)
+      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
+    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
+      bias = sums;
+      add_tile(tile);
+    }
   }
 };
 

@@ -88,7 +88,7 @@ void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pix
           for (; w < pixels.columns; w++) step(acc[0]);
       }
   };
-  if (left == VL)
+  if (!MASKED_LOADS && left == VL)
     run([](const S* from) INLINED { return load(from); });
   else
     run([left](const S* from) INLINED { return load_first(from, left); });
@@ -108,6 +108,24 @@ void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pix
   }
 }
 
+// out[o] += sum over pixels of grad[o], for one vector of outputs.
+template <class S>
+void sum_pixels(const S* grad, const Pixels& pixels, int lanes, scalar_of<S>* out) {
+  // Chains of additions that do not wait for each other.
+  constexpr int CHAINS = 4;
+  vector_of<S> acc[CHAINS] = {};
+  for (int64_t n = 0; n < pixels.images; n++)
+    for (int64_t r = 0; r < pixels.rows; r++) {
+      const S* g = grad + n * pixels.grad_image + r * pixels.grad_row;
+      int64_t w = 0;
+      for (; w + CHAINS <= pixels.columns; w += CHAINS)
+        for (int chain = 0; chain < CHAINS; chain++)
+          acc[chain] += load_first(g + (w + chain) * pixels.grad_column, lanes);
+      for (; w < pixels.columns; w++) acc[0] += load_first(g + w * pixels.grad_column, lanes);
+    }
+  store_first(out, load_first(out, lanes) + ((acc[0] + acc[1]) + (acc[2] + acc[3])), lanes);
+}
+
 template <class S>
 using Block = void (*)(const scalar_of<S>*, int64_t, const S*, const Pixels&, int, scalar_of<S>* const*);
 
@@ -122,10 +140,19 @@ constexpr int kVectorsByTaps[] = {0, 8, 4, 4, 3, 2, 2};
 constexpr bool kFuses3x3 = false;
 #endif
 
+// So many vectors of those that are left: pieces of about the same size. Small blocks come in powers of two alone.
+TRADY_INLINE int64_t piece_of(int64_t left, int64_t most) {
+  const int64_t even = ceil_div(left, ceil_div(left, most));
+  if (most < 8) return even;
+  int64_t power = 1;
+  while (2 * power <= even) power *= 2;
+  return power;
+}
 template <class S, int ROWS, int COLUMNS, int VECTORS = 1>
 Block<S> block_of(int64_t vectors) {
-  if constexpr (VECTORS < kVectorsByTaps[ROWS * COLUMNS])
-    if (vectors > VECTORS) return block_of<S, ROWS, COLUMNS, VECTORS + 1>(vectors);
+  constexpr int most = kVectorsByTaps[ROWS * COLUMNS];
+  if constexpr (VECTORS < most)
+    if (vectors > VECTORS) return block_of < S, ROWS, COLUMNS, most<8 ? VECTORS + 1 : 2 * VECTORS>(vectors);
   return block<S, VECTORS, ROWS, COLUMNS>;
 }
 template <class S, int TAPS = 1>
@@ -146,6 +173,7 @@ struct Task {
   const Conv2dChannelGrad& q;
   A* packed;
   A* partial = nullptr;  // this slice's, (k, kh, kw, C'/groups)
+  A* bias = nullptr;     // likewise, while a tile's first packing is added
   // This task.
   ChannelRun run = {};
   int64_t first_output = 0, last_output = 0;  // of the group
@@ -239,13 +267,16 @@ struct Task {
     const int64_t blocks = fused ? 1 : ceil_div(together, kMaxTaps);
     const int64_t most = kVectorsByTaps[fused ? 9 : ceil_div(together, blocks)];
     const int64_t lanes = LANES<S>, vectors = ceil_div(last_output - first_output, lanes);
-    const int64_t pieces = ceil_div(vectors, most);
-    for (int64_t piece = 0; piece < pieces; piece++) {
-      const int64_t first = vectors * piece / pieces, count = vectors * (piece + 1) / pieces - first;
+    int64_t count;
+    for (int64_t first = 0; first < vectors; first += count) {
+      count = piece_of(vectors - first, most);
       const int64_t output = first_output + first * lanes;
       const int left = static_cast<int>(min(lanes, last_output - output - (count - 1) * lanes));
       const S* grad = static_cast<const S*>(q.grad_output) + image * q.grad_stride[0] + row * q.grad_stride[2] +
                       column * q.grad_stride[3] + run.group * q.out_per_group + output;
+      if (bias)
+        for (int64_t v = 0; v < count; v++)
+          sum_pixels(grad + v * lanes, pixels, v + 1 < count ? LANES<S> : left, bias + output + v * lanes);
       for (int64_t c = 0; c < (point ? 1 : channels); c++)
         for (int64_t i = 0; i < tap_rows; i += fused ? 3 : 1)
           for (int64_t j = 0; j < (fused || point ? 1 : tap_columns); j += together)
@@ -290,7 +321,10 @@ struct Task {
     for (channel = run.begin; channel < run.end; channel += channels) {
       channels = min(most, run.end - channel);
       for (tap_row = 0; tap_row < q.kernel[0]; tap_row += tap_rows)
-        for (tap_column = 0; tap_column < q.kernel[1]; tap_column += tap_columns) add_packing();
+        for (tap_column = 0; tap_column < q.kernel[1]; tap_column += tap_columns) {
+          add_packing();
+          bias = nullptr;
+        }
     }
   }
 
@@ -303,7 +337,13 @@ struct Task {
     partial = all_partial + slice * q.selected * q.out_per_group * taps;
     for (int64_t i = run.begin * taps; i < run.end * taps; i++)
       for (int64_t o = first_output; o < last_output; o++) partial[i * q.out_per_group + o] = 0;
-    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) add_tile(tile);
+    A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
+    if (sums)
+      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
+    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
+      bias = sums;
+      add_tile(tile);
+    }
   }
 };
 

@@ -221,6 +221,12 @@ TRADY_INLINE void store(double* p, f64 value) { *reinterpret_cast<f64_memory*>(p
 TRADY_INLINE void store(bfloat16* p, f32 value) { *reinterpret_cast<u16_half_memory*>(p) = narrow_bfloat16(value); }
 TRADY_INLINE void store(float16* p, f32 value) { *reinterpret_cast<u16_half_memory*>(p) = narrow_float16(value); }
 
+#if defined(__AVX512F__)
+constexpr bool MASKED_LOADS = true;  // load_first() costs what load() does
+#else
+constexpr bool MASKED_LOADS = false;
+#endif
+
 // The first `count` lanes (0 <= count <= LANES<T>); the others are zero, and their memory is not touched.
 #if defined(__AVX512F__)
 TRADY_INLINE f32 load_first(const float* p, int count) {
@@ -357,6 +363,15 @@ TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
 }
 #endif
 
+// The operand that multiplies by one.
+template <class P>
+TRADY_INLINE operand_of<P> ones() {
+  if constexpr (sizeof(operand_of<P>{}[0]) == 2)
+    return operand_of<P>{} + static_cast<uint16_t>(0x3f80);  // of bfloat16
+  else
+    return operand_of<P>{} + 1;
+}
+
 // Lane i holds a[i] in its low half and b[i] in its high half: a pair of rows, for dot2().
 TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
 #if defined(__AVX512BW__)
@@ -404,16 +419,20 @@ TRADY_INLINE P element_as(S x) {
 
 // ---- reductions -----------------------------------------------------------------------------------------------
 
+// By halves; on vectors that are no larger than what is left of them.
 template <class V>
 TRADY_INLINE auto sum(V value) {
   constexpr int lanes = lanes_of<V>;
-#if defined(__AVX512F__)
-  if constexpr (lanes == 16) return _mm512_reduce_add_ps((__m512)value);
-  if constexpr (lanes == 8) return _mm512_reduce_add_pd((__m512d)value);
-#endif
-  auto total = value[0];
-  for (int lane = 1; lane < lanes; ++lane) total += value[lane];
-  return total;
+  if constexpr (lanes == 2) {
+    return value[0] + value[1];
+  } else {
+    typedef decltype(value[0] + value[0]) half __attribute__((vector_size(sizeof(V) / 2)));
+    struct Halves {
+      half low, high;
+    };
+    const auto halves = __builtin_bit_cast(Halves, value);
+    return sum(halves.low + halves.high);
+  }
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from pathlib import Path
@@ -19,6 +20,9 @@ from rich.progress import (
 
 from trady_kernels.cli import BadUsage
 from trady_kernels.training.results import EpochFigures, SchemeResult
+
+#: Suffixes of the files that plots can be.
+PLOT_FORMATS = ("png", "svg", "pdf")
 
 #: Width of tables where the output is a file or a pipe: wide enough that none of ours wraps.
 _FILE_WIDTH = 160
@@ -54,6 +58,19 @@ def check_writable(argument: str, path: Path) -> None:
         raise BadUsage(f"{argument}: {path} is a folder, expected a file to write")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise BadUsage(f"{argument}: {path.parent} is no folder that can be written to; give another file")
+
+
+def check_plottable(path: Path) -> None:
+    """Refuse a plot that cannot be drawn or written, before any work.
+
+    Raises:
+        BadUsage: no such format, the file cannot be written, or matplotlib is not installed.
+    """
+    if path.suffix[1:].lower() not in PLOT_FORMATS:
+        raise BadUsage(f"plot: got {path}, expected a name that ends in .{', .'.join(PLOT_FORMATS)}")
+    check_writable("plot", path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BadUsage("plot: drawing needs matplotlib; install it with: pip install 'trady-kernels[cli]'")
 
 
 class TrainingProgress:

@@ -21,7 +21,7 @@ from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder
 from trady_kernels.data.mnist import find_mnist
 from trady_kernels.models.loading import find_efficientnet_lite0_weights
-from trady_kernels.ops import available, last_kernel
+from trady_kernels.ops import available, choice, last_kernel
 from trady_kernels.ops.backend import OPERATORS, build_record
 from trady_kernels.provenance import commit, machine, versions
 
@@ -29,7 +29,8 @@ _DESCRIPTION = """\
 Show versions, the machine, which backends can run and why the others cannot, the instruction set of the C++ kernels,
 which kernel each operator took just now, and what optional parts are missing and how to get them.
 
-TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set."""
+TRADY_ISA=baseline in the environment, or another set of those that it names, chooses the instruction set, and
+TRADY_CHOICE=FILE the table by which kernels are chosen (empty: the shipped one)."""
 
 _EPILOG = """\
 examples:
@@ -92,10 +93,20 @@ def _backends() -> list[Finding]:
     findings = [
         Finding(name, reason is None, reason or _ABOUT[name]()) for name, reason in available().items()
     ]
+    findings.append(_choice())
     record = build_record()
     if record:
         findings.append(Finding("built", "missing" not in record, _build_in_words(record)))
     return findings
+
+
+def _choice() -> Finding:
+    table = choice.in_force()
+    if table.path is None:
+        return Finding("choice", True, "the shipped limits; trady bench --tune measures this machine's")
+    if table.ignored is not None:
+        return Finding("choice", False, f"the shipped limits; {table.path} is ignored: {table.ignored}")
+    return Finding("choice", True, f"limits measured here on {table.made['date']}: {table.path}")
 
 
 def _instruction_sets() -> str:

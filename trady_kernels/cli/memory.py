@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from rich.table import Table
 
 from trady_kernels import resident
 from trady_kernels.atomic_write import write_json
-from trady_kernels.cli import BadUsage, Failed
-from trady_kernels.cli.console import check_writable, in_bytes, make_console
-from trady_kernels.cli.memory_plot import FORMATS, plot_memory
+from trady_kernels.cli import Failed
+from trady_kernels.cli.console import PLOT_FORMATS, check_plottable, check_writable, in_bytes, make_console
+from trady_kernels.cli.memory_plot import plot_memory
 from trady_kernels.cli.network import (
     add_network_arguments,
     add_selection_arguments,
@@ -80,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="modules to list, those that keep most in the dense step first; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help=f"draw the bytes by kind here ({', '.join(FORMATS)})"
+        "--plot", type=Path, metavar="FILE", help=f"draw the bytes by kind here ({', '.join(PLOT_FORMATS)})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
@@ -163,13 +162,7 @@ def _check_files(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_writable("json", args.json)
     if args.plot is not None:
-        if args.plot.suffix[1:].lower() not in FORMATS:
-            raise BadUsage(f"plot: got {args.plot}, expected a name that ends in .{', .'.join(FORMATS)}")
-        check_writable("plot", args.plot)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise BadUsage(
-                "plot: drawing needs matplotlib; install it with: pip install 'trady-kernels[cli]'"
-            )
+        check_plottable(args.plot)
 
 
 def _measure_apart(args: argparse.Namespace, sparse: bool) -> ResidentReport:

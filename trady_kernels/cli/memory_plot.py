@@ -10,8 +10,6 @@ from typing import Any
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.memory import KINDS, MemoryReport
 
-FORMATS = ("png", "svg", "pdf")
-
 # Okabe and Ito's colours and two greys, told apart with any colour vision; hatches tell them apart without colour.
 _STYLES: Mapping[str, tuple[str, str]] = {
     "conv input": ("#0072B2", ""),
@@ -37,7 +35,7 @@ def plot_memory(path: Path, dense: MemoryReport, sparse: MemoryReport, title: st
     """Draw two stacked bars by kind on one axis in MiB, the sparse one once more enlarged where it is small.
 
     Args:
-        path: file to make or replace; its suffix is one of ``FORMATS``.
+        path: file to make or replace; its suffix is one of ``PLOT_FORMATS``.
         dense, sparse: what the two steps keep.
         title: which network and batch.
 

@@ -19,7 +19,7 @@ from trady_kernels.functional.norm import (
     norm_trains,
     normalize,
 )
-from trady_kernels.ops import conv2d_channel_grad, gather_channels
+from trady_kernels.ops import conv2d_channel_grad, conv2d_channel_grad_with_bias, gather_channels
 from trady_kernels.ops.layout import memory_format_of
 
 #: Zeros around the input: (left, right, top, bottom), the order that ``F.pad`` takes.
@@ -236,7 +236,7 @@ class _SparseConv2d(torch.autograd.Function):
                 scale = norm_scale(norm_weight, running_var, ctx.eps)
         grad_input = grad_bias = grad_rows = None
         if ctx.needs_input_grad[3]:
-            grad_rows = conv2d_channel_grad(
+            arguments = (
                 F.pad(selected, by_hand, mode=mode) if padded else selected,
                 grad_output,
                 channels,
@@ -247,6 +247,10 @@ class _SparseConv2d(torch.autograd.Function):
                 dilation,
                 groups,
             )
+            if ctx.needs_input_grad[2] and groups == 1 and channels.shape[0] > 0:
+                grad_rows, grad_bias = conv2d_channel_grad_with_bias(*arguments)
+            else:
+                grad_rows = conv2d_channel_grad(*arguments)
             if scale is not None:
                 grad_rows = grad_rows * _row_scale(scale, channels, shape[1], groups)
             grad_rows = grad_rows.to(rows_dtype)
@@ -265,7 +269,8 @@ class _SparseConv2d(torch.autograd.Function):
             elif padded:
                 grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.sum((0, 2, 3))
+            if grad_bias is None:
+                grad_bias = grad_output.sum((0, 2, 3))
             if scale is not None:
                 grad_bias = grad_bias * scale
             grad_bias = grad_bias.to(bias_dtype)

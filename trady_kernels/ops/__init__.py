@@ -1,7 +1,8 @@
 """Operators: ``torch.ops.trady.*`` and their Python fronts."""
 
+from trady_kernels.ops import choice
 from trady_kernels.ops.backend import available, backend, last_kernel, load_compiled
-from trady_kernels.ops.conv2d_channel_grad import conv2d_channel_grad
+from trady_kernels.ops.conv2d_channel_grad import conv2d_channel_grad, conv2d_channel_grad_with_bias
 from trady_kernels.ops.gather_channels import gather_channels
 from trady_kernels.ops.linear_channel_grad import linear_channel_grad
 from trady_kernels.ops.max_pool2d import max_pool2d_offsets, max_pool2d_offsets_backward
@@ -11,11 +12,13 @@ from trady_kernels.ops.rectify import rectify, rectify_
 from trady_kernels.ops.scale_by_bits import scale_by_bits
 
 load_compiled()
+choice.load()
 
 __all__ = [
     "available",
     "backend",
     "conv2d_channel_grad",
+    "conv2d_channel_grad_with_bias",
     "dequantize_blocks",
     "gather_channels",
     "last_kernel",

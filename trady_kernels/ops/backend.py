@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import json
 import os
+import platform
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +237,17 @@ def instruction_set() -> str | None:
         return None
     name: str = importlib.import_module("trady_kernels._C").isa()
     return name
+
+
+def cpu_name() -> str:
+    """The CPU in its maker's words."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def available() -> dict[str, str | None]:

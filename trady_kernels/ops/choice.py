@@ -1,67 +1,264 @@
-"""The one table by which ``auto`` takes a C++ kernel or ATen on the CPU."""
+"""The one table by which ``auto`` takes a C++ kernel or ATen on the CPU: shipped limits, or a user's own.
+
+``trady bench --tune`` measures the limits on the machine it runs on and writes them to :func:`table_path`. They are
+read when the package is imported, so that no call and no traced graph reads a file, and only where they were made on
+this CPU, instruction set and version of torch.
+
+A matrix product on the pixels is no third kernel: of the 379 shapes that ``trady bench`` has of stride-1 1x1 layers
+(batch 8, float32, one thread of a Zen 4 with AVX-512, torch 2.13) it beat both others by more than 5% on 3 in
+channels_last (``mm``) and on 25 in contiguous layout (``bmm``), scattered over layers and k.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
-ANY = 1 << 62
+from trady_kernels.ops.backend import cpu_name, instruction_set
 
-_FLOAT = (torch.float32,)
+ANY = 1 << 62
 
 
 @dataclass(frozen=True)
 class Limit:
     """Up to how many selected channels a C++ kernel is taken; above, ATen on the compact input.
 
+    A dtype without a limit always runs in C++: ATen rounds the sums of the half types to the half type before they
+    can be widened.
+
     Attributes:
         operator: name of the operator.
         family: kind of call, as the operator names it.
         memory_format: of the tensor that has all channels.
+        dtype: of the input.
         most_selected: the limit.
-        dtypes: what the limit holds for; other dtypes always run in C++. ATen rounds the sums of the half types to
-            the half type before they can be widened.
+        most_pixels: holds for calls of up to this many output pixels of the whole batch, or rows of a linear layer.
     """
 
     operator: str
     family: str
     memory_format: torch.memory_format
+    dtype: torch.dtype
     most_selected: int
-    dtypes: tuple[torch.dtype, ...] = _FLOAT
+    most_pixels: int = ANY
 
+    @property
+    def key(self) -> Key:
+        """What the limit is for, calls of any number of pixels together."""
+        return self.operator, self.family, self.memory_format, self.dtype
+
+
+Key = tuple[str, str, torch.memory_format, torch.dtype]
 
 _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+_F32, _F64 = torch.float32, torch.float64
 
-#: Measured with AVX-512 on one thread against torch 2.13 (oneDNN and MKL), on the layers of MobileNetV2, ResNet-18 and
-#: EfficientNet-Lite0 at batch 8 (``trady bench``, benchmarks/results).
+#: Whether the number of pixels matters is measured too: ``trady bench --tune`` on the 3x3 layers in channels_last lost a
+#: root mean square of 6% over the faster kernel with one limit, 3% with one up to 2048 pixels and one above.
 #:
-#: * ``ANY`` for convolutions in channels_last is also where oneDNN is not to be trusted: strided 1x1 with few channels
-#:   (oneDNN#6035), strided and padded depthwise (pytorch#50042).
-#: * linear: torch.mm takes 1.06 to 3.5 times as long up to 12 features, 0.95 to 1.3 times from 48 to all of 3072.
+#: Measured with AVX-512 on one thread against torch 2.13 (oneDNN and MKL), on the layers of MobileNetV2, ResNet-18 and
+#: EfficientNet-Lite0 at batch 8 (``trady bench``, benchmarks/results). Linear: torch.mm takes 1.06 to 3.5 times as
+#: long up to 12 features, 0.95 to 1.3 times from 48 to all of 3072.
 LIMITS = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, 16),
-    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, 16),
-    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, 48),
-    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, ANY),
-    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, 12),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, 4),
-    Limit("conv2d_channel_grad", "grouped", _CONTIGUOUS, ANY),
-    Limit("conv2d_channel_grad", "grouped", _CHANNELS_LAST, ANY),
-    Limit("linear_channel_grad", "linear", _CONTIGUOUS, ANY),
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 16),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 16),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 48),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 12),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 4),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
 )
-_TABLE = {(limit.operator, limit.family, limit.memory_format): limit for limit in LIMITS}
+# Families without a limit above are where oneDNN is not to be trusted, and no table may have one for them: strided 1x1
+# with few channels in channels_last (oneDNN#6035), strided and padded depthwise (pytorch#50042).
+
+#: What a table may have limits for.
+KEYS: tuple[Key, ...] = tuple(limit.key for limit in LIMITS)
 
 
 def cpp_or_aten(
-    operator: str, family: str, memory_format: torch.memory_format, dtype: torch.dtype, selected: int
+    operator: str,
+    family: str,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype,
+    selected: int,
+    pixels: int,
 ) -> str:
-    """``"cpp"`` or ``"aten"`` by the table. Simple comparisons only: sizes may be symbolic.
+    """``"cpp"`` or ``"aten"`` by the table in force. Simple comparisons only: sizes may be symbolic.
 
     Args:
-        operator, family, memory_format: the row.
-        dtype: of the input.
+        operator, family, memory_format, dtype: the limit's.
         selected: number of selected channels.
+        pixels: of the output, in the whole batch; a linear layer's rows.
     """
-    limit = _TABLE[operator, family, memory_format]
-    return "aten" if dtype in limit.dtypes and selected > limit.most_selected else "cpp"
+    for limit in _limits.get((operator, family, memory_format, dtype), ()):
+        if limit.most_pixels == ANY or pixels <= limit.most_pixels:
+            return "cpp" if limit.most_selected == ANY or selected <= limit.most_selected else "aten"
+    return "cpp"
+
+
+# ---- which table is in force ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Where the limits in force come from.
+
+    Attributes:
+        path: file of a tuned table, read or not; None where there is none.
+        made: when it was made, and for which machine; empty for the shipped limits.
+        ignored: why the file is not in force; None where it is, or where there is none.
+    """
+
+    path: Path | None
+    made: dict[str, str]
+    ignored: str | None
+
+
+def table_path() -> Path | None:
+    """File of the user's own limits: ``TRADY_CHOICE``, or ``trady_kernels/choice.json`` in the user's configuration.
+
+    None where ``TRADY_CHOICE`` is set and empty: the shipped limits then hold.
+    """
+    if "TRADY_CHOICE" in os.environ:
+        return Path(os.environ["TRADY_CHOICE"]) if os.environ["TRADY_CHOICE"] else None
+    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(folder) / "trady_kernels" / "choice.json"
+
+
+def this_machine() -> dict[str, str]:
+    """What limits hold for: CPU, instruction set of the C++ kernels, version of torch."""
+    return {"cpu": cpu_name(), "instruction_set": instruction_set() or "none", "torch": torch.__version__}
+
+
+def load() -> None:
+    """Put the user's limits in force, or the shipped ones, with a warning where a file cannot be used."""
+    global _limits, _table
+    path = table_path()
+    _limits, _table = _by_key(LIMITS), Table(None, {}, None)
+    if path is None or not os.path.exists(path):
+        if path is not None and "TRADY_CHOICE" in os.environ:
+            _table = Table(
+                path, {}, "there is no such file"
+            )  # no warning: trady bench --tune may be about to make it
+        return
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        limits, made = parse(content)
+        here = this_machine()
+        other = [f"{name} {made[name]!r}, here {here[name]!r}" for name in here if made[name] != here[name]]
+        if other:
+            raise ValueError(f"made with {', '.join(other)}")
+    except (OSError, ValueError) as error:
+        _table = Table(path, {}, str(error))
+        warnings.warn(
+            f"{path} is ignored, the shipped limits hold ({error}): make it anew with trady bench --tune, or remove it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    _limits, _table = _by_key(LIMITS) | _by_key(limits), Table(path, made, None)
+
+
+def in_force() -> Table:
+    """Where the limits in force come from."""
+    return _table
+
+
+def limits_in_force() -> list[Limit]:
+    """The limits themselves."""
+    return [limit for limits in _limits.values() for limit in limits]
+
+
+def _by_key(limits: Iterable[Limit]) -> dict[Key, tuple[Limit, ...]]:
+    found: dict[Key, tuple[Limit, ...]] = {}
+    for limit in limits:
+        found[limit.key] = (*found.get(limit.key, ()), limit)
+    return found
+
+
+_limits = _by_key(LIMITS)
+_table = Table(None, {}, None)
+
+
+# ---- the file -------------------------------------------------------------------------------------------
+
+_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_MADE = ("cpu", "instruction_set", "torch", "date")
+
+
+def render(limits: Iterable[Limit], date: str) -> dict[str, Any]:
+    """Limits measured on this machine, as JSON takes them; no limit (:data:`ANY`) is null."""
+    formats = {value: name for name, value in _FORMATS.items()}
+    dtypes = {value: name for name, value in _DTYPES.items()}
+    return {
+        "made": {**this_machine(), "date": date},
+        "limits": [
+            {
+                "operator": limit.operator,
+                "family": limit.family,
+                "memory_format": formats[limit.memory_format],
+                "dtype": dtypes[limit.dtype],
+                "most_pixels": None if limit.most_pixels == ANY else limit.most_pixels,
+                "most_selected": None if limit.most_selected == ANY else limit.most_selected,
+            }
+            for limit in limits
+        ],
+    }
+
+
+def parse(content: Any) -> tuple[list[Limit], dict[str, str]]:
+    """Limits of a file that :func:`render` made, and what it says about itself.
+
+    Raises:
+        ValueError: anything that ``render`` does not write, and limits for calls that ATen must not get.
+    """
+    made = content.get("made") if isinstance(content, dict) else None
+    if not isinstance(made, dict) or not all(isinstance(made.get(name), str) for name in _MADE):
+        raise ValueError(f"made: got {made!r}, expected texts for {', '.join(_MADE)}")
+    rows = content.get("limits")
+    if not isinstance(rows, list):
+        raise ValueError(f"limits: got {rows!r}, expected a list")
+    limits = [_limit(f"limits[{index}]", row) for index, row in enumerate(rows)]
+    for key, of in _by_key(limits).items():
+        pixels = [limit.most_pixels for limit in of]
+        if pixels[-1] != ANY or pixels != sorted(set(pixels)):
+            raise ValueError(
+                f"limits: got most_pixels {pixels} for {key[:2]}, expected them to grow and to end in null"
+            )
+    return limits, {name: made[name] for name in _MADE}
+
+
+def _limit(name: str, row: Any) -> Limit:
+    if not isinstance(row, dict):
+        raise ValueError(f"{name}: got {row!r}, expected an object")
+    numbers: list[int] = []
+    for field, least in (("most_selected", 0), ("most_pixels", 1)):
+        value = row.get(field, "nothing")
+        if value is None:
+            value = ANY
+        if type(value) is not int or value < least:
+            raise ValueError(
+                f"{name}: got {field} {value!r}, expected null or an integer of at least {least}"
+            )
+        numbers.append(value)
+    limit = Limit(
+        str(row.get("operator")),
+        str(row.get("family")),
+        _FORMATS.get(str(row.get("memory_format"))),  # type: ignore[arg-type]
+        _DTYPES.get(str(row.get("dtype"))),  # type: ignore[arg-type]
+        *numbers,
+    )
+    if limit.key not in KEYS:
+        raise ValueError(
+            f"{name}: got operator {row.get('operator')!r}, family {row.get('family')!r}, memory format "
+            f"{row.get('memory_format')!r} and dtype {row.get('dtype')!r}, for which there is no choice"
+        )
+    return limit

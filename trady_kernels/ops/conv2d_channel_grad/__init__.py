@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from trady_kernels.ops.backend import Operator
 from trady_kernels.ops.choice import cpp_or_aten
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad as aten
+from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad_with_bias as aten_with_bias
 from trady_kernels.ops.conv2d_channel_grad.reference import conv2d_channel_grad as reference
+from trady_kernels.ops.conv2d_channel_grad.reference import (
+    conv2d_channel_grad_with_bias as reference_with_bias,
+)
 from trady_kernels.ops.layout import memory_format_of
 
 
@@ -69,7 +74,8 @@ def _validate(
         )
 
 
-def _family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> str:
+def family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> str:
+    """The kind of convolution, as the choice between kernels names it."""
     if groups != 1:
         return "grouped"
     if kernel_size[0] != 1 or kernel_size[1] != 1:
@@ -92,21 +98,63 @@ def _choose(
         return "aten"
     return cpp_or_aten(
         "conv2d_channel_grad",
-        _family(kernel_size, stride, groups),
+        family(kernel_size, stride, groups),
         memory_format_of(grad_output),
         input_selected.dtype,
         channels.shape[0],
+        grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3],
     )
 
 
+def _fake_with_bias(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    grad = _fake(*args)
+    return grad, grad.new_empty(grad.shape[1])
+
+
+def _validate_with_bias(
+    input_selected: torch.Tensor,
+    grad_output: torch.Tensor,
+    channels: torch.Tensor,
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    _validate(
+        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
+    )
+    if groups != 1:
+        raise ValueError(
+            f"groups: got {groups}, expected 1: selected channels of a grouped layer do not read every output, "
+            "sum grad_output instead"
+        )
+    if channels.shape[0] == 0:
+        raise ValueError("channels: got none, expected at least one; sum grad_output instead")
+
+
+_ARGUMENTS = (
+    "(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, "
+    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups)"
+)
 _operator = Operator(
-    "conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, "
-    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor",
+    f"conv2d_channel_grad{_ARGUMENTS} -> Tensor",
     reference=reference,
     fake=_fake,
     kernels={"aten": aten},
     choose=_choose,
     validate=_validate,
+)
+
+
+_with_bias = Operator(
+    f"conv2d_channel_grad_with_bias{_ARGUMENTS} -> (Tensor, Tensor)",
+    reference=reference_with_bias,
+    fake=_fake_with_bias,
+    kernels={"aten": aten_with_bias},
+    choose=_choose,
+    validate=_validate_with_bias,
 )
 
 
@@ -143,5 +191,37 @@ def conv2d_channel_grad(
         ValueError: shapes, dtypes or groups that do not belong to one convolution.
     """
     return _operator(
+        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
+    )
+
+
+def conv2d_channel_grad_with_bias(
+    input_selected: torch.Tensor,  # (N, k, H, W)
+    grad_output: torch.Tensor,  # (N, C', H', W')
+    channels: torch.Tensor,  # (k,)
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # (k, C', kh, kw), (C',)
+    r""":func:`conv2d_channel_grad` of a layer without groups, and its bias's gradient from the same pass.
+
+    .. math:: db[o] = \sum_{n, h, w} dY[n, o, h, w]
+
+    Args:
+        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation: as
+            :func:`conv2d_channel_grad` takes them, at least one channel.
+        groups: 1.
+
+    Returns:
+        ``(k, C', kh, kw)`` and ``(C',)``, both contiguous, accumulated and returned in float32 (float64 for
+        float64 input).
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong to one convolution, groups, or no channel.
+    """
+    return _with_bias(
         input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ def conv2d_channel_grad(
     if tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1):
         # oneDNN's own strided 1x1 gradient crashes or errs with few channels in channels_last (oneDNN#6035; with
         # torch 2.13 at 1 and 4 channels of 56x56, stride 2). The strided pixels alone are the same problem.
-        input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
+        if tuple(padding) != (0, 0):
+            input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
         input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
         stride, padding = (1, 1), (0, 0)
     if groups > 1:
@@ -55,3 +57,12 @@ def conv2d_channel_grad(
     if groups > 1:
         return grad.reshape(k, out_per_group, *kernel_size)
     return grad.transpose(0, 1).contiguous()
+
+
+def conv2d_channel_grad_with_bias(
+    input_selected: torch.Tensor, grad_output: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:  # (k, C', kh, kw), (C',)
+    """Two calls: ATen's own weight gradient sums the bias's in another pass too."""
+    accumulate = torch.promote_types(grad_output.dtype, torch.float32)
+    bias = grad_output.sum((0, 2, 3), dtype=accumulate)
+    return conv2d_channel_grad(input_selected, grad_output, *args), bias

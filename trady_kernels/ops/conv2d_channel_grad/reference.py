@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,3 +46,12 @@ def conv2d_channel_grad(
             taps = x[:, :, top : bottom : stride[0], left : right : stride[1]]
             grad[:, :, i, j] = torch.einsum(equation, taps, dy)
     return grad
+
+
+def conv2d_channel_grad_with_bias(
+    input_selected: torch.Tensor, grad_output: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:  # (k, C', kh, kw), (C',)
+    r"""Beside :func:`conv2d_channel_grad` the bias's gradient, :math:`db[o] = \sum_{n, h, w} dY[n, o, h, w]`."""
+    accumulate = torch.promote_types(grad_output.dtype, torch.float32)
+    bias = grad_output.sum((0, 2, 3), dtype=accumulate)
+    return conv2d_channel_grad(input_selected, grad_output, *args), bias

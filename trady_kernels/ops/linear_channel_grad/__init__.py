@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from trady_kernels.ops.backend import Operator
@@ -31,8 +33,14 @@ def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
 def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
     if input_selected.is_cuda:
         return "aten"
-    features, dtype = input_selected.shape[-1], input_selected.dtype
-    return cpp_or_aten("linear_channel_grad", "linear", torch.contiguous_format, dtype, features)
+    return cpp_or_aten(
+        "linear_channel_grad",
+        "linear",
+        torch.contiguous_format,
+        input_selected.dtype,
+        input_selected.shape[-1],
+        math.prod(grad_output.shape[:-1]),
+    )
 
 
 _operator = Operator(

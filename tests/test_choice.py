@@ -1,0 +1,292 @@
+"""The choice between kernels: the shipped limits, a user's own, and what is never chosen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trady_kernels.benchmark.layers import ConvLayer, LinearLayer
+from trady_kernels.benchmark.rows import Setting
+from trady_kernels.benchmark.tune import KERNELS, Point, fit, key_of, losses, pixels_of, points
+from trady_kernels.ops import backend, choice, conv2d_channel_grad, last_kernel, linear_channel_grad
+from trady_kernels.ops.backend import unavailable
+from trady_kernels.ops.choice import ANY, LIMITS, Limit, cpp_or_aten
+
+POINT = ("conv2d_channel_grad", "1x1", torch.contiguous_format, torch.float32)
+LINEAR = ("linear_channel_grad", "linear", torch.contiguous_format, torch.float32)
+TUNED = [Limit(*POINT, 2, 100), Limit(*POINT, 3), Limit(*LINEAR, 5)]
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that TRADY_CHOICE names; the shipped limits are in force again afterwards."""
+    path = tmp_path / "choice.json"
+    with monkeypatch.context() as environment:
+        environment.setenv("TRADY_CHOICE", str(path))
+        yield path
+    choice.load()
+    assert choice.in_force() == choice.Table(None, {}, None)
+
+
+def written(path: Path, limits: list[Limit] = TUNED) -> dict[str, Any]:
+    content = choice.render(limits, "2026-01-02")
+    path.write_text(json.dumps(content))
+    return content
+
+
+def conv_call(dtype: torch.dtype, k: int, size: int, **changes: Any) -> str | None:
+    """Kernel that a convolution of 8 channels takes."""
+    shape = {
+        "kernel_size": (1, 1),
+        "stride": (1, 1),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+        "groups": 1,
+    } | changes
+    x, dy = (
+        torch.randn(2, k, size, size),
+        torch.randn(2, 16, -(-size // shape["stride"][0]), -(-size // shape["stride"][1])),
+    )
+    conv2d_channel_grad(x.to(dtype), dy.to(dtype), torch.arange(k), 8, *shape.values())
+    return last_kernel("conv2d_channel_grad")
+
+
+# ---- a tuned table ------------------------------------------------------------------------------------------
+
+
+def test_round_trip(table: Path) -> None:
+    limits, made = choice.parse(json.loads(json.dumps(written(table))))
+    assert limits == TUNED and made == {**choice.this_machine(), "date": "2026-01-02"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice.load()
+    assert choice.in_force() == choice.Table(table, made, None)
+    # what the file has no limit for keeps the shipped one
+    untouched = [limit for limit in LIMITS if limit.key not in (POINT, LINEAR)]
+    assert sorted(map(str, choice.limits_in_force())) == sorted(map(str, [*TUNED, *untouched]))
+
+
+@pytest.mark.skipif(unavailable("cpp") is not None, reason=f"{unavailable('cpp')}")
+def test_calls_follow_it(table: Path) -> None:
+    x, dy = torch.randn(9, 300), torch.randn(9, 7)
+    linear_channel_grad(x, dy)
+    assert last_kernel("linear_channel_grad") == "cpp" and conv_call(torch.float32, 3, 5) == "cpp"
+    written(table)
+    choice.load()
+    linear_channel_grad(x, dy)
+    assert last_kernel("linear_channel_grad") == "aten"
+    for k, size, kernel in ((2, 5, "cpp"), (3, 5, "aten"), (3, 9, "cpp"), (4, 9, "aten")):
+        assert conv_call(torch.float32, k, size) == kernel, (k, size)
+    assert conv_call(torch.bfloat16, 4, 9) == "cpp", "ATen would round the sums to bfloat16"
+    with backend("cpp"):
+        assert conv_call(torch.float32, 4, 9) == "cpp"
+
+
+@pytest.mark.skipif(unavailable("cpp") is not None, reason=f"{unavailable('cpp')}")
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "symbolic"))
+def test_compiled_calls_follow_it(table: Path, dynamic: bool) -> None:
+    """No file is read in a traced graph, and a limit that a symbolic size crosses compiles anew."""
+    written(table)
+    choice.load()
+    table.unlink()
+    torch._dynamo.reset()
+    ran: list[str] = []
+
+    def backend_that_notes(graph: torch.fx.GraphModule, _: object) -> Any:
+        kernel = "cpp" if any("trady" in str(node.target) for node in graph.graph.nodes) else "aten"
+
+        def run(*arguments: Any) -> Any:
+            ran.append(kernel)
+            return graph(*arguments)
+
+        return run
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=backend_that_notes)
+    def gradient(x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+        return conv2d_channel_grad(x, dy, channels, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1)
+
+    for k, size in ((2, 5), (3, 5), (2, 6), (3, 9)):
+        x, dy = torch.randn(2, k, size, size), torch.randn(2, 16, size, size)
+        expected = torch.einsum("nkhw,nohw->ko", x.double(), dy.double())[..., None, None]
+        torch.testing.assert_close(gradient(x, dy, torch.arange(k)).double(), expected, rtol=1e-4, atol=1e-4)
+        kernel = "cpp" if k <= (2 if 2 * size**2 <= 100 else 3) else "aten"
+        assert ran[-1] == kernel, (k, size)
+    assert set(ran) == {"cpp", "aten"}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), (("cpu", "another"), ("instruction_set", "sse9"), ("torch", "1.0"))
+)
+def test_another_machines_is_ignored(table: Path, name: str, value: str) -> None:
+    content = written(table)
+    content["made"][name] = value
+    table.write_text(json.dumps(content))
+    with pytest.warns(
+        RuntimeWarning, match=f"is ignored, the shipped limits hold .made with {name} '{value}', here"
+    ) as caught:
+        choice.load()
+    assert len(caught) == 1
+    assert choice.limits_in_force() == list(LIMITS)
+    assert value in (choice.in_force().ignored or "")
+
+
+def wrong(**changes: Any) -> Any:
+    content = choice.render(TUNED, "2026-01-02")
+    content["limits"][0] |= changes
+    return content
+
+
+MALFORMED = {
+    "not JSON": ("{", "Expecting"),
+    "a list": ("[]", "made: got None"),
+    "no date": ({"made": {"cpu": "a", "instruction_set": "b", "torch": "c"}, "limits": []}, "texts for cpu"),
+    "no limits": ({"made": wrong()["made"]}, "limits: got None, expected a list"),
+    "a row that is none": (
+        {"made": wrong()["made"], "limits": [3]},
+        r"limits\[0\]: got 3, expected an object",
+    ),
+    "a share": (wrong(most_selected=0.5), r"limits\[0\]: got most_selected 0.5, expected null or an integer"),
+    "a truth": (wrong(most_selected=True), "got most_selected True"),
+    "below zero": (wrong(most_selected=-1), "got most_selected -1"),
+    "no limit in it": ({"made": wrong()["made"], "limits": [{}]}, "got most_selected 'nothing'"),
+    "no such operator": (wrong(operator="gather_channels"), "operator 'gather_channels'"),
+    "no text": (wrong(memory_format=["contiguous"]), "for which there is no choice"),
+    "half type": (wrong(dtype="bfloat16"), "for which there is no choice"),
+    "pixels shrink": (wrong(most_pixels=None), "expected them to grow and to end in null"),
+    # where oneDNN crashes or errs
+    "strided point": (wrong(family="1x1 strided", memory_format="channels_last"), "there is no choice"),
+    "depthwise": (wrong(family="grouped"), "for which there is no choice"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_one_is_ignored(table: Path, name: str) -> None:
+    content, message = MALFORMED[name]
+    table.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        choice.load()
+    assert len(caught) == 1 and "trady bench --tune" in str(caught[0].message)
+    assert choice.limits_in_force() == list(LIMITS)
+
+
+def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRADY_CHOICE")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert choice.table_path() == tmp_path / "trady_kernels" / "choice.json"
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert choice.table_path() == tmp_path / ".config" / "trady_kernels" / "choice.json"
+    monkeypatch.setenv("TRADY_CHOICE", "")
+    assert choice.table_path() is None
+
+
+def test_a_missing_one_is_told_by_doctor_alone(table: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice.load()
+    assert choice.in_force().ignored == "there is no such file" and choice.limits_in_force() == list(LIMITS)
+
+
+@pytest.mark.skipif(unavailable("cpp") is not None, reason=f"{unavailable('cpp')}")
+def test_it_is_read_at_import(table: Path) -> None:
+    code = (
+        "import torch; from trady_kernels.ops import linear_channel_grad, last_kernel;"
+        "linear_channel_grad(torch.randn(9, 300), torch.randn(9, 7)); print(last_kernel('linear_channel_grad'))"
+    )
+
+    def run() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "TRADY_CHOICE": str(table)}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+
+    written(table)
+    tuned = run()
+    assert tuned.stderr == "" and tuned.stdout == "aten\n"
+    table.write_text("{")
+    shipped = run()
+    assert shipped.stdout == "cpp\n" and shipped.stderr.count("is ignored") == 1
+
+
+# ---- never oneDNN where it errs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("selected", (1, 4, 24, 1 << 20))
+def test_never_aten_where_onednn_errs(dtype: torch.dtype, selected: int) -> None:
+    for family, memory_format in (
+        ("1x1 strided", torch.channels_last),
+        ("grouped", torch.contiguous_format),
+        ("grouped", torch.channels_last),
+    ):
+        assert cpp_or_aten("conv2d_channel_grad", family, memory_format, dtype, selected, 1 << 20) == "cpp"
+        assert ("conv2d_channel_grad", family, memory_format, dtype) not in choice.KEYS
+
+
+def test_half_types_have_no_limit() -> None:
+    assert not any(limit.dtype in (torch.bfloat16, torch.float16) for limit in LIMITS)
+
+
+# ---- tuning -------------------------------------------------------------------------------------------------
+
+
+def shapes(crossing: dict[int, int], counts: tuple[int, ...] = (1, 4, 16, 64)) -> list[Point]:
+    """C++ takes a microsecond a channel; ATen as much at ``crossing[pixels]`` channels, whatever there are."""
+    return [Point("", pixels, k, float(k), float(at)) for pixels, at in crossing.items() for k in counts]
+
+
+def test_fit_finds_the_crossing() -> None:
+    assert fit(POINT, shapes({49: 8, 196: 9})) == [Limit(*POINT, 8)]  # between 4 and 16
+    assert fit(POINT, shapes({49: 1000})) == [Limit(*POINT, ANY)]
+    never = [Point("", 49, k, 2.0, 1.0) for k in (1, 4)]
+    assert fit(POINT, never) == [Limit(*POINT, 0)]
+    assert losses([Limit(*POINT, ANY)], never) == pytest.approx((1.0, 1.0))
+
+
+def test_fit_splits_by_pixels_only_where_it_pays() -> None:
+    apart = shapes({392: 2, 25088: 1000})
+    assert fit(POINT, apart) == [Limit(*POINT, 2, 512), Limit(*POINT, ANY)]
+    assert losses(fit(POINT, apart), apart) == (0.0, 0.0)
+    nearly = [Point("", pixels, 64, 1.0, 1.0 + slack) for pixels, slack in ((392, 0.01), (25088, -0.01))]
+    assert len(fit(POINT, nearly)) == 1
+
+
+def test_a_large_loss_weighs_more_than_small_ones() -> None:
+    of = [Point("", 49, 16, 1.0, 2.0), *(Point("", 49, 16, 1.05, 1.0) for _ in range(10))]
+    assert fit(POINT, of) == [Limit(*POINT, ANY)]
+
+
+def test_points_time_both_kernels() -> None:
+    if unavailable("cpp"):
+        pytest.skip(unavailable("cpp"))
+    layer = ConvLayer("", 8, 16, 9, 3)
+    setting = Setting("channels_last", batch=2, rounds=1)
+    found = list(points("conv2d_channel_grad", layer, setting))
+    assert [point.selected for point in found] == [1, 2, 4, 8] and {point.pixels for point in found} == {
+        2 * 81
+    }
+    assert all(point.cpp > 0 and point.aten > 0 for point in found) and KERNELS == ("cpp", "aten")
+
+
+def test_keys() -> None:
+    usual = Setting()
+    assert key_of("conv2d_channel_grad", ConvLayer("", 8, 16, 9), usual) == POINT
+    assert key_of("linear_channel_grad", LinearLayer("", 7, 8, 16), usual) == LINEAR
+    assert pixels_of(LinearLayer("", 7, 8, 16), 4) == 28
+    assert key_of("gather_channels", ConvLayer("", 8, 16, 9), usual) is None
+    assert key_of("conv2d_channel_grad", ConvLayer("", 8, 16, 9), Setting(dtype="bfloat16")) is None
+    for layer, memory_format in (
+        (ConvLayer("", 8, 8, 9, 3, 2, 8), "contiguous"),
+        (ConvLayer("", 8, 16, 8, 1, 2), "channels_last"),
+    ):
+        assert key_of("conv2d_channel_grad", layer, Setting(memory_format)) is None, "oneDNN errs here"

@@ -1,0 +1,109 @@
+"""Limits of the choice table (:mod:`trady_kernels.ops.choice`) from measurements on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from trady_kernels.benchmark.layers import ConvLayer, Layer, selections
+from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Setting
+from trady_kernels.benchmark.timing import interleaved
+from trady_kernels.ops.backend import OPERATORS
+from trady_kernels.ops.choice import ANY, KEYS, Key, Limit
+from trady_kernels.ops.conv2d_channel_grad import family
+
+KERNELS = ("cpp", "aten")
+
+#: Output pixels, or rows, that limits may be split at.
+_SPLITS = (64, 512, 1024, 2048, 8192)
+#: A split must bring the root mean square of the loss down by this much (2%): less is what runs differ by.
+_WORTH = 0.02
+
+
+@dataclass(frozen=True)
+class Point:
+    """Microseconds of both kernels at one shape, all that ``auto`` would spend in either included."""
+
+    label: str
+    pixels: int
+    selected: int
+    cpp: float
+    aten: float
+
+    def loss(self, most_selected: int) -> float:
+        """Logarithm of the time under a limit over that of the faster kernel."""
+        taken = self.cpp if self.selected <= most_selected else self.aten
+        return math.log(taken / min(self.cpp, self.aten))
+
+
+def key_of(operator: str, layer: Layer, setting: Setting) -> Key | None:
+    """What the layer's limit is for; None where there is no choice."""
+    name = "linear"
+    if isinstance(layer, ConvLayer):
+        name = family((layer.kernel,) * 2, (layer.stride,) * 2, layer.groups)
+    key = (operator, name, FORMATS[setting.memory_format], DTYPES[setting.dtype])
+    return key if key in KEYS else None
+
+
+def pixels_of(layer: Layer, batch: int) -> int:
+    """Output pixels of a batch, or rows."""
+    return batch * (layer.out_size**2 if isinstance(layer, ConvLayer) else layer.rows)
+
+
+def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
+    """Time both kernels on a layer, at all its numbers of channels in one interleaved run."""
+    benchmark, kernels = BENCHMARKS[operator], OPERATORS[operator].kernels
+    wanted = setting.selected or selections(layer.in_channels)
+    calls = benchmark.calls(layer, setting, sorted({k for k in wanted if k <= layer.in_channels}))
+    times = interleaved(
+        {
+            (name, call.selected): partial(kernels[name], *call.arguments)
+            for call in calls
+            for name in KERNELS
+        },
+        setting.rounds,
+        seconds=benchmark.seconds,
+    )
+    for call in calls:
+        k = call.selected
+        yield Point(layer.label, pixels_of(layer, setting.batch), k, times["cpp", k], times["aten", k])
+
+
+def fit(key: Key, measured: Iterable[Point]) -> list[Limit]:
+    """The limits that lose least, in the mean of squares, over the faster kernel of each point.
+
+    One limit for all layers, or one below and one above a number of pixels where that is worth it. Squares, since a
+    shape that runs at half its speed is worse than ten that lose a twentieth.
+    """
+    of = list(measured)
+    whole = [Limit(*key, _best_limit(of))]
+    splits = [
+        [Limit(*key, _best_limit(below), at), Limit(*key, _best_limit(above))]
+        for at in _SPLITS
+        if (below := [p for p in of if p.pixels <= at]) and (above := [p for p in of if p.pixels > at])
+    ]
+    best = min([whole, *splits], key=lambda limits: losses(limits, of)[0])
+    return best if losses(best, of)[0] + _WORTH < losses(whole, of)[0] else whole
+
+
+def losses(limits: Sequence[Limit], measured: Iterable[Point]) -> tuple[float, float]:
+    """Root mean square and largest loss, each as a share: 0.05 is 5% more time than the faster kernel."""
+    found = []
+    for point in measured:
+        limit = next(limit for limit in limits if point.pixels <= limit.most_pixels)
+        found.append(point.loss(limit.most_selected))
+    return math.expm1(math.sqrt(sum(loss**2 for loss in found) / len(found))), math.expm1(max(found))
+
+
+def _best_limit(of: Sequence[Point]) -> int:
+    """Half way, on a logarithmic scale, between the last number of channels for C++ and the first for ATen."""
+    counts = sorted({point.selected for point in of})
+    # Of equal ones the largest: C++ needs no copy of a layout.
+    best = min(reversed([0, *counts]), key=lambda most: sum(point.loss(most) ** 2 for point in of))
+    if best == 0:
+        return 0
+    if best == counts[-1]:
+        return ANY
+    return math.isqrt(best * counts[counts.index(best) + 1])
