@@ -380,8 +380,9 @@ TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
 #if defined(__AVX512BF16__)
   return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-  return (f32)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_u16((uint16x8_t)a),
-                          vreinterpretq_bf16_u16((uint16x8_t)b));
+  // Kept, since GCC 12 writes a constant 1 of bfloat16 as that of float16, which as bfloat16 is 2^-7.
+  return (f32)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_u16((uint16x8_t)keep(a)),
+                          vreinterpretq_bf16_u16((uint16x8_t)keep(b)));
 #endif
 }
 #endif
