@@ -80,6 +80,7 @@ CONV_CASES = (
     ConvCase("several tiles an image", 2, 6, 8, (41, 67), 2, padding=SAME),
     ConvCase("rows longer than a tile", 1, 4, 5, (4, 2300), 2, padding=SAME),
     ConvCase("stride 2", 3, 8, 24, (15, 14), 4, stride=(2, 2), padding=SAME),
+    ConvCase("two outputs", 2, 5, 2, (9, 8), 3, padding=SAME),
     ConvCase("1x1 stride 2", 2, 8, 16, (14, 13), 4, kernel_size=POINT, stride=(2, 2)),
     ConvCase("dilation 2", 2, 8, 16, (13, 14), 3, padding=(2, 2), dilation=(2, 2)),
     ConvCase("no padding", 2, 8, 16, (9, 8), 3),
@@ -102,6 +103,7 @@ CONV_CASES = (
     ConvCase("depthwise, little padding", 2, 4, 8, (9, 33), 3, stride=(2, 2), padding=(0, 1), groups=4),
     ConvCase("depthwise 5x5", 2, 10, 10, (14, 13), 4, (5, 5), (1, 1), (2, 2), (1, 1), 10),
     ConvCase("depthwise 5x5, stride 2", 2, 10, 10, (14, 13), 4, (5, 5), (2, 2), (2, 2), (1, 1), 10),
+    ConvCase("depthwise 5x5, many images", 8, 6, 6, (14, 14), 3, (5, 5), (1, 1), (2, 2), (1, 1), 6),
     ConvCase("depthwise, dilation 2", 2, 8, 8, (12, 13), 3, padding=(2, 2), dilation=(2, 2), groups=8),
     ConvCase("depthwise, multiplier 2", 2, 8, 16, (10, 11), 5, padding=SAME, groups=8),
 )

@@ -107,27 +107,33 @@ LARGE = (
     ConvCase("1x1", 4, 16, 200, (28, 28), 6, kernel_size=(1, 1)),
     ConvCase("3x3", 4, 16, 70, (30, 31), 3, padding=(1, 1)),
     ConvCase("7x7 map", 8, 16, 300, (7, 7), 12, kernel_size=(1, 1)),
+    ConvCase("7x7 map under 3x3", 8, 16, 300, (7, 7), 12, padding=(1, 1)),
     ConvCase("depthwise", 4, 32, 32, (56, 56), 2, padding=(1, 1), groups=32),
 )
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_bits_do_not_depend_on_threads(case: ConvCase, layout: str) -> None:
-    x, dy, *rest = arguments(case, torch.float32)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_bits_do_not_depend_on_threads(
+    case: ConvCase, layout: str, dtype: torch.dtype, isa: str, threads: int
+) -> None:
+    """Every loop: lanes of pixels and of outputs, grad_output turned over, depthwise in both layouts."""
+    x, dy, *rest = arguments(case, dtype)
     x, dy = LAYOUTS[layout](x, dy)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            with backend("cpp"):
-                results.append(conv2d_channel_grad(x, dy, *rest))
-    finally:
-        torch.set_num_threads(before)
-    Exact(case, (x, dy, *rest)).check(results[0])
-    for other in results[1:]:
-        assert torch.equal(results[0], other)
+
+    def results() -> list[torch.Tensor]:
+        with backend("cpp"):
+            found = [conv2d_channel_grad(x, dy, *rest)]
+            if case.groups == 1:
+                found += conv2d_channel_grad_with_bias(x, dy, *rest)
+        return found
+
+    many = results()
+    torch.set_num_threads(1)
+    one = results()
+    Exact(case, (x, dy, *rest)).check(one[0])
+    assert all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
 
 
 def test_values_beyond_the_map_do_not_reach_the_sum() -> None:

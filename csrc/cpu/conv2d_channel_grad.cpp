@@ -14,26 +14,13 @@
 
 #include "dtype.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace trady {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Kept for the life of the thread: a fresh block for each call would be returned to the system and faulted in again.
-void* scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> block;
-  thread_local size_t size = 0;
-  if (size < bytes) {
-    block.reset(std::aligned_alloc(64, bytes));
-    size = bytes;
-  }
-  return block.get();
-}
 
 std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t selected, int64_t in_channels, int64_t groups) {
   const int64_t in_per_group = in_channels / groups;
@@ -137,6 +124,7 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
     q.padding[axis] = padding[axis];
     q.dilation[axis] = dilation[axis];
   }
+  q.with_bias = bias != nullptr;
   const auto loop = plan(q);
 
   const int64_t taps = kernel_size[0] * kernel_size[1], elements = q.selected * q.out_per_group * taps;

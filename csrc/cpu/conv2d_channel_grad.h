@@ -25,7 +25,9 @@ struct Conv2dChannelGrad {
   int64_t kernel[2], stride[2], padding[2], dilation[2];
   const ChannelRun* runs;
   int64_t run_count;
-  void* bias;  // where (slices, C') sums of grad_output over its pixels go, or null; with one run, of all channels
+  bool with_bias;  // only with one run, of all channels
+
+  void* bias;  // where (slices, C') sums of grad_output over its pixels go, with_bias; otherwise null
 
   // How the work is cut, by plan(). It depends on the shape alone, never on the number of threads, so the sums are the
   // same for any number of them. A task is a range of outputs and a slice of the tiles.

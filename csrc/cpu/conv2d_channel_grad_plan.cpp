@@ -91,8 +91,8 @@ Conv2dChannelGradLoop plan_depthwise(Conv2dChannelGrad& q) {
 Conv2dChannelGradLoop plan_depthwise_channels_last(Conv2dChannelGrad& q) {
   constexpr int64_t kTaskCost = 5000;
   cut_rows(q, kStripGrad / 16, 1024);
-  q.tiles *= q.tile_images;
   q.tile_images = 1;
+  q.tiles = q.batch * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
   q.range_outputs = 16;
   q.ranges = ceil_div(q.selected * q.out_per_group, q.range_outputs);
   const int64_t cost = q.batch * q.out_height * q.out_width;
@@ -126,12 +126,10 @@ Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
   q.outputs_last = false;
   const bool pixels_adjacent = q.grad_stride[3] == 1 && q.out_height * q.out_width > 1;
   // With fewer outputs a group lanes over outputs would be empty.
-  if (q.out_per_group < 4) {
+  if (q.out_per_group < 4 && !q.with_bias) {
     if (TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q)) return plan_depthwise(q);
     if (!pixels_adjacent || q.input_stride[3] != 1) return plan_depthwise_channels_last(q);
-  } else if (q.grad_stride[1] == 1 && !pixels_adjacent) {
-    return plan_channels_last(q);
-  } else if (turning_over_pays(q)) {
+  } else if ((q.grad_stride[1] == 1 && !pixels_adjacent) || turning_over_pays(q)) {
     return plan_channels_last(q);
   }
   return plan_pixels(q);

@@ -31,6 +31,9 @@ const Shape SHAPES[] = {
      {1, 1},
      {0, 0}},
     {"1x1, slices", 4, 16, 200, {28, 28}, {0, 2, 3, 9, 11, 12}, {1, 1}, {1, 1}, {0, 0}},
+    {"3x3, two outputs", 2, 5, 2, {9, 8}, {1, 4}},
+    {"depthwise 5x5, many images", 8, 6, 6, {14, 14}, {0, 2, 3}, {5, 5}, {1, 1}, {2, 2}, {1, 1}, 6},
+    {"3x3, small map", 3, 12, 40, {7, 7}, {0, 1, 5, 6, 7, 8, 11}},
     {"3x3", 2, 12, 19, {9, 11}, {0, 1, 5, 6, 7, 8, 11}},
     {"3x3, one channel", 2, 9, 35, {14, 14}, {3}},
     {"3x3, several tiles", 2, 6, 8, {41, 67}, {1, 4}},
@@ -157,6 +160,7 @@ TRADY_TEST(conv2d_channel_grad) {
           q.input = input.at(0);
           q.grad_output = grad_output.at(0);
           const bool with_bias = shape.groups == 1;
+          q.with_bias = with_bias;
           const auto loop = plan(q);
           loops.insert(loop);
           const Dtype accumulate = accumulate_type(dtype);
