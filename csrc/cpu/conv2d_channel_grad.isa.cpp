@@ -133,7 +133,7 @@ void block(const P* input, const int64_t* rows, const P* grad, int64_t output_st
     for (; p + VL <= segments.pixels; p += VL) {
       if constexpr (TAPS > 2) {
 #pragma GCC unroll 16
-        for (int o = 0; o < OUTPUTS; o++) prefetch(g[o] + p + ahead);
+        for (int o = 0; o < OUTPUTS; o++) prefetch_later(g[o] + p + ahead);
       }
       step([](const P* from) INLINED { return load_operand(from); });
     }

@@ -88,14 +88,17 @@ template <class S>
 struct Task {
   using A = scalar_of<S>;
   static constexpr int VL = LANES<S>;
+  // Pixels from one request to the use: a few lines out of each pixel's are no stream that the hardware follows.
+  static constexpr int64_t AHEAD = 16;
+
   // Where the pairs of a task lie in a pixel: in windows of a vector's length.
+  struct Window {
+    int64_t offset;
+    int count;  // elements up to the last pair
+    uint32_t lanes;
+    index_of<vector_of<S>> index;
+  };
   struct Elements {
-    struct Window {
-      int64_t offset;
-      int count;  // elements up to the last pair
-      uint32_t lanes;
-      index_of<vector_of<S>> index;
-    };
     int64_t offsets[VL];
     Window windows[VL];
     int64_t window_count;
@@ -126,27 +129,41 @@ struct Task {
 
   // out[w] holds the pairs of pixel w, then zeros.
   void pack(A* out, const S* in, int64_t step, int64_t count, const Elements& from) const {
-    using V = vector_of<S>;
-    // Pixels from one request to the use: a few lines out of each pixel's are no stream that the hardware follows.
-    constexpr int64_t ahead = 16;
 #if defined(__AVX512F__)
+    switch (from.window_count) {
+      case 1:
+        return pack_windows<1>(out, in, step, count, from.windows);
+      case 2:
+        return pack_windows<2>(out, in, step, count, from.windows);
+      case 3:
+        return pack_windows<3>(out, in, step, count, from.windows);
+      case 4:
+        return pack_windows<4>(out, in, step, count, from.windows);
+      case 5:
+        return pack_windows<5>(out, in, step, count, from.windows);
+    }
+#endif
     for (int64_t w = 0; w < count; w++, in += step, out += VL) {
-      V pixel = {};
-      for (int64_t i = 0; i < from.window_count; i++) {
-        const auto& window = from.windows[i];
-        prefetch(in + window.offset + ahead * step);
-        pixel = permute_into(pixel, window.lanes, window.index, load_first(in + window.offset, window.count));
+      store(out, vector_of<S>{});
+      for (int64_t i = 0; i < from.window_count; i++) prefetch(in + from.windows[i].offset + AHEAD * step);
+      for (int l = 0; l < pairs; l++) out[l] = widen(in[from.offsets[l]]);
+    }
+  }
+#if defined(__AVX512F__)
+  template <int COUNT>
+  void pack_windows(A* out, const S* in, int64_t step, int64_t count, const Window* windows) const {
+    for (int64_t w = 0; w < count; w++, in += step, out += VL) {
+      vector_of<S> pixel = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < COUNT; i++) {
+        prefetch(in + windows[i].offset + AHEAD * step);
+        pixel = permute_into(pixel, windows[i].lanes, windows[i].index,
+                             load_first(in + windows[i].offset, windows[i].count));
       }
       store(out, pixel);
     }
-#else
-    for (int64_t w = 0; w < count; w++, in += step, out += VL) {
-      store(out, V{});
-      for (int64_t i = 0; i < from.window_count; i++) prefetch(in + from.windows[i].offset + ahead * step);
-      for (int l = 0; l < pairs; l++) out[l] = widen(in[from.offsets[l]]);
-    }
-#endif
   }
+#endif
   static void clear(A* out, int64_t pixels) {
     for (int64_t i = 0; i < pixels; i++) store(out + i * VL, vector_of<S>{});
   }

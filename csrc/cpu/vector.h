@@ -120,6 +120,8 @@ TRADY_INLINE V keep(V value) {
 }
 
 TRADY_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
+// What is needed later goes to the second level: the first has few places for requests under way.
+TRADY_INLINE void prefetch_later(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // ---- widening -------------------------------------------------------------------------------------------
 

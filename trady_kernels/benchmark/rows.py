@@ -45,7 +45,7 @@ class Row:
     Attributes:
         kernel: the backend that ``auto`` took.
         microseconds: medians: ``auto`` is the operator as anyone calls it, ``cpp`` the C++ kernel where auto took
-            another, ``aten`` ATen's call alone on the compact tensors, ``dense`` the same on all channels, ``call``
+            another, ``aten`` ATen's call alone on the compact input, ``dense`` the same on all channels, ``call``
             (depthwise layers) the operator on one pixel, which among the layer's calls, whose data push its code out
             of the caches, takes about three times as long as in a loop of its own.
         roofline: the least microseconds that the bytes and FLOPs allow; None without compiled code.
@@ -108,8 +108,8 @@ def _random(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 def conv2d_calls(layer: ConvLayer, setting: Setting, selected: Sequence[int]) -> list[Call]:
     """``conv2d_channel_grad`` beside ``convolution_backward`` on tensors that are compact already.
 
-    Gathering, laying out and transposing are in nobody's time, and of a depthwise layer the peer gets the selected
-    channels of grad_output.
+    Gathering the input, laying out and transposing are in nobody's time. A depthwise layer's channels of grad_output,
+    which arrives whole, are in both's: the peer gathers them by ``gather_channels``, a fraction of ATen's own indexing.
     """
     dtype, memory_format = DTYPES[setting.dtype], FORMATS[setting.memory_format]
     x = _random(setting.batch, layer.in_channels, layer.size, layer.size, dtype=dtype, seed=0)
@@ -124,7 +124,7 @@ def conv2d_calls(layer: ConvLayer, setting: Setting, selected: Sequence[int]) ->
             peer = _conv2d_peer(layer, compact, dy, groups=1)
             result: Callable[[Any], torch.Tensor] = lambda grads: grads[1].transpose(0, 1)  # noqa: E731
         else:
-            peer = _conv2d_peer(layer, compact, _laid_out(dy[:, channels], memory_format), groups=k)
+            peer = _gathering_peer(layer, compact, dy, channels)
             result = lambda grads: grads[1]  # noqa: E731
         arguments = (compact, dy, channels, layer.in_channels, *geometry, layer.groups)
         work = conv2d_work(layer, k, setting.batch, setting.memory_format, dtype)
@@ -143,6 +143,15 @@ def _conv2d_peer(layer: ConvLayer, x: torch.Tensor, dy: torch.Tensor, groups: in
         return lambda: backward(dy, x[:, :, ::step, ::step], weight, None, [1, 1], [0, 0], *last)
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
     return partial(backward, dy, x, weight, None, stride, padding, *last)
+
+
+def _gathering_peer(
+    layer: ConvLayer, x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor
+) -> Callable[[], Any]:
+    def call() -> Any:
+        return _conv2d_peer(layer, x, gather_channels(dy, channels), groups=channels.shape[0])()
+
+    return call
 
 
 def gather_calls(layer: ConvLayer, setting: Setting, selected: Sequence[int]) -> list[Call]:

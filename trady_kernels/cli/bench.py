@@ -36,7 +36,8 @@ _DESCRIPTION = """\
 Time the operators on the layers of real networks at batch 8, for few selected channels and shares of them, in both
 memory formats, float32 and bfloat16. Each stands beside
 
-  aten      ATen's call alone on tensors that are compact already: gathering is in nobody's time
+  aten      ATen's call alone on an input that is compact already: gathering that is in nobody's time, gathering a
+            depthwise layer's channels of grad_output in both's
   dense     the same call for all channels
   roofline  max(bytes / copy bandwidth, FLOPs / float32 FMA peak), each byte counted once, rates measured in this run
 
