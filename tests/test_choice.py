@@ -19,7 +19,7 @@ from trady_kernels.benchmark.rows import Setting
 from trady_kernels.benchmark.tune import KERNELS, Point, fit, key_of, losses, pixels_of, points
 from trady_kernels.ops import backend, choice, conv2d_channel_grad, last_kernel, linear_channel_grad
 from trady_kernels.ops.backend import unavailable
-from trady_kernels.ops.choice import ANY, LIMITS, Limit, cpp_or_aten
+from trady_kernels.ops.choice import ANY, Limit, cpp_or_aten, shipped
 
 POINT = ("conv2d_channel_grad", "1x1", torch.contiguous_format, torch.float32)
 LINEAR = ("linear_channel_grad", "linear", torch.contiguous_format, torch.float32)
@@ -71,7 +71,7 @@ def test_round_trip(table: Path) -> None:
         choice.load()
     assert choice.in_force() == choice.Table(table, made, None)
     # what the file has no limit for keeps the shipped one
-    untouched = [limit for limit in LIMITS if limit.key not in (POINT, LINEAR)]
+    untouched = [limit for limit in shipped() if limit.key not in (POINT, LINEAR)]
     assert sorted(map(str, choice.limits_in_force())) == sorted(map(str, [*TUNED, *untouched]))
 
 
@@ -136,7 +136,7 @@ def test_another_machines_is_ignored(table: Path, name: str, value: str) -> None
     ) as caught:
         choice.load()
     assert len(caught) == 1
-    assert choice.limits_in_force() == list(LIMITS)
+    assert choice.limits_in_force() == list(shipped())
     assert value in (choice.in_force().ignored or "")
 
 
@@ -176,7 +176,7 @@ def test_a_malformed_one_is_ignored(table: Path, name: str) -> None:
     with pytest.warns(RuntimeWarning, match=message) as caught:
         choice.load()
     assert len(caught) == 1 and "trady bench --tune" in str(caught[0].message)
-    assert choice.limits_in_force() == list(LIMITS)
+    assert choice.limits_in_force() == list(shipped())
 
 
 def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -194,7 +194,9 @@ def test_a_missing_one_is_told_by_doctor_alone(table: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choice.load()
-    assert choice.in_force().ignored == "there is no such file" and choice.limits_in_force() == list(LIMITS)
+    assert choice.in_force().ignored == "there is no such file" and choice.limits_in_force() == list(
+        shipped()
+    )
 
 
 @pytest.mark.skipif(unavailable("cpp") is not None, reason=f"{unavailable('cpp')}")
@@ -234,7 +236,7 @@ def test_never_aten_where_onednn_errs(dtype: torch.dtype, selected: int) -> None
 
 
 def test_half_types_have_no_limit() -> None:
-    assert not any(limit.dtype in (torch.bfloat16, torch.float16) for limit in LIMITS)
+    assert not any(limit.dtype in (torch.bfloat16, torch.float16) for limit in shipped())
 
 
 # ---- tuning -------------------------------------------------------------------------------------------------

@@ -60,26 +60,43 @@ Key = tuple[str, str, torch.memory_format, torch.dtype]
 _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 _F32, _F64 = torch.float32, torch.float64
 
-#: Whether the number of pixels matters is measured too: ``trady bench --tune`` on the 3x3 layers in channels_last lost a
-#: root mean square of 6% over the faster kernel with one limit, 3% with one up to 2048 pixels and one above.
-#:
-#: Measured with AVX-512 on one thread against torch 2.13 (oneDNN and MKL), on the layers of MobileNetV2, ResNet-18 and
-#: EfficientNet-Lite0 at batch 8 (``trady bench``, benchmarks/results). Linear: torch.mm takes 1.06 to 3.5 times as
-#: long up to 12 features, 0.95 to 1.3 times from 48 to all of 3072.
-LIMITS = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 16),
-    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 16),
-    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 48),
-    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 12),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 4),
+#: What ``trady bench --tune --threads 1`` found on a Zen 4 against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on
+#: the layers of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels.
+#: With AVX-512 a call takes 0.2 to 1.2% longer (root mean square) than the faster of the two kernels; with AVX2, whose 16
+#: registers hold smaller blocks, 1.6 to 8.3%. Linear: torch.mm takes 1.06 to 3.5 times as long up to 12 features, 0.95 to
+#: 1.3 times from 48 to all of 3072.
+_LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
+)
+_AVX512 = (
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, ANY, 512),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 135),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 45, 2048),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 181),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY),
+    *_LINEAR,
+)
+_OTHERS = (
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 15),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 44),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 13),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 13),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 9),
+    *_LINEAR,
 )
 # Families without a limit above are where oneDNN is not to be trusted, and no table may have one for them: strided 1x1
 # with few channels in channels_last (oneDNN#6035), strided and padded depthwise (pytorch#50042).
 
 #: What a table may have limits for.
-KEYS: tuple[Key, ...] = tuple(limit.key for limit in LIMITS)
+KEYS: tuple[Key, ...] = tuple(dict.fromkeys(limit.key for limit in _AVX512))
+
+
+def shipped() -> tuple[Limit, ...]:
+    """The limits that come with the package for the instruction set that the C++ kernels run on."""
+    return _AVX512 if (instruction_set() or "").startswith("avx512") else _OTHERS
 
 
 def cpp_or_aten(
@@ -141,7 +158,7 @@ def load() -> None:
     """Put the user's limits in force, or the shipped ones, with a warning where a file cannot be used."""
     global _limits, _table
     path = table_path()
-    _limits, _table = _by_key(LIMITS), Table(None, {}, None)
+    _limits, _table = _by_key(shipped()), Table(None, {}, None)
     if path is None or not os.path.exists(path):
         if path is not None and "TRADY_CHOICE" in os.environ:
             _table = Table(
@@ -163,7 +180,7 @@ def load() -> None:
             stacklevel=2,
         )
         return
-    _limits, _table = _by_key(LIMITS) | _by_key(limits), Table(path, made, None)
+    _limits, _table = _by_key(shipped()) | _by_key(limits), Table(path, made, None)
 
 
 def in_force() -> Table:
@@ -183,7 +200,7 @@ def _by_key(limits: Iterable[Limit]) -> dict[Key, tuple[Limit, ...]]:
     return found
 
 
-_limits = _by_key(LIMITS)
+_limits: dict[Key, tuple[Limit, ...]] = {}
 _table = Table(None, {}, None)
 
 
