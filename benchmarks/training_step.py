@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,9 +55,9 @@ def full(images: torch.Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
     return model, list(model.parameters())
 
 
-def fraction(images: torch.Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
+def fraction(share: float, images: torch.Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
     model, _ = full(images)
-    select_fraction(sparsify(model, images), 0.05)
+    select_fraction(sparsify(model, images), share)
     return model, trainable_parameters(model)
 
 
@@ -68,7 +69,8 @@ def budget(images: torch.Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
 
 CONTENDERS = (
     Contender("full", full),
-    Contender("5% of the channels", fraction, of_full=0.6),
+    Contender("5% of the channels", partial(fraction, 0.05), of_full=0.6),
+    Contender("25% of the channels", partial(fraction, 0.25)),
     Contender("1 MiB budget", budget, of_full=0.55),
 )
 
