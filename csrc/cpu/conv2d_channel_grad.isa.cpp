@@ -197,7 +197,7 @@ Block<P> block_of_points(int64_t taps, int64_t outputs) {
     if (taps > TAPS) return block_of_points<P, TAPS + 1>(taps, outputs);
   return block_of<P, TAPS, 1>(outputs);
 }
-template <class P, int TAPS = 2>
+template <class P, int TAPS = 1>
 Block<P> block_of_row(int64_t taps, int64_t outputs) {
   if constexpr (TAPS < kMaxTaps)
     if (taps > TAPS) return block_of_row<P, TAPS + 1>(taps, outputs);
@@ -236,7 +236,7 @@ struct Task {
   Taps taps = {};
   int64_t channel = 0, channels = 0;
   int64_t slots = 0;
-  int64_t first_row = 0;           // virtual, see pack_row()
+  int64_t first_row = 0;           // virtual, see pack_plane()
   int64_t segment = 0;             // elements of a plane for one image
   int64_t from[kMaxPlanes];        // where a kernel row's planes begin, or a point's channel
   int64_t gathered[kMaxPlanes];    // and where the gathered pixels of those do
