@@ -227,45 +227,61 @@ struct Task {
   }
   // From pixel to pixel of a point's packed channels.
   int64_t pixel_step() const { return ceil_div(channels, LANES<S>) * LANES<S>; }
-  // (images, rows, columns, channels) for a point, (channels, images, rows, columns) otherwise.
+  const S* input_at(int64_t n, int64_t from) const {
+    return static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + channel * q.input_stride[1] +
+           from * q.input_stride[2];
+  }
+  // (channels, images, rows, columns)
   void pack_input() const {
     const int64_t top = row * q.stride[0] + tap_row * q.dilation[0] - q.padding[0];
     const int64_t left = column * q.stride[1] + tap_column * q.dilation[1] - q.padding[1];
-    const bool point = is_point();
-    if (is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == plane_columns) {
-      const int64_t pixels = plane_rows * plane_columns;
-      // In order: what is written too far is overwritten. Behind the last channels of a pixel are the next one's.
-      for (int64_t n = 0; n < images; n++)
-        for (int64_t c = 0; c < channels; c += LANES<S>)
-          turn_over(static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] +
-                        (channel + c) * q.input_stride[1] + top * q.input_stride[2],
-                    q.input_stride[1], min(LANES<S>, channels - c), pixels, packed + n * pixels * pixel_step() + c,
-                    pixel_step());
-      return;
-    }
     for (int64_t n = 0; n < images; n++)
       for (int64_t r = 0; r < plane_rows; r++) {
         const int64_t from = top + r;
-        const S* in = static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + channel * q.input_stride[1] +
-                      from * q.input_stride[2];
-        const int64_t at = (n * plane_rows + r) * plane_columns;
-        for (int64_t c = 0; c < channels; c++, in += q.input_stride[1]) {
-          A* out = packed + (point ? at * pixel_step() + c : c * images * plane_rows * plane_columns + at);
-          const bool inside = from >= 0 && from < q.height;
-          if (!point && inside) {
-            pack_row(out, in, left, q.input_stride[3]);
-            continue;
-          }
-          const int64_t step = point ? pixel_step() : 1;
-          for (int64_t w = 0; w < plane_columns; w++)
-            out[w * step] =
-                inside && left + w >= 0 && left + w < q.width ? widen(in[(left + w) * q.input_stride[3]]) : A{};
+        A* out = packed + (n * plane_rows + r) * plane_columns;
+        for (int64_t c = 0; c < channels; c++, out += images * plane_rows * plane_columns) {
+          if (from >= 0 && from < q.height)
+            pack_row(out, input_at(n, from) + c * q.input_stride[1], left, q.input_stride[3]);
+          else
+            for (int64_t w = 0; w < plane_columns; w++) out[w] = 0;
         }
       }
   }
+  // (images, rows, columns, channels), of the output's pixels alone.
+  void pack_point() const {
+    const int64_t left = column * q.stride[1] - q.padding[1], pixels = rows * columns;
+    if (is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == columns) {
+      // In order: what is written too far is overwritten. Behind the last channels of a pixel are the next one's.
+      for (int64_t n = 0; n < images; n++)
+        for (int64_t c = 0; c < channels; c += LANES<S>)
+          turn_over(input_at(n, row) + c * q.input_stride[1], q.input_stride[1], min(LANES<S>, channels - c), pixels,
+                    packed + n * pixels * pixel_step() + c, pixel_step());
+      return;
+    }
+    for (int64_t n = 0; n < images; n++)
+      for (int64_t r = 0; r < rows; r++) {
+        const int64_t from = (row + r) * q.stride[0] - q.padding[0];
+        const S* in = input_at(n, from);
+        A* out = packed + (n * rows + r) * columns * pixel_step();
+        for (int64_t w = 0; w < columns; w++, out += pixel_step()) {
+          const int64_t at = left + w * q.stride[1];
+          if (from >= 0 && from < q.height && at >= 0 && at < q.width)
+            copy_channels(out, in + at * q.input_stride[3]);
+          else
+            for (int64_t c = 0; c < channels; c++) out[c] = 0;
+        }
+      }
+  }
+  void copy_channels(A* out, const S* in) const {
+    if (q.input_stride[1] != 1) {
+      for (int64_t c = 0; c < channels; c++) out[c] = widen(in[c * q.input_stride[1]]);
+      return;
+    }
+    for (int64_t c = 0; c < channels; c += LANES<S>)
+      store(out + c, load_first(in + c, static_cast<int>(min(LANES<S>, channels - c))));
+  }
 
   void add_packing() {
-    const bool point = is_point(), in_place = input_in_place();
     const A* input = packed;
     Pixels pixels{images,
                   rows,
@@ -276,25 +292,25 @@ struct Task {
                   q.grad_stride[0],
                   q.grad_stride[2],
                   q.grad_stride[3]};
-    if (in_place) {
+    if (input_in_place()) {
       input = reinterpret_cast<const A*>(static_cast<const S*>(q.input) + image * q.input_stride[0] + channel +
                                          row * q.input_stride[2] + column * q.input_stride[3]);
       pixels.input_image = q.input_stride[0];
       pixels.input_row = q.input_stride[2];
       pixels.input_column = q.input_stride[3];
+    } else if (is_point()) {
+      pack_point();
+      pixels.input_column = pixel_step();
+      pixels.input_row = columns * pixel_step();
+      pixels.input_image = rows * columns * pixel_step();
     } else {
       pack_input();
-      if (point) {
-        pixels.input_image *= pixel_step();
-        pixels.input_row *= pixel_step();
-        pixels.input_column *= pixel_step();
-      }
     }
     const bool turns_over = q.grad_stride[1] != 1;
-    if (turns_over) {
-      pixels.grad_image = rows * columns * kTurnedOutputs;
-      pixels.grad_row = columns * kTurnedOutputs;
-      pixels.grad_column = kTurnedOutputs;
+    if (turns_over) {  // in pixels, until it is known how many outputs each has
+      pixels.grad_image = rows * columns;
+      pixels.grad_row = columns;
+      pixels.grad_column = 1;
     }
     // Rows that lie behind one another are one.
     if (pixels.input_row == columns * pixels.input_column && pixels.grad_row == columns * pixels.grad_column) {
@@ -319,12 +335,17 @@ struct Task {
         add_piece(input, grad, pixels, output, vectors, left);
         continue;
       }
+      const int64_t step = vectors * lanes;
       for (int64_t n = 0; n < images; n++)
         for (int64_t v = 0; v < vectors; v++)
           turn_over(grad + n * q.grad_stride[0] + v * lanes * q.grad_stride[1], q.grad_stride[1],
-                    v + 1 < vectors ? lanes : left, rows * columns,
-                    turned + n * rows * columns * kTurnedOutputs + v * lanes, kTurnedOutputs);
-      add_piece(input, turned, pixels, output, vectors, left);
+                    v + 1 < vectors ? lanes : left, rows * columns, turned + n * rows * columns * step + v * lanes,
+                    step);
+      Pixels turned_pixels = pixels;
+      turned_pixels.grad_image *= step;
+      turned_pixels.grad_row *= step;
+      turned_pixels.grad_column *= step;
+      add_piece(input, turned, turned_pixels, output, vectors, left);
     }
   }
 
@@ -383,7 +404,7 @@ struct Task {
     plane_rows = down + (tap_rows - 1) * q.dilation[0];
     plane_columns = across + (tap_columns - 1) * q.dilation[1];
     const int64_t most = input_in_place() ? run.end - run.begin
-                         : is_point()     ? min(kPointChannels, room(plane_rows * plane_columns) / LANES<S> * LANES<S>)
+                         : is_point()     ? kPointChannels
                                           : room(plane_rows * plane_columns);
     for (channel = run.begin; channel < run.end; channel += channels) {
       channels = min(most, run.end - channel);
