@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,7 +120,18 @@ def report(rows: Sequence[Row], roofline: Roofline) -> dict[str, object]:
             "flops_per_second": roofline.peaks,
         },
         "goals": [asdict(verdict) for verdict in verdicts(rows)],
-        "rows": [asdict(row) for row in rows],
+        "rows": [_rounded(asdict(row)) for row in rows],
+    }
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Microseconds to four digits: what lies behind them is noise, and a full run has thousands of rows."""
+    times = {name: float(f"{value:.4g}") for name, value in row["microseconds"].items()}
+    roofline = row["roofline"]
+    return {
+        **row,
+        "microseconds": times,
+        "roofline": None if roofline is None else float(f"{roofline:.4g}"),
     }
 
 
