@@ -16,14 +16,16 @@ int64_t reach(const Conv2dChannelGrad& q, int axis) { return (q.kernel[axis] - 1
 
 // Cuts into slices of tiles where each result has many pixels, and into ranges of outputs.
 void cut_tasks(Conv2dChannelGrad& q) {
-  constexpr int64_t kTaskCost = 200000, kPartialElements = 1 << 20, kRangeOutputs = 256, kSlicePixels = 512;
+  constexpr int64_t kTaskCost = 200000, kPartialElements = 1 << 20, kSlicePixels = 512;
   const int64_t pixels = q.batch * q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
   const int64_t cost = pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
   const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
+  // Every range packs the input again.
+  const int64_t range_outputs = taps == 1 ? 96 : 80;
   const int64_t elements = q.selected * q.out_per_group * taps;
   const int64_t most = std::min(kPartialElements / elements, pixels / kSlicePixels);
   q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
-  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / kRangeOutputs));
+  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / range_outputs));
   q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
   q.ranges = ceil_div(q.out_per_group, q.range_outputs);
   q.tasks = q.run_count * q.slices * q.ranges;
