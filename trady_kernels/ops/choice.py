@@ -3,10 +3,6 @@
 ``trady bench --tune`` measures the limits on the machine it runs on and writes them to :func:`table_path`. They are
 read when the package is imported, so that no call and no traced graph reads a file, and only where they were made on
 this CPU, instruction set and version of torch.
-
-A matrix product on the pixels is no third kernel: of the 379 shapes that ``trady bench`` has of stride-1 1x1 layers
-(batch 8, float32, one thread of a Zen 4 with AVX-512, torch 2.13) it beat both others by more than 5% on 3 in
-channels_last (``mm``) and on 25 in contiguous layout (``bmm``), scattered over layers and k.
 """
 
 from __future__ import annotations
@@ -63,8 +59,8 @@ _F32, _F64 = torch.float32, torch.float64
 #: What ``trady bench --tune --threads 1`` found on a Zen 4 against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on
 #: the layers of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels.
 #: With AVX-512 a call takes 0.2 to 2.4% longer (root mean square) than the faster of the two kernels; with AVX2, whose 16
-#: registers hold smaller blocks, 1.6 to 8.3%. Linear: torch.mm takes 1.06 to 3.5 times as long up to 12 features, 0.95 to
-#: 1.3 times from 48 to all of 3072.
+#: registers hold smaller blocks (``TRADY_ISA=avx2`` before the command), 1.6 to 8.3%. For linear layers ``trady bench`` is
+#: the measure (benchmarks/results/operators.json): C++ is ahead of torch.mm or beside it but for batches of 8 rows.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
