@@ -54,7 +54,7 @@ void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pix
             prefetch(g + v * VL + ahead);
             return keep(v + 1 < VECTORS ? load(g + v * VL) : load_last(g + v * VL));
           };
-          auto load_input = [&](int t) INLINED { return keep(V{} + x[t / COLUMNS][t % COLUMNS]); };
+          auto load_input = [&](int t) INLINED { return keep(broadcast(x[t / COLUMNS] + t % COLUMNS)); };
           if constexpr (VECTORS <= TAPS) {
             V d[VECTORS];
 #pragma GCC unroll 16

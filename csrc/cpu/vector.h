@@ -262,6 +262,11 @@ TRADY_INLINE void store_first(T* p, vector_of<T> value, int count) {
 }
 #endif
 
+// Every lane the element. (An addition to zero would stay one, for the sake of -0: on x86 it takes up both units of the
+// multiply-adds, where a broadcast from memory takes none.)
+TRADY_INLINE f32 broadcast(const float* p) { return *p - f32{}; }
+TRADY_INLINE f64 broadcast(const double* p) { return *p - f64{}; }
+
 // ---- permutations ---------------------------------------------------------------------------------------------
 
 // Lane i of the result is lane index[i] of a, or of b where index[i] is past a's last. With constant indices both
