@@ -35,26 +35,41 @@ std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t selected, int64
   return runs;
 }
 
-// Adds up the slices, in order, into (k, C'/groups, kh, kw); the first slice is overwritten.
+// to = the sum of the slices, in order; `to` may be the first of them.
 template <class T>
-void add_slices(const Conv2dChannelGrad& q, T* partial, T* out) {
-  const int64_t taps = q.kernel[0] * q.kernel[1], outputs = q.out_per_group, size = outputs * taps;
-  parallel_for(q.selected, size * q.slices, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++) {
-      T* sum = partial + c * size;
-      for (int64_t slice = 1; slice < q.slices; slice++) {
-        const T* from = sum + slice * q.selected * size;
-        for (int64_t i = 0; i < size; i++) sum[i] += from[i];
-      }
-      T* to = out + c * size;
-      if (!q.outputs_last) {
-        std::memcpy(to, sum, size * sizeof(T));
-        continue;
-      }
-      for (int64_t o = 0; o < outputs; o++)
-        for (int64_t tap = 0; tap < taps; tap++) *to++ = sum[tap * outputs + o];
+void add_slices(const Conv2dChannelGrad& q, int64_t elements, const T* partial, T* to) {
+  parallel_for(elements, q.slices, [&](int64_t begin, int64_t end) {
+    if (to != partial) std::memcpy(to + begin, partial + begin, (end - begin) * sizeof(T));
+    for (int64_t slice = 1; slice < q.slices; slice++) {
+      const T* from = partial + slice * elements;
+      for (int64_t i = begin; i < end; i++) to[i] += from[i];
     }
   });
+}
+
+// The sums, as a loop has laid them out, as (k, C'/groups, kh, kw).
+template <class T>
+void copy_sums(const Conv2dChannelGrad& q, const T* sums, T* out) {
+  const int64_t size = q.out_per_group * q.kernel[0] * q.kernel[1];
+  parallel_for(q.selected, size, [&](int64_t begin, int64_t end) {
+    T* to = out + begin * size;
+    for (int64_t c = begin; c < end; c++)
+      for (int64_t o = 0; o < q.out_per_group; o++)
+        for (int64_t i = 0; i < q.kernel[0]; i++) {
+          const T* from = sums + c * q.sum_stride[0] + o * q.sum_stride[1] + i * q.sum_stride[2];
+          for (int64_t j = 0; j < q.kernel[1]; j++) *to++ = from[j * q.sum_stride[3]];
+        }
+  });
+}
+// Whether they already lie so.
+bool sums_in_order(const Conv2dChannelGrad& q) {
+  const int64_t sizes[] = {q.selected, q.out_per_group, q.kernel[0], q.kernel[1]};
+  int64_t stride = 1;
+  for (int axis = 3; axis >= 0; axis--) {
+    if (sizes[axis] > 1 && q.sum_stride[axis] != stride) return false;
+    stride *= sizes[axis];
+  }
+  return true;
 }
 
 // The weight gradient, and where `bias` is given that of the bias too, from the same pass.
@@ -128,9 +143,9 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
   const auto loop = plan(q);
 
   const int64_t taps = kernel_size[0] * kernel_size[1], elements = q.selected * q.out_per_group * taps;
-  const bool whole = q.slices == 1 && !(q.outputs_last && taps > 1);
+  const bool in_order = sums_in_order(q), in_place = q.slices == 1 && in_order;
   Tensor partial =
-      whole ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, elements}, accumulate);
+      in_place ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, elements}, accumulate);
   void* sums = partial.mutable_data_ptr();
   Tensor bias_partial;
   if (bias) {
@@ -147,7 +162,9 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
   });
   const auto finish = [&](auto zero) {
     using T = decltype(zero);
-    if (!whole) add_slices(q, static_cast<T*>(sums), static_cast<T*>(out.mutable_data_ptr()));
+    T *first = static_cast<T*>(sums), *result = static_cast<T*>(out.mutable_data_ptr());
+    if (q.slices > 1) add_slices(q, elements, first, in_order ? result : first);
+    if (!in_order) copy_sums(q, first, result);
     if (!bias || q.slices == 1) return;
     const T* from = static_cast<const T*>(q.bias);
     T* to = static_cast<T*>(bias->mutable_data_ptr());

@@ -38,8 +38,8 @@ struct Conv2dChannelGrad {
   int64_t slices, ranges, range_outputs;
   int64_t tasks;
   int64_t scratch;  // elements of the accumulation type that a task needs
-  // Results lie as (slices, k, kh, kw, C'/groups), otherwise as (slices, k, C'/groups, kh, kw).
-  bool outputs_last;
+  // Where a slice's result for (channel of k, output of C'/groups, kh, kw) lies.
+  int64_t sum_stride[4];
 };
 
 // Row pitch of the packed input where lanes are pixels, in elements; a constant, so that a tap is an immediate offset
@@ -56,6 +56,8 @@ constexpr int64_t kScratch = (kMaxPlanes + 2 * kMostOutputs) * kPlane;
 // the most of a register block, for so many pixels; and what turning over writes too much, a vector's worth of pixels.
 constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTurnedPixels = 512;
 constexpr int64_t kTurnedSlack = 16 * kPointChannels;
+// Where lanes are channels: elements of a tile's input, turned over.
+constexpr int64_t kTurnedPlanes = 1 << 16;
 // A depthwise channels_last strip: vectors of at most 16 elements for 4096 pixels of the input and 2048 of the output.
 constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;
 
@@ -71,6 +73,8 @@ Conv2dChannelGradLoop plan(Conv2dChannelGrad& problem);
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad, const trady::Conv2dChannelGrad& problem, int64_t task, void* partial,
                      void* scratch)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_channels_last, const trady::Conv2dChannelGrad& problem, int64_t task,
+                     void* partial, void* scratch)
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_many_channels, const trady::Conv2dChannelGrad& problem, int64_t task,
                      void* partial, void* scratch)
 // Layers with one or two outputs a group, of common shapes, on CPUs with masked loads: whether that loop takes them.
 TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_depthwise_fits, const trady::Conv2dChannelGrad& problem)

@@ -5,6 +5,7 @@
 // offsets into a plane, strides and dilation are gone, and grad_output, the large operand, is read flat and as it is.
 #include "conv2d_channel_grad.h"
 
+#include "conv2d_channel_grad_planes.h"
 #include "vector.h"
 
 namespace trady::TRADY_ISA {
@@ -34,36 +35,6 @@ TRADY_INLINE void sum_lanes(const A (&acc)[COUNT], T* sums) {
     store(sums + first, sum_each<A, lanes_of<A>>(group));
   }
 }
-
-// out[i] = in[i * step] for i < count, and zero behind it up to a whole vector.
-template <class P, class S>
-TRADY_INLINE void copy_freely(P* __restrict out, const S* __restrict in, int64_t step, int64_t count) {
-  constexpr int VL = OPERANDS<P>;
-  int64_t i = 0;
-  if (step == 1) {
-    for (; i + VL <= count; i += VL) store_operand(out + i, load_as<P>(in + i));
-    if (i < count) store_operand(out + i, load_first_as<P>(in + i, static_cast<int>(count - i)));
-    return;
-  }
-  if (step == 2) {
-    // The second load reaches one element further than the last that is taken.
-    for (; i + VL < count; i += VL)
-      store_operand(out + i, even_lanes(load_as<P>(in + 2 * i), load_as<P>(in + 2 * i + VL)));
-  }
-  const int64_t end = (count + VL - 1) / VL * VL;
-  for (; i < count; i++) out[i] = element_as<P>(in[i * step]);
-  for (; i < end; i++) out[i] = P{};
-}
-// Up to a whole vector behind the last is cleared too.
-template <class P>
-TRADY_INLINE void clear_freely(P* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += OPERANDS<P>) store_operand(out + i, operand_of<P>{});
-}
-
-TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-TRADY_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) { return max(low, min(a, high)); }
-TRADY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
 // Equally long pieces of the input and of grad_output, one an image. Where several images of a small map leave a few
 // pixels behind the last whole vector, those of all images are gathered into one more piece.
@@ -147,25 +118,6 @@ void block(const P* input, const int64_t* rows, const P* grad, int64_t output_st
   sum_lanes(acc, sums);
 }
 
-// The sum of `count` stretches of pixels, `step` apart.
-template <class P>
-scalar_of<P> sum_pixels(const P* grad, int64_t count, int64_t step, int64_t pixels) {
-  constexpr int VL = OPERANDS<P>;
-  // Chains of additions that do not wait for each other.
-  constexpr int CHAINS = 4;
-  vector_of<P> acc[CHAINS] = {};
-  const operand_of<P> one = ones<P>();
-  for (int64_t n = 0; n < count; n++, grad += step) {
-    int64_t p = 0;
-    for (; p + CHAINS * VL <= pixels; p += CHAINS * VL)
-      for (int chain = 0; chain < CHAINS; chain++)
-        acc[chain] = multiply_add(acc[chain], load_operand(grad + p + chain * VL), one);
-    for (; p + VL <= pixels; p += VL) acc[0] = multiply_add(acc[0], load_operand(grad + p), one);
-    if (p < pixels) acc[1] = multiply_add(acc[1], load_first_operand(grad + p, static_cast<int>(pixels - p)), one);
-  }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
-
 template <class P>
 using Block = void (*)(const P*, const int64_t*, const P*, int64_t, Segments<P>, int64_t, scalar_of<P>*);
 
@@ -217,11 +169,11 @@ struct Taps {
   int64_t row, row_end, column, column_end;
 };
 
-// P is what the planes hold, and S what the tensors do.
 template <class P, class S>
-struct Task {
+struct Task : Tile<P, S> {
   using A = scalar_of<P>;
-  const Conv2dChannelGrad& q;
+  using Tile<P, S>::q, Tile<P, S>::image, Tile<P, S>::images, Tile<P, S>::pixel, Tile<P, S>::pixels;
+  using Tile<P, S>::first_row, Tile<P, S>::segment, Tile<P, S>::shift, Tile<P, S>::residue, Tile<P, S>::pack_plane;
   A* partial = nullptr;  // this slice's
   A* bias = nullptr;     // likewise, while a tile's first packing is added
   P* planes;
@@ -230,79 +182,25 @@ struct Task {
   // This task.
   ChannelRun run = {};
   int64_t first_output = 0, last_output = 0;  // of the group
-  // This tile.
-  int64_t image = 0, images = 0, pixel = 0, pixels = 0;
   // This packing: planes for (slot, channel, kernel column).
   Taps taps = {};
   int64_t channel = 0, channels = 0;
   int64_t slots = 0;
-  int64_t first_row = 0;           // virtual, see pack_plane()
-  int64_t segment = 0;             // elements of a plane for one image
   int64_t from[kMaxPlanes];        // where a kernel row's planes begin, or a point's channel
   int64_t gathered[kMaxPlanes];    // and where the gathered pixels of those do
   int64_t tap_places[kMaxPlanes];  // where the sum of (channel, column) goes, in a kernel row of an output's
 
   Task(const Conv2dChannelGrad& problem, void* scratch)
-      : q(problem),
+      : Tile<P, S>{problem},
         planes(static_cast<P*>(scratch)),
         packed_grad(planes + kMaxPlanes * kPlane),
         gathered_grad(packed_grad + kMostOutputs * kPlane) {}
 
-  // Kernel row i reads input row h * stride + i * dilation - padding. That is row h + shift(i) of the input rows of its
-  // residue, so one slot of planes for each residue serves all kernel rows.
-  int64_t shift(int64_t i) const { return i * q.dilation[0] / q.stride[0]; }
-  int64_t residue(int64_t i) const { return i * q.dilation[0] % q.stride[0]; }
   bool alone() const { return taps.row_end - taps.row == 1; }
   int64_t slot(int64_t i) const { return alone() ? 0 : residue(i); }
   int64_t columns() const { return taps.column_end - taps.column; }
   P* plane(int64_t s, int64_t c, int64_t column) const {
     return planes + ((s * channels + c) * columns() + column) * kPlane;
-  }
-
-  // One plane of one image, for output pixels from `pixel` on: `segment` of them, rows of out_width. Output row h of
-  // the plane is input row h * stride + residue - padding. Writes in order, so that what it writes too far is
-  // overwritten.
-  void pack_plane(P* out, const S* in, int64_t residue, int64_t j) const {
-    const int64_t step = q.stride[1], offset = j * q.dilation[1] - q.padding[1];
-    const int64_t low = clamp(ceil_div(-offset, step), 0, q.out_width);
-    const int64_t high = clamp(ceil_div(q.width - offset, step), low, q.out_width);
-    const int64_t start = pixel + first_row * q.out_width;
-    if (shifts_flat())
-      return pack_shifted(out, in, start + (residue - q.padding[0]) * q.width + offset, start, low, high);
-    int64_t row = start / q.out_width, column = start % q.out_width;
-    for (const P* end = out + segment; out < end; row++, column = 0) {
-      const int64_t stop = min(q.out_width, column + (end - out));
-      const int64_t from = row * q.stride[0] + residue - q.padding[0];
-      const bool inside = from >= 0 && from < q.height;
-      const int64_t a = inside ? clamp(low, column, stop) : stop, b = inside ? clamp(high, a, stop) : stop;
-      if (a > column) clear_freely(out, a - column);
-      if (b > a)
-        copy_freely(out + (a - column), in + from * q.input_stride[2] + (a * step + offset) * q.input_stride[3],
-                    step * q.input_stride[3], b - a);
-      const int64_t written = a + (b - a + OPERANDS<P> - 1) / OPERANDS<P> * OPERANDS<P>;
-      if (written < stop) clear_freely(out + (written - column), stop - written);
-      out += stop - column;
-    }
-  }
-
-  // Output rows as long as input rows, one after another, at stride 1: a plane is a stretch of the input, shifted, but
-  // for the columns that padding puts there, which come from the row before or behind.
-  bool shifts_flat() const {
-    return q.stride[0] == 1 && q.stride[1] == 1 && q.out_width == q.width && q.input_stride[3] == 1 &&
-           q.input_stride[2] == q.width;
-  }
-  // out[p] = in[from + p], zero outside of the image; output columns outside of [low, high) are zero.
-  void pack_shifted(P* out, const S* in, int64_t from, int64_t start, int64_t low, int64_t high) const {
-    const int64_t a = clamp(-from, 0, segment), b = clamp(q.height * q.width - from, a, segment);
-    if (a > 0) clear_freely(out, a);
-    if (b > a) copy_freely(out + a, in + from + a, 1, b - a);
-    const int64_t written = a + (b - a + OPERANDS<P> - 1) / OPERANDS<P> * OPERANDS<P>;
-    if (written < segment) clear_freely(out + written, segment - written);
-    if (high - low == q.out_width) return;
-    for (int64_t row = -(start % q.out_width); row < segment; row += q.out_width) {
-      for (int64_t w = max(row, 0); w < min(row + low, segment); w++) out[w] = P{};
-      for (int64_t w = max(row + high, 0); w < min(row + q.out_width, segment); w++) out[w] = P{};
-    }
   }
 
   void pack_input() const {
@@ -462,13 +360,7 @@ struct Task {
   }
 
   void add_tile(int64_t tile) {
-    const int64_t out_pixels = q.out_height * q.out_width;
-    const int64_t tiles_per_image = ceil_div(out_pixels, q.tile_pixels);
-    image = tile / tiles_per_image * q.tile_images;
-    images = min(q.tile_images, q.batch - image);
-    pixel = tile % tiles_per_image * q.tile_pixels;
-    pixels = min(q.tile_pixels, out_pixels - pixel);
-
+    this->move_to(tile);
     const int64_t reach = shift(q.kernel[0] - 1) * q.out_width;
     const int64_t used_slots = q.kernel[0] == 1 ? 1 : q.stride[0];
     const int64_t first_columns = min(q.kernel[1], kMaxColumns);

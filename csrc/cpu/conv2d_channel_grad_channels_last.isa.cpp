@@ -168,27 +168,6 @@ Block<S> block_of_3x3([[maybe_unused]] int64_t vectors) {
   return nullptr;
 }
 
-// out[p * out_step + r] = in[r * in_step + p] for `rows` <= LANES rows and `pixels`. Writes whole vectors, and up to
-// LANES
-// - 1 pixels too many.
-template <class S>
-void turn_over(const S* in, int64_t in_step, int64_t rows, int64_t pixels, scalar_of<S>* out, int64_t out_step) {
-  constexpr int VL = LANES<S>;
-  for (int64_t p = 0; p < pixels; p += VL) {
-    const int count = static_cast<int>(min(VL, pixels - p));
-    vector_of<S> block[VL];
-    if (rows == VL && count == VL) {
-#pragma GCC unroll 16
-      for (int r = 0; r < VL; r++) block[r] = load(in + r * in_step + p);
-    } else {
-      for (int r = 0; r < VL; r++) block[r] = r < rows ? load_first(in + r * in_step + p, count) : vector_of<S>{};
-    }
-    transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) store(out + (p + i) * out_step, block[i]);
-  }
-}
-
 template <class S>
 struct Task {
   using A = scalar_of<S>;

@@ -7,6 +7,7 @@ namespace trady {
 namespace {
 
 constexpr int64_t kTasks = 16;
+constexpr int64_t kLeastOutputs[] = {96, 80};  // of a range, by whether the kernel has several taps
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -14,42 +15,99 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t extent(int64_t count, int64_t stride) { return (count - 1) * stride + 1; }
 int64_t reach(const Conv2dChannelGrad& q, int axis) { return (q.kernel[axis] - 1) * q.dilation[axis]; }
 
-// Cuts into slices of tiles where each result has many pixels, and into ranges of outputs.
-void cut_tasks(Conv2dChannelGrad& q) {
-  constexpr int64_t kTaskCost = 200000, kPartialElements = 1 << 20, kSlicePixels = 512;
+void lay_out_sums(Conv2dChannelGrad& q, int64_t channel, int64_t output, int64_t row, int64_t column) {
+  q.sum_stride[0] = channel;
+  q.sum_stride[1] = output;
+  q.sum_stride[2] = row;
+  q.sum_stride[3] = column;
+}
+
+// Cuts into slices of tiles where each result has many pixels, and into ranges of outputs, of which every one packs the
+// input again, of no fewer than `least_outputs`; a small map into no more than `few` slices.
+void cut_tasks(Conv2dChannelGrad& q, int64_t least_outputs, int64_t few = 1) {
+  constexpr int64_t kTaskCost = 200000, kPartialElements = 1 << 20, kSlicePixels = 512, kFewPixels = 192;
   const int64_t pixels = q.batch * q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
   const int64_t cost = pixels * q.out_per_group * (q.selected * taps / q.run_count + 4) / 4;
   const int64_t tasks = std::clamp<int64_t>(cost / kTaskCost, 1, std::max<int64_t>(1, kTasks / q.run_count));
-  // Every range packs the input again.
-  const int64_t range_outputs = taps == 1 ? 96 : 80;
   const int64_t elements = q.selected * q.out_per_group * taps;
-  const int64_t most = std::min(kPartialElements / elements, pixels / kSlicePixels);
+  const int64_t most =
+      std::min(kPartialElements / elements, std::max(pixels / kSlicePixels, std::min(few, pixels / kFewPixels)));
   q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
-  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / range_outputs));
+  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / least_outputs));
   q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
   q.ranges = ceil_div(q.out_per_group, q.range_outputs);
   q.tasks = q.run_count * q.slices * q.ranges;
   q.scratch = kScratch;
 }
 
+int64_t padded_lanes(int64_t lanes) { return ceil_div(lanes, 16) * 16; }
+
+// Output pixels of a tile where lanes are channels: few enough that two or three vectors of lanes stay in the first two
+// levels of the caches, but no fewer than repay packing the rows of the input that tiles share. Less than 1 where there
+// is no room.
+int64_t tile_of_many_channels(const Conv2dChannelGrad& q) {
+  const int64_t lanes = padded_lanes(q.selected / q.run_count * q.kernel[1]);
+  const int64_t slots = q.kernel[0] == 1 ? 1 : q.stride[0];
+  const int64_t shared = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
+  const int64_t room = std::min(kTurnedPlanes / std::min<int64_t>(lanes, 48) / slots, kPlane) - kSlack;
+  const int64_t pixels = q.out_height * q.out_width;
+  const int64_t wanted = std::max<int64_t>(256, 2 * shared);
+  // A whole image, where it is not much more; of several, each has its own shared rows.
+  const int64_t target = pixels <= 2 * wanted ? std::max(pixels, wanted) : wanted;
+  const int64_t images = std::max<int64_t>(1, target / pixels);
+  return std::min(target, room - images * shared);
+}
+
 // A tile is a range of output pixels of one image, or all pixels of several images. Every tile ends in a reduction of
 // its register blocks: it is as long as the planes allow.
 Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
-  constexpr int64_t kPixels = kPlane - kSlack, kLanes = 16;
+  // The planes of a point's block of eight channels, which every block of outputs reads, stay in the first cache.
+  const int64_t room = q.kernel[0] * q.kernel[1] == 1 ? 800 : kPlane - kSlack;
+  constexpr int64_t kLanes = 16;
   const int64_t pixels = q.out_height * q.out_width;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
-  if (pixels + reach <= kPixels) {
-    const int64_t images = std::clamp<int64_t>(kPixels / (pixels + reach), 1, q.batch);
+  if (pixels + reach <= room) {
+    const int64_t images = std::clamp<int64_t>(room / (pixels + reach), 1, q.batch);
     q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
     q.tile_pixels = pixels;
   } else {
-    const int64_t most = (reach + 512 <= kPixels ? kPixels - reach : kPixels) / kLanes * kLanes;
+    const int64_t most = (reach + 512 <= room ? room - reach : room) / kLanes * kLanes;
     q.tile_images = 1;
     q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), kLanes) * kLanes;
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
-  cut_tasks(q);
+  cut_tasks(q, kLeastOutputs[q.kernel[0] * q.kernel[1] > 1]);
   return TRADY_KERNEL(conv2d_channel_grad);
+}
+
+// Whether lanes of channels fill vectors, and a tile's planes, turned over, have room.
+bool many_channels_pays(const Conv2dChannelGrad& q) {
+  const int64_t lanes = q.selected / q.run_count * q.kernel[1], padded = padded_lanes(lanes);
+  const bool point = q.kernel[0] * q.kernel[1] == 1;
+  // Chosen on a Xeon with AMX at batch 8 by trial runs that are not kept. Lanes of pixels suffer most on small maps,
+  // whose planes begin anywhere in a cache line.
+  const bool full = 10 * lanes >= 9 * padded;
+  const bool full_enough = point && 4 * lanes >= 3 * padded && (lanes > 16 || q.out_height * q.out_width < 256);
+  return (q.dtype == Dtype::float32 || q.dtype == Dtype::float64) && q.grad_stride[3] == 1 &&
+         q.grad_stride[2] == q.out_width && q.kernel[1] <= 16 && q.stride[0] <= 4 && (full || full_enough) &&
+         tile_of_many_channels(q) >= 64;
+}
+
+Conv2dChannelGradLoop plan_many_channels(Conv2dChannelGrad& q) {
+  const int64_t pixels = q.out_height * q.out_width, target = tile_of_many_channels(q);
+  if (pixels <= target) {
+    q.tile_images = std::clamp<int64_t>(target / pixels, 1, q.batch);
+    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, q.tile_images));
+    q.tile_pixels = pixels;
+  } else {
+    q.tile_images = 1;
+    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, target)), 16) * 16;
+  }
+  q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
+  lay_out_sums(q, q.kernel[1], q.kernel[0] * q.selected * q.kernel[1], q.selected * q.kernel[1], 1);
+  cut_tasks(q, 160, 2);
+  q.scratch = 16 * kPlane + kTurnedPlanes;
+  return TRADY_KERNEL(conv2d_channel_grad_many_channels);
 }
 
 // Tiles of `target` output pixels: rows and columns of one image, or several whole images.
@@ -75,8 +133,8 @@ Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
   const int64_t taps = q.kernel[0] * q.kernel[1], channels = q.selected / q.run_count;
   const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTurnedPixels : 1024;
   cut_rows(q, target, kScratch / 8);
-  q.outputs_last = true;
-  cut_tasks(q);
+  lay_out_sums(q, taps * q.out_per_group, 1, q.kernel[1] * q.out_per_group, q.out_per_group);
+  cut_tasks(q, kLeastOutputs[q.kernel[0] * q.kernel[1] > 1]);
   q.scratch = kScratch + kTurnedSlack + (kTurnedPixels + 16) * kTurnedOutputs;
   return TRADY_KERNEL(conv2d_channel_grad_channels_last);
 }
@@ -124,12 +182,14 @@ Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
   q.tile_images = q.tile_pixels = q.tile_rows = q.tile_columns = q.tiles = q.scratch = 0;
   q.ranges = q.slices = 1;
   q.range_outputs = q.out_per_group;
-  q.outputs_last = false;
+  lay_out_sums(q, q.out_per_group * q.kernel[0] * q.kernel[1], q.kernel[0] * q.kernel[1], q.kernel[1], 1);
   const bool pixels_adjacent = q.grad_stride[3] == 1 && q.out_height * q.out_width > 1;
   // With fewer outputs a group lanes over outputs would be empty.
   if (q.out_per_group < 4 && !q.with_bias) {
     if (TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q)) return plan_depthwise(q);
     if (!pixels_adjacent || q.input_stride[3] != 1) return plan_depthwise_channels_last(q);
+  } else if (pixels_adjacent && many_channels_pays(q)) {
+    return plan_many_channels(q);
   } else if ((q.grad_stride[1] == 1 && !pixels_adjacent) || turning_over_pays(q)) {
     return plan_channels_last(q);
   }

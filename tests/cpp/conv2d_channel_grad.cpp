@@ -38,6 +38,40 @@ const Shape SHAPES[] = {
     {"3x3", 2, 12, 19, {9, 11}, {0, 1, 5, 6, 7, 8, 11}},
     {"3x3, one channel", 2, 9, 35, {14, 14}, {3}},
     {"3x3, several tiles", 2, 6, 8, {41, 67}, {1, 4}},
+    {"1x1, many channels",
+     2,
+     18,
+     9,
+     {29, 27},
+     {0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16},
+     {1, 1},
+     {1, 1},
+     {0, 0}},
+    {"1x1, padded, many channels", 2, 12, 13, {6, 5}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}, {1, 1}, {1, 1}, {2, 1}},
+    {"3x3, many channels", 3, 12, 19, {9, 11}, {0, 1, 5, 6, 9}},
+    {"3x3, many channels, several tiles", 1, 12, 9, {31, 37}, {0, 1, 4, 5, 6, 7, 8, 9, 10, 11}},
+    {"3x3, stride 2, many channels", 3, 12, 9, {15, 14}, {0, 2, 3, 7, 11}, {3, 3}, {2, 2}},
+    {"3x2, dilation 2, stride 3, many channels",
+     2,
+     9,
+     10,
+     {17, 19},
+     {0, 1, 2, 3, 4, 5, 6, 8},
+     {3, 2},
+     {3, 2},
+     {2, 0},
+     {2, 3}},
+    {"groups, many channels",
+     2,
+     32,
+     10,
+     {9, 9},
+     {0, 1, 2, 3, 4, 16, 17, 20, 21, 30},
+     {3, 3},
+     {1, 1},
+     {1, 1},
+     {1, 1},
+     2},
     {"3x3, long rows", 1, 4, 5, {4, 2300}, {0, 3}},
     {"3x3, stride 2", 3, 8, 24, {15, 14}, {0, 2, 3, 7}, {3, 3}, {2, 2}},
     {"3x3, dilation 2", 2, 8, 16, {13, 14}, {1, 2, 6}, {3, 3}, {1, 1}, {2, 2}, {2, 2}},
@@ -187,15 +221,14 @@ TRADY_TEST(conv2d_channel_grad) {
             expect_sum("bias", o, dtype, got, static_cast<double>(sum), magnitude,
                        q.batch * q.out_height * q.out_width);
           }
-          for_each_result(
-              p, input, grad_output, [&](int64_t c, int64_t o, int64_t ky, int64_t kx, double sum, double magnitude) {
-                const int64_t tap = ky * q.kernel[1] + kx;
-                const int64_t i =
-                    q.outputs_last ? (c * taps + tap) * q.out_per_group + o : (c * q.out_per_group + o) * taps + tap;
-                double got = 0;
-                for (int64_t slice = 0; slice < q.slices; ++slice) got += partial.get(slice * elements + i);
-                expect_sum("grad", i, dtype, got, sum, magnitude, q.batch * q.out_height * q.out_width);
-              });
+          for_each_result(p, input, grad_output,
+                          [&](int64_t c, int64_t o, int64_t ky, int64_t kx, double sum, double magnitude) {
+                            const int64_t i =
+                                c * q.sum_stride[0] + o * q.sum_stride[1] + ky * q.sum_stride[2] + kx * q.sum_stride[3];
+                            double got = 0;
+                            for (int64_t slice = 0; slice < q.slices; ++slice) got += partial.get(slice * elements + i);
+                            expect_sum("grad", i, dtype, got, sum, magnitude, q.batch * q.out_height * q.out_width);
+                          });
         }
       }
     }

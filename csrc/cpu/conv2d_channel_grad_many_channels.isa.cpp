@@ -1,0 +1,223 @@
+// conv2d_channel_grad where so many channels are selected that they fill vectors: lanes are channels, or the kernel
+// columns of channels.
+//
+// The planes of a tile of output pixels are turned over, so that the elements under a pixel lie side by side. A
+// register block holds the sums of a few vectors of them and several outputs. For each pixel the vectors are read once
+// and multiplied by the outputs' elements of grad_output, broadcast from where they lie: the large operand is neither
+// copied nor read in vectors that straddle cache lines, and there is nothing to reduce at the end.
+#include "conv2d_channel_grad.h"
+#include "conv2d_channel_grad_planes.h"
+#include "vector.h"
+
+namespace trady::TRADY_ISA {
+namespace {
+
+// Equally long pieces of the turned planes and of grad_output, one an image.
+struct Images {
+  int64_t count, pixels;
+  int64_t input_step, grad_step;
+};
+
+// sums[o * sums_step + lane] += sum over pixels of input[lane] * grad[o] for VECTORS vectors of lanes, the last of them
+// `left` long. What lies `ahead` in grad_output is read next.
+template <class A, int VECTORS, int OUTPUTS>
+void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, const Images& images, int64_t ahead,
+           int left, A* sums, int64_t sums_step) {
+  using V = vector_of<A>;
+  constexpr int VL = LANES<A>, LINE = 64 / sizeof(A);
+  // Chains of multiply-adds that do not wait for each other.
+  constexpr int CHAINS = VECTORS * OUTPUTS >= 16 ? 1 : VECTORS * OUTPUTS >= 4 ? 2 : 4;
+  V acc[CHAINS][OUTPUTS * VECTORS];
+#pragma GCC unroll 4
+  for (int chain = 0; chain < CHAINS; chain++)
+#pragma GCC unroll 32
+    for (int a = 0; a < OUTPUTS * VECTORS; a++) acc[chain][a] = V{};
+  for (int64_t n = 0; n < images.count; n++) {
+    const A* x = input + n * images.input_step;
+    const A* g[OUTPUTS];
+#pragma GCC unroll 8
+    for (int o = 0; o < OUTPUTS; o++) g[o] = grad + n * images.grad_step + o * output_step;
+    const auto step = [&](V* to, int64_t p) __attribute__((always_inline)) {
+      V values[VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) values[v] = keep(load(x + v * VL));
+      x += pitch;
+#pragma GCC unroll 8
+      for (int o = 0; o < OUTPUTS; o++) {
+        const V d = keep(broadcast(g[o] + p));
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) to[o * VECTORS + v] += d * values[v];
+      }
+    };
+    for (int64_t line = 0; line < images.pixels; line += LINE) {
+#pragma GCC unroll 8
+      for (int o = 0; o < OUTPUTS; o++) prefetch_later(g[o] + line + ahead);
+      const int64_t stop = min(line + LINE, images.pixels);
+      int64_t p = line;
+      for (; p + CHAINS <= stop; p += CHAINS) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; chain++) step(acc[chain], p + chain);
+      }
+      if constexpr (CHAINS > 1)
+        for (; p < stop; p++) step(acc[0], p);
+    }
+  }
+#pragma GCC unroll 8
+  for (int o = 0; o < OUTPUTS; o++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) {
+      V sum = acc[0][o * VECTORS + v];
+#pragma GCC unroll 4
+      for (int chain = 1; chain < CHAINS; chain++) sum += acc[chain][o * VECTORS + v];
+      A* to = sums + o * sums_step + v * VL;
+      if (v + 1 < VECTORS || left == VL)
+        store(to, load(to) + sum);
+      else
+        store_first(to, load_first(to, left) + sum, left);
+    }
+  }
+}
+
+template <class A>
+using Block = void (*)(const A*, int64_t, const A*, int64_t, const Images&, int64_t, int, A*, int64_t);
+
+// Register blocks: as many as leave registers for the operands.
+constexpr int kMostVectors = 3;
+constexpr int kMostTogether = VECTOR_REGISTERS >= 32 ? 8 : 4;  // outputs
+template <class A, int OUTPUTS = kMostTogether>
+Block<A> block_of(int64_t outputs, int64_t vectors) {
+  if constexpr (OUTPUTS > 1)
+    if (outputs < OUTPUTS) return block_of<A, OUTPUTS / 2>(outputs, vectors);
+  return vectors == 1 ? block<A, 1, OUTPUTS> : vectors == 2 ? block<A, 2, OUTPUTS> : block<A, 3, OUTPUTS>;
+}
+
+template <class A>
+struct Task : Tile<A, A> {
+  using Tile<A, A>::q, Tile<A, A>::image, Tile<A, A>::images, Tile<A, A>::pixel, Tile<A, A>::pixels;
+  using Tile<A, A>::segment, Tile<A, A>::shift, Tile<A, A>::residue, Tile<A, A>::pack_plane;
+  static constexpr int VL = LANES<A>;
+  A* planes;             // of one vector of lanes
+  A* turned;             // (slot, image, pixel, lane)
+  A* partial = nullptr;  // this slice's, (C'/groups, kh, k, kw)
+  A* bias = nullptr;     // likewise, while a tile's first packing is added
+  // This task.
+  ChannelRun run = {};
+  int64_t first_output = 0, last_output = 0;  // of the group
+  // This packing.
+  int64_t channel = 0, channels = 0;
+  int64_t pitch = 0;  // from pixel to pixel
+
+  Task(const Conv2dChannelGrad& problem, void* scratch)
+      : Tile<A, A>{problem}, planes(static_cast<A*>(scratch)), turned(planes + VL * kPlane) {}
+
+  int64_t lanes() const { return channels * q.kernel[1]; }
+  int64_t slot_pixels() const { return images * segment + VL; }  // turning over writes too far
+  A* slot(int64_t residue) const { return turned + residue * slot_pixels() * pitch; }
+  const A* input_at(int64_t n, int64_t c) const {
+    return static_cast<const A*>(q.input) + (image + n) * q.input_stride[0] + c * q.input_stride[1];
+  }
+  // A kernel of one tap that reads pixels where they lie.
+  bool is_plain_point() const {
+    return q.kernel[0] * q.kernel[1] * q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
+           q.input_stride[3] == 1 && q.input_stride[2] == q.width;
+  }
+
+  void pack_input() const {
+    // What is written too far, behind an image and in the last lanes, is overwritten or padding.
+    for (int64_t lane = 0; lane < lanes(); lane += VL) {
+      const int64_t rows = min(VL, lanes() - lane);
+      if (is_plain_point()) {
+        for (int64_t n = 0; n < images; n++)
+          turn_over(input_at(n, channel + lane) + pixel, q.input_stride[1], rows, pixels,
+                    turned + n * segment * pitch + lane, pitch);
+        continue;
+      }
+      uint32_t done = 0;
+      for (int64_t i = 0; i < q.kernel[0]; i++) {
+        if (done >> residue(i) & 1) continue;
+        done |= 1u << residue(i);
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t n = 0; n < images; n++)
+            pack_plane(planes + r * kPlane + n * segment, input_at(n, channel + (lane + r) / q.kernel[1]), residue(i),
+                       (lane + r) % q.kernel[1]);
+        turn_over(planes, kPlane, rows, images * segment, slot(residue(i)) + lane, pitch);
+      }
+    }
+  }
+
+  void add_packing() {
+    pitch = ceil_div(lanes(), VL) * VL;
+    pack_input();
+    const Images pieces{images, pixels, segment * pitch, q.grad_stride[0]};
+    const int64_t row_sums = q.selected * q.kernel[1], vectors = pitch / VL, blocks = ceil_div(vectors, kMostVectors);
+    int64_t outputs;
+    for (int64_t output = first_output; output < last_output; output += outputs) {
+      const int64_t left = last_output - output;
+      outputs = kMostTogether;
+      while (outputs > left) outputs /= 2;
+      const A* grad = static_cast<const A*>(q.grad_output) + image * q.grad_stride[0] +
+                      (run.group * q.out_per_group + output) * q.grad_stride[1] + pixel;
+      if (bias)
+        for (int64_t o = 0; o < outputs; o++)
+          bias[output + o] += sum_pixels(grad + o * q.grad_stride[1], images, q.grad_stride[0], pixels);
+      int64_t ahead = left > outputs ? outputs * q.grad_stride[1] : 0;
+      for (int64_t i = 0; i < q.kernel[0]; i++) {
+        const A* input = slot(residue(i)) + shift(i) * q.out_width * pitch;
+        A* sums = partial + (output * q.kernel[0] + i) * row_sums + channel * q.kernel[1];
+        for (int64_t b = 0; b < blocks; b++, ahead = 0) {
+          const int64_t first = vectors * b / blocks, count = vectors * (b + 1) / blocks - first;
+          const int last = static_cast<int>(min(VL, lanes() - (first + count - 1) * VL));
+          block_of<A>(outputs, count)(input + first * VL, pitch, grad, q.grad_stride[1], pieces, ahead, last,
+                                      sums + first * VL, q.kernel[0] * row_sums);
+        }
+      }
+    }
+  }
+
+  void add_tile(int64_t tile) {
+    this->move_to(tile);
+    segment = pixels + shift(q.kernel[0] - 1) * q.out_width;
+    const int64_t slots = q.kernel[0] == 1 ? 1 : q.stride[0];
+    const int64_t most_lanes = kTurnedPlanes / (slots * slot_pixels()) / VL * VL;
+    const int64_t packings = ceil_div(run.end - run.begin, most_lanes / q.kernel[1]);
+    for (int64_t p = 0; p < packings; p++) {
+      channel = run.begin + (run.end - run.begin) * p / packings;
+      channels = run.begin + (run.end - run.begin) * (p + 1) / packings - channel;
+      add_packing();
+      bias = nullptr;
+    }
+  }
+
+  void operator()(int64_t task, A* all_partial) {
+    const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
+    run = q.runs[task / q.ranges / q.slices];
+    first_output = range * q.range_outputs;
+    last_output = min(q.out_per_group, first_output + q.range_outputs);
+    const int64_t row_sums = q.selected * q.kernel[1];
+    partial = all_partial + slice * q.out_per_group * q.kernel[0] * row_sums;
+    for (int64_t row = first_output * q.kernel[0]; row < last_output * q.kernel[0]; row++)
+      for (int64_t i = run.begin * q.kernel[1]; i < run.end * q.kernel[1]; i++) partial[row * row_sums + i] = 0;
+    A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
+    if (sums)
+      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
+    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
+      bias = sums;
+      add_tile(tile);
+    }
+  }
+};
+
+template <class A>
+void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
+  Task<A> work(q, scratch);
+  work(task, static_cast<A*>(partial));
+}
+
+}  // namespace
+
+void conv2d_channel_grad_many_channels(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
+  if (q.dtype == Dtype::float64) return run_task<double>(q, task, partial, scratch);
+  return run_task<float>(q, task, partial, scratch);
+}
+
+}  // namespace trady::TRADY_ISA
