@@ -40,4 +40,18 @@ inline torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef shap
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
 }
 
+// Contiguous, on the device of `like`. What torch::stable's own does since 2.10 looks the operator up by its name at
+// every call, and costs as much as a small kernel.
+inline torch::stable::Tensor new_empty(const torch::stable::Tensor& like,
+                                       torch::headeronly::IntHeaderOnlyArrayRef shape,
+                                       torch::headeronly::ScalarType dtype) {
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, layout;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(like.get(), &layout));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), shape.data(), static_cast<int64_t>(shape.size()), &type,
+                                                   &layout, &device_type, like.get_device_index(), nullptr, &result));
+  return torch::stable::Tensor(result);
+}
+
 }  // namespace trady

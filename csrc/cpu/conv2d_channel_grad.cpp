@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "layout.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -114,7 +115,7 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
     if (bias) *bias = torch::stable::new_zeros(grad_output, std::vector<int64_t>{q.out_per_group}, accumulate);
     return torch::stable::new_zeros(grad_output, shape, accumulate);
   }
-  Tensor out = torch::stable::new_empty(grad_output, shape, accumulate);
+  Tensor out = new_empty(grad_output, shape, accumulate);
 
   std::vector<int64_t> indices(q.selected);
   for (int64_t i = 0; i < q.selected; i++)
@@ -144,15 +145,12 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
 
   const int64_t taps = kernel_size[0] * kernel_size[1], elements = q.selected * q.out_per_group * taps;
   const bool in_order = sums_in_order(q), in_place = q.slices == 1 && in_order;
-  Tensor partial =
-      in_place ? out : torch::stable::new_empty(grad_output, std::vector<int64_t>{q.slices, elements}, accumulate);
+  Tensor partial = in_place ? out : new_empty(grad_output, {q.slices, elements}, accumulate);
   void* sums = partial.mutable_data_ptr();
   Tensor bias_partial;
   if (bias) {
-    *bias = torch::stable::new_empty(grad_output, std::vector<int64_t>{q.out_per_group}, accumulate);
-    bias_partial = q.slices == 1 ? *bias
-                                 : torch::stable::new_empty(
-                                       grad_output, std::vector<int64_t>{q.slices, q.out_per_group}, accumulate);
+    *bias = new_empty(grad_output, {q.out_per_group}, accumulate);
+    bias_partial = q.slices == 1 ? *bias : new_empty(grad_output, {q.slices, q.out_per_group}, accumulate);
     q.bias = bias_partial.mutable_data_ptr();
   }
   const int64_t cost = q.batch * q.out_height * q.out_width * elements / q.tasks;

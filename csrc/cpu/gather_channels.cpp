@@ -81,6 +81,9 @@ struct Conversion {
 constexpr int64_t BLOCK_BYTES = 16384;
 
 Tensor gather_channels(const Tensor& input, const Tensor& channels, std::optional<ScalarType> dtype) {
+  STD_TORCH_CHECK(input.dim() >= 2, "input: got ", input.dim(), " dimensions, expected at least 2, (N, C, ...)");
+  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long,
+                  "channels: expected a 1-D int64 tensor");
   const auto sizes = input.sizes();
   const auto strides = input.strides();
   const int64_t batch = sizes[0], in_channels = sizes[1], k = channels.size(0);

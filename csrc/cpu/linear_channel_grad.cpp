@@ -55,7 +55,7 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
   const int64_t rows = dy.size(0), k = x.size(1), out_features = dy.size(1);
   STD_TORCH_CHECK(x.size(0) == rows, "grad_output: got ", rows, " rows, expected ", x.size(0));
 
-  Tensor grad = empty({k, out_features}, accumulate, grad_output.device());
+  Tensor grad = new_empty(grad_output, {k, out_features}, accumulate);
   if (rows == 0) return torch::stable::zero_(grad);
   if (k == 0 || out_features == 0) return grad;
 
@@ -74,14 +74,14 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
   const int64_t cycles_per_row = out_features * (k + 2) / 16;
   const Cut c = cut(a, cycles_per_row);
   const int64_t size = k * out_features;
-  const Tensor sums = c.parts == 1 ? grad : empty({c.parts, k, out_features}, accumulate, grad_output.device());
+  const Tensor sums = c.parts == 1 ? grad : new_empty(grad_output, {c.parts, k, out_features}, accumulate);
   auto* target = static_cast<char*>(sums.mutable_data_ptr());
 
   // Rows of x that are packed at a time, so that the copy of a large x stays small and in the caches.
   const bool panel = a.packs || half;
   const int64_t blocks = c.parts * BLOCK_ROWS, most = std::max<int64_t>(1, (1 << 20) / (k * element * blocks)) * blocks;
   const int64_t chunk = panel ? std::min(rows, most) : rows;
-  const Tensor room = panel ? empty({chunk, k}, accumulate, grad_output.device()) : grad;
+  const Tensor room = panel ? new_empty(grad_output, {chunk, k}, accumulate) : grad;
   if (panel) a.panel = room.mutable_data_ptr();
 
   const auto pack = TRADY_KERNEL(pack_features);

@@ -55,6 +55,8 @@ class Operator:
         choose: takes the operator's arguments and returns the backend that ``auto`` uses for them.
             Where it has no kernel here, ATen's is taken, and where there is none, the reference.
         validate: takes the operator's arguments; raises ``ValueError`` / ``TypeError`` on bad ones.
+        cpp_checks: whether the C++ kernel refuses all that ``validate`` does. Before a small call in C++ a look at the
+            arguments in Python costs as much as the call: it is then taken only once something has failed, for the words.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Operator:
         kernels: dict[str, Callable[..., Any]],
         choose: Callable[..., str],
         validate: Callable[..., None],
+        cpp_checks: bool = False,
     ) -> None:
         self.name = schema.partition("(")[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -75,18 +78,30 @@ class Operator:
         self.kernels = {"reference": reference, **kernels}
         self.choose = choose
         self.validate = validate
+        self.cpp_checks = cpp_checks
         OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        self.validate(*args)
-        name = self.choose(*args) if _forced is None else self._forced(args[0])
-        kernel = self.kernels.get(name)
-        if kernel is None:
-            name = "aten" if "aten" in self.kernels else "reference"
-            kernel = self.kernels[name]
-        if not is_compiling():
-            _last_kernel[self.name] = name
-        return kernel(*args)
+        compiling = is_compiling()
+        late = self.cpp_checks and not compiling
+        if not late:
+            self.validate(*args)
+        try:
+            name = self.choose(*args) if _forced is None else self._forced(args[0])
+            kernel = self.kernels.get(name)
+            if kernel is None:
+                name = "aten" if "aten" in self.kernels else "reference"
+                kernel = self.kernels[name]
+            if not compiling:
+                _last_kernel[self.name] = name
+            if late and name != "cpp":
+                late = False
+                self.validate(*args)
+            return kernel(*args)
+        except (IndexError, RuntimeError, TypeError):
+            if late:
+                self.validate(*args)
+            raise
 
     def _forced(self, input: torch.Tensor) -> str:
         name = _forced or ""

@@ -114,6 +114,11 @@ def cpp_or_aten(
     return "cpp"
 
 
+def limited(operator: str) -> bool:
+    """Whether any limit of the table in force sends calls of ``operator`` to ATen."""
+    return operator in _limited
+
+
 # ---- which table is in force ----------------------------------------------------------------------------
 
 
@@ -150,9 +155,10 @@ def this_machine() -> dict[str, str]:
 
 def load() -> None:
     """Put the user's limits in force, or the shipped ones, with a warning where a file cannot be used."""
-    global _limits, _table
+    global _table
     path = table_path()
-    _limits, _table = _by_key(shipped()), Table(None, {}, None)
+    _put_in_force(_by_key(shipped()))
+    _table = Table(None, {}, None)
     if path is None or not os.path.exists(path):
         if path is not None and "TRADY_CHOICE" in os.environ:
             _table = Table(
@@ -174,7 +180,8 @@ def load() -> None:
             stacklevel=2,
         )
         return
-    _limits, _table = _by_key(shipped()) | _by_key(limits), Table(path, made, None)
+    _put_in_force(_by_key(shipped()) | _by_key(limits))
+    _table = Table(path, made, None)
 
 
 def in_force() -> Table:
@@ -194,7 +201,14 @@ def _by_key(limits: Iterable[Limit]) -> dict[Key, tuple[Limit, ...]]:
     return found
 
 
+def _put_in_force(limits: dict[Key, tuple[Limit, ...]]) -> None:
+    global _limits, _limited
+    _limits = limits
+    _limited = {limit.operator for of in limits.values() for limit in of if limit.most_selected != ANY}
+
+
 _limits: dict[Key, tuple[Limit, ...]] = {}
+_limited: set[str] = set()
 _table = Table(None, {}, None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trady_kernels.ops.backend import Operator
-from trady_kernels.ops.choice import cpp_or_aten
+from trady_kernels.ops.choice import cpp_or_aten, limited
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad as aten
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad_with_bias as aten_with_bias
 from trady_kernels.ops.conv2d_channel_grad.reference import conv2d_channel_grad as reference
@@ -96,6 +96,8 @@ def _choose(
 ) -> str:
     if input_selected.is_cuda:
         return "aten"
+    if not limited("conv2d_channel_grad"):
+        return "cpp"
     return cpp_or_aten(
         "conv2d_channel_grad",
         family(kernel_size, stride, groups),
@@ -145,6 +147,7 @@ _operator = Operator(
     kernels={"aten": aten},
     choose=_choose,
     validate=_validate,
+    cpp_checks=True,
 )
 
 
@@ -155,6 +158,7 @@ _with_bias = Operator(
     kernels={"aten": aten_with_bias},
     choose=_choose,
     validate=_validate_with_bias,
+    cpp_checks=True,
 )
 
 

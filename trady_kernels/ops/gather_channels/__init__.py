@@ -41,6 +41,7 @@ _operator = Operator(
     kernels={},
     choose=by_device,
     validate=_validate,
+    cpp_checks=True,
 )
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 
 from trady_kernels.ops.backend import Operator
-from trady_kernels.ops.choice import cpp_or_aten
+from trady_kernels.ops.choice import cpp_or_aten, limited
 from trady_kernels.ops.linear_channel_grad.aten import linear_channel_grad as aten
 from trady_kernels.ops.linear_channel_grad.reference import linear_channel_grad as reference
 
@@ -33,6 +33,8 @@ def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
 def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
     if input_selected.is_cuda:
         return "aten"
+    if not limited("linear_channel_grad"):
+        return "cpp"
     return cpp_or_aten(
         "linear_channel_grad",
         "linear",
@@ -50,6 +52,7 @@ _operator = Operator(
     kernels={"aten": aten},
     choose=_choose,
     validate=_validate,
+    cpp_checks=True,
 )
 
 
