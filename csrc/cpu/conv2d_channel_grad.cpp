@@ -48,23 +48,27 @@ void add_slices(const Conv2dChannelGrad& q, int64_t elements, const T* partial, 
   });
 }
 
-// The sums, as a loop has laid them out, as (k, C'/groups, kh, kw).
+// The sums, as a loop has laid them out, as `sizes` (k, C'/groups, kh, kw).
 template <class T>
-void copy_sums(const Conv2dChannelGrad& q, const T* sums, T* out) {
-  const int64_t size = q.out_per_group * q.kernel[0] * q.kernel[1];
-  parallel_for(q.selected, size, [&](int64_t begin, int64_t end) {
+void copy_sums(const Conv2dChannelGrad& q, const int64_t (&sizes)[4], const T* sums, T* out) {
+  const int64_t channels = sizes[0], outputs = sizes[1], taps = sizes[2] * sizes[3], size = outputs * taps;
+  if (q.sum_stride[1] != 1) {  // lanes were channels
+    const auto copy = TRADY_KERNEL(conv2d_channel_grad_copy_sums);
+    constexpr int64_t TOGETHER = 16;
+    parallel_for((channels + TOGETHER - 1) / TOGETHER, TOGETHER * size, [&](int64_t begin, int64_t end) {
+      copy(sums, sizes, begin * TOGETHER, std::min(channels, end * TOGETHER), q.dtype, out);
+    });
+    return;
+  }
+  parallel_for(channels, size, [&](int64_t begin, int64_t end) {
     T* to = out + begin * size;
     for (int64_t c = begin; c < end; c++)
-      for (int64_t o = 0; o < q.out_per_group; o++)
-        for (int64_t i = 0; i < q.kernel[0]; i++) {
-          const T* from = sums + c * q.sum_stride[0] + o * q.sum_stride[1] + i * q.sum_stride[2];
-          for (int64_t j = 0; j < q.kernel[1]; j++) *to++ = from[j * q.sum_stride[3]];
-        }
+      for (int64_t o = 0; o < outputs; o++)
+        for (int64_t tap = 0; tap < taps; tap++) *to++ = sums[(c * taps + tap) * outputs + o];
   });
 }
 // Whether they already lie so.
-bool sums_in_order(const Conv2dChannelGrad& q) {
-  const int64_t sizes[] = {q.selected, q.out_per_group, q.kernel[0], q.kernel[1]};
+bool sums_in_order(const Conv2dChannelGrad& q, const int64_t (&sizes)[4]) {
   int64_t stride = 1;
   for (int axis = 3; axis >= 0; axis--) {
     if (sizes[axis] > 1 && q.sum_stride[axis] != stride) return false;
@@ -109,7 +113,7 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
   const bool wide = q.dtype == Dtype::float64;
   q.selected = input_selected.size(1);
   q.out_per_group = grad_output.size(1) / groups;
-  const std::vector<int64_t> shape{q.selected, q.out_per_group, kernel_size[0], kernel_size[1]};
+  const int64_t shape[]{q.selected, q.out_per_group, kernel_size[0], kernel_size[1]};
   const auto accumulate = wide ? ScalarType::Double : ScalarType::Float;
   if (q.selected == 0 || grad_output.numel() == 0) {
     if (bias) *bias = torch::stable::new_zeros(grad_output, std::vector<int64_t>{q.out_per_group}, accumulate);
@@ -144,7 +148,7 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
   const auto loop = plan(q);
 
   const int64_t taps = kernel_size[0] * kernel_size[1], elements = q.selected * q.out_per_group * taps;
-  const bool in_order = sums_in_order(q), in_place = q.slices == 1 && in_order;
+  const bool in_order = sums_in_order(q, shape), in_place = q.slices == 1 && in_order;
   Tensor partial = in_place ? out : new_empty(grad_output, {q.slices, elements}, accumulate);
   void* sums = partial.mutable_data_ptr();
   Tensor bias_partial;
@@ -162,7 +166,7 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
     using T = decltype(zero);
     T *first = static_cast<T*>(sums), *result = static_cast<T*>(out.mutable_data_ptr());
     if (q.slices > 1) add_slices(q, elements, first, in_order ? result : first);
-    if (!in_order) copy_sums(q, first, result);
+    if (!in_order) copy_sums(q, shape, first, result);
     if (!bias || q.slices == 1) return;
     const T* from = static_cast<const T*>(q.bias);
     T* to = static_cast<T*>(bias->mutable_data_ptr());

@@ -65,7 +65,8 @@ constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;
 using Conv2dChannelGradLoop = void (*)(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch);
 
 // Decides which loop takes the problem, and fills in how the work is cut. Everything up to `bias` must be set; that, by
-// the time a task runs.
+// the time a task runs. Of a 1x1 kernel input and grad_output may come out exchanged, with their strides and numbers of
+// channels.
 Conv2dChannelGradLoop plan(Conv2dChannelGrad& problem);
 
 }  // namespace trady
@@ -76,6 +77,9 @@ TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_channels_last, const trady::Conv2
                      void* partial, void* scratch)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_many_channels, const trady::Conv2dChannelGrad& problem, int64_t task,
                      void* partial, void* scratch)
+// Its sums as (k, C'/groups, kh, kw), which are `sizes`, of channels [begin, end).
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_copy_sums, const void* sums, const int64_t (&sizes)[4], int64_t begin,
+                     int64_t end, trady::Dtype dtype, void* out)
 // Layers with one or two outputs a group, of common shapes, on CPUs with masked loads: whether that loop takes them.
 TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_depthwise_fits, const trady::Conv2dChannelGrad& problem)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise, const trady::Conv2dChannelGrad& problem, int64_t task,

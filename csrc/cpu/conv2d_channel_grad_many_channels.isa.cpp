@@ -54,12 +54,12 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
       for (int o = 0; o < OUTPUTS; o++) prefetch_later(g[o] + line + ahead);
       const int64_t stop = min(line + LINE, images.pixels);
       int64_t p = line;
-      for (; p + CHAINS <= stop; p += CHAINS) {
+      // Four at a time: moving as many pointers on as there are outputs takes units that multiply-adds need.
+      for (; p + 4 <= stop; p += 4) {
 #pragma GCC unroll 4
-        for (int chain = 0; chain < CHAINS; chain++) step(acc[chain], p + chain);
+        for (int i = 0; i < 4; i++) step(acc[i % CHAINS], p + i);
       }
-      if constexpr (CHAINS > 1)
-        for (; p < stop; p++) step(acc[0], p);
+      for (; p < stop; p++) step(acc[0], p);
     }
   }
 #pragma GCC unroll 8
@@ -190,7 +190,8 @@ struct Task : Tile<A, A> {
 
   void operator()(int64_t task, A* all_partial) {
     const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
-    run = q.runs[task / q.ranges / q.slices];
+    // Channels exchanged with outputs are not in q.runs.
+    run = q.run_count == 1 ? ChannelRun{0, q.selected, q.runs[0].group} : q.runs[task / q.ranges / q.slices];
     first_output = range * q.range_outputs;
     last_output = min(q.out_per_group, first_output + q.range_outputs);
     const int64_t row_sums = q.selected * q.kernel[1];
@@ -213,7 +214,54 @@ void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scr
   work(task, static_cast<A*>(partial));
 }
 
+// What block() has summed, (C'/groups, kh, k, kw), as (k, C'/groups, kh, kw), a vector of outputs and lanes at a time.
+template <class A>
+void copy_sums(const A* sums, const int64_t (&sizes)[4], int64_t begin, int64_t end, A* out) {
+  constexpr int VL = LANES<A>;
+  const int64_t channels = sizes[0], outputs = sizes[1], rows = sizes[2], columns = sizes[3], taps = rows * columns;
+  const int64_t pitch = channels * columns, together = min(VL, end - begin);
+  A block[VL * VL * VL];  // of as many taps as there are lanes
+  for (int64_t channel = begin; channel < end; channel += together) {
+    const int64_t count = min(together, end - channel), lanes = count * columns;
+    for (int64_t output = 0; output < outputs; output += VL) {
+      const A* from = sums + output * rows * pitch + channel * columns;
+      A* to = out + (channel * outputs + output) * taps;
+      const int64_t height = min(VL, outputs - output);
+      if (height < VL || count < VL || taps > VL) {
+        for (int64_t c = 0; c < count; c++)
+          for (int64_t o = 0; o < height; o++)
+            for (int64_t t = 0; t < taps; t++)
+              to[c * outputs * taps + o * taps + t] =
+                  from[(o * rows + t / columns) * pitch + c * columns + t % columns];
+        continue;
+      }
+      if (taps == 1) {
+        turn_over(from, pitch, VL, VL, to, outputs);
+        continue;
+      }
+      // (row, channel, column, output)
+      for (int64_t i = 0; i < rows; i++)
+        for (int64_t lane = 0; lane < lanes; lane += VL)
+          turn_over(from + i * pitch + lane, rows * pitch, VL, VL, block + (i * lanes + lane) * VL, VL);
+      for (int64_t c = 0; c < VL; c++) {
+        vector_of<A> values[VL] = {};  // by tap, then by output
+        for (int64_t t = 0; t < taps; t++)
+          values[t] = load(block + ((t / columns * VL + c) * columns + t % columns) * VL);
+        transpose(values);
+        for (int64_t o = 0; o < VL; o++) store_first(to + (c * outputs + o) * taps, values[o], static_cast<int>(taps));
+      }
+    }
+  }
+}
+
 }  // namespace
+
+void conv2d_channel_grad_copy_sums(const void* sums, const int64_t (&sizes)[4], int64_t begin, int64_t end, Dtype dtype,
+                                   void* out) {
+  if (dtype == Dtype::float64)
+    return copy_sums(static_cast<const double*>(sums), sizes, begin, end, static_cast<double*>(out));
+  copy_sums(static_cast<const float*>(sums), sizes, begin, end, static_cast<float*>(out));
+}
 
 void conv2d_channel_grad_many_channels(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
   if (q.dtype == Dtype::float64) return run_task<double>(q, task, partial, scratch);

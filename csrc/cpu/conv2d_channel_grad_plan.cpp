@@ -1,5 +1,6 @@
 // conv2d_channel_grad: which loop takes a problem and how its work is cut. No torch: tests/cpp drives it too.
 #include <algorithm>
+#include <utility>
 
 #include "conv2d_channel_grad.h"
 
@@ -80,20 +81,44 @@ Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
   return TRADY_KERNEL(conv2d_channel_grad);
 }
 
-// Whether lanes of channels fill vectors, and a tile's planes, turned over, have room.
+// Whether a tile's planes, turned over, have room, and grad_output is read as it lies.
+bool turns_planes_over(const Conv2dChannelGrad& q) {
+  return (q.dtype == Dtype::float32 || q.dtype == Dtype::float64) && q.grad_stride[3] == 1 &&
+         q.grad_stride[2] == q.out_width && q.kernel[1] <= 16 && q.stride[0] <= 4 && tile_of_many_channels(q) >= 64;
+}
+// Whether lanes of channels fill vectors.
 bool many_channels_pays(const Conv2dChannelGrad& q) {
   const int64_t lanes = q.selected / q.run_count * q.kernel[1], padded = padded_lanes(lanes);
   const bool point = q.kernel[0] * q.kernel[1] == 1;
   // Chosen on a Xeon with AMX at batch 8 by trial runs that are not kept. Lanes of pixels suffer most on small maps,
   // whose planes begin anywhere in a cache line.
-  const bool full = 10 * lanes >= 9 * padded;
-  const bool full_enough = point && 4 * lanes >= 3 * padded && (lanes > 16 || q.out_height * q.out_width < 256);
-  return (q.dtype == Dtype::float32 || q.dtype == Dtype::float64) && q.grad_stride[3] == 1 &&
-         q.grad_stride[2] == q.out_width && q.kernel[1] <= 16 && q.stride[0] <= 4 && (full || full_enough) &&
-         tile_of_many_channels(q) >= 64;
+  const bool small = q.out_height * q.out_width < 256;
+  const int64_t least_percent = !point ? 90 : small ? 60 : 75;
+  return 100 * lanes >= least_percent * padded && (lanes > 16 || (small && point) || lanes == 16) &&
+         turns_planes_over(q);
+}
+
+// Of a 1x1 kernel whose pixels are those of the input, input and grad_output mean the same: the lanes may be channels
+// of either, those of the smaller or those that fill vectors.
+bool exchanges(Conv2dChannelGrad& q) {
+  const bool plain = q.kernel[0] * q.kernel[1] * q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0;
+  if (!plain || q.run_count > 1 || q.runs[0].group != 0 || q.with_bias || q.input_stride[3] != 1 ||
+      q.input_stride[2] != q.width)
+    return false;
+  // Cycles of a pixel: two vectors multiplied, and half an element turned over.
+  const auto cost = [](int64_t lanes, int64_t outputs) { return padded_lanes(lanes) * outputs + 16 * lanes; };
+  if (cost(q.selected, q.out_per_group) <= cost(q.out_per_group, q.selected)) return false;
+  std::swap(q.input, q.grad_output);
+  std::swap(q.input_stride, q.grad_stride);
+  std::swap(q.selected, q.out_per_group);
+  return true;
 }
 
 Conv2dChannelGradLoop plan_many_channels(Conv2dChannelGrad& q) {
+  if (exchanges(q))
+    lay_out_sums(q, q.selected, 1, 1, 1);
+  else
+    lay_out_sums(q, q.kernel[1], q.kernel[0] * q.selected * q.kernel[1], q.selected * q.kernel[1], 1);
   const int64_t pixels = q.out_height * q.out_width, target = tile_of_many_channels(q);
   if (pixels <= target) {
     q.tile_images = std::clamp<int64_t>(target / pixels, 1, q.batch);
@@ -104,8 +129,9 @@ Conv2dChannelGradLoop plan_many_channels(Conv2dChannelGrad& q) {
     q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, target)), 16) * 16;
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
-  lay_out_sums(q, q.kernel[1], q.kernel[0] * q.selected * q.kernel[1], q.selected * q.kernel[1], 1);
-  cut_tasks(q, 160, 2);
+  // Of a strided point packing is the most beside the products.
+  const bool strided_point = q.kernel[0] * q.kernel[1] == 1 && q.stride[0] * q.stride[1] > 1;
+  cut_tasks(q, strided_point ? 1024 : 256, 2);
   q.scratch = 16 * kPlane + kTurnedPlanes;
   return TRADY_KERNEL(conv2d_channel_grad_many_channels);
 }

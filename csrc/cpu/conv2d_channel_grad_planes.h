@@ -24,6 +24,13 @@ TRADY_INLINE void copy_freely(P* __restrict out, const S* __restrict in, int64_t
     // The second load reaches one element further than the last that is taken.
     for (; i + VL < count; i += VL)
       store_operand(out + i, even_lanes(load_as<P>(in + 2 * i), load_as<P>(in + 2 * i + VL)));
+    if (MASKED_LOADS && i < count) {
+      const int left = static_cast<int>(2 * (count - i) - 1);
+      const operand_of<P> first = load_first_as<P>(in + 2 * i, left < VL ? left : VL);
+      const operand_of<P> second = left > VL ? load_first_as<P>(in + 2 * i + VL, left - VL) : operand_of<P>{};
+      store_operand(out + i, even_lanes(first, second));
+      return;
+    }
   }
   const int64_t end = (count + VL - 1) / VL * VL;
   for (; i < count; i++) out[i] = element_as<P>(in[i * step]);

@@ -150,9 +150,11 @@ struct Problem {
 template <class F>
 void for_each_result(const Problem& p, const Array& input, const Array& grad_output, const F& f) {
   const Conv2dChannelGrad& q = p.q;
-  for (int64_t c = 0; c < q.selected; ++c) {
+  const int64_t selected = static_cast<int64_t>(p.shape.channels.size());  // those of q may be exchanged
+  const int64_t out_per_group = p.shape.out_channels / p.shape.groups;
+  for (int64_t c = 0; c < selected; ++c) {
     const int64_t group = p.shape.channels[c] / (p.shape.in_channels / p.shape.groups);
-    for (int64_t o = 0; o < q.out_per_group; ++o) {
+    for (int64_t o = 0; o < out_per_group; ++o) {
       for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
         for (int64_t kx = 0; kx < q.kernel[1]; ++kx) {
           long double sum = 0;  // exact beside what is tested, float64 too
@@ -168,7 +170,7 @@ void for_each_result(const Problem& p, const Array& input, const Array& grad_out
                 const int64_t* t = p.out.stride;
                 const long double product =
                     static_cast<long double>(input.get(n * s[0] + c * s[1] + row * s[2] + column * s[3])) *
-                    grad_output.get(n * t[0] + (group * q.out_per_group + o) * t[1] + y * t[2] + x * t[3]);
+                    grad_output.get(n * t[0] + (group * out_per_group + o) * t[1] + y * t[2] + x * t[3]);
                 sum += product;
                 magnitude += static_cast<double>(std::abs(product));
               }
@@ -186,15 +188,16 @@ TRADY_TEST(conv2d_channel_grad) {
   for (const Shape& shape : SHAPES) {
     for (const bool channels_last : {false, true}) {
       for (const int64_t gap : {0, 3}) {
-        for (const Dtype dtype : DTYPES) {
+        for (int variant = 0; variant < (shape.groups == 1 ? 8 : 4); ++variant) {
+          const Dtype dtype = DTYPES[variant % 4];
+          const bool with_bias = variant >= 4;
           const Case words(shape.name, ", ", name_of(dtype), channels_last ? ", channels_last" : "",
-                           gap ? ", gaps" : "");
+                           gap ? ", gaps" : "", with_bias ? ", with bias" : "");
           Problem p(shape, dtype, channels_last, gap);
           Conv2dChannelGrad& q = p.q;
           const Array input = random_array(dtype, p.in.count), grad_output = random_array(dtype, p.out.count);
           q.input = input.at(0);
           q.grad_output = grad_output.at(0);
-          const bool with_bias = shape.groups == 1;
           q.with_bias = with_bias;
           const auto loop = plan(q);
           loops.insert(loop);
@@ -235,7 +238,7 @@ TRADY_TEST(conv2d_channel_grad) {
   }
   for (const Conv2dChannelGradLoop loop :
        {TRADY_KERNEL(conv2d_channel_grad), TRADY_KERNEL(conv2d_channel_grad_channels_last),
-        TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last)}) {
+        TRADY_KERNEL(conv2d_channel_grad_many_channels), TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last)}) {
     expect(loops.count(loop), "expected every loop to run for some shape");
   }
 }
