@@ -58,8 +58,10 @@ constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTurnedPixels =
 constexpr int64_t kTurnedSlack = 16 * kPointChannels;
 // Where lanes are channels: elements of a tile's input, turned over.
 constexpr int64_t kTurnedPlanes = 1 << 16;
-// A depthwise channels_last strip: vectors of at most 16 elements for 4096 pixels of the input and 2048 of the output.
-constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;
+// Depthwise channels_last strips: vectors of at most 16 elements for 8192 pixels of the input and 4096 of the output,
+// of all vectors of pairs that a task has.
+constexpr int64_t kStripInput = 8192 * 16, kStripGrad = 4096 * 16;
+constexpr int64_t kStripPairs = 512;  // that a task has at most, a multiple of all vectors' lengths
 
 // Computes one task's share of `partial`, float, or double for float64 input. `scratch` is 64-byte aligned.
 using Conv2dChannelGradLoop = void (*)(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch);

@@ -123,12 +123,21 @@ struct Task {
   const Conv2dChannelGrad& q;
   A* input;
   A* grad;
-  A* sums;
-  int64_t pairs = 0;
-  Elements inputs, grads;
+  A* sums;  // of the task's blocks
+  // Vectors of pairs.
+  struct Block {
+    int64_t pairs;
+    Elements inputs, grads;
+  };
+  static constexpr int64_t BLOCKS = kStripPairs / VL;
+  Block blocks[BLOCKS];  // `count` of them are set
+  int64_t count;
+
+  Task(const Conv2dChannelGrad& problem, A* scratch)
+      : q(problem), input(scratch), grad(input + kStripInput), sums(grad + kStripGrad) {}
 
   // out[w] holds the pairs of pixel w, then zeros.
-  void pack(A* out, const S* in, int64_t step, int64_t count, const Elements& from) const {
+  static void pack(A* out, const S* in, int64_t step, int64_t count, const Elements& from, int64_t pairs) {
 #if defined(__AVX512F__)
     switch (from.window_count) {
       case 1:
@@ -151,7 +160,7 @@ struct Task {
   }
 #if defined(__AVX512F__)
   template <int COUNT>
-  void pack_windows(A* out, const S* in, int64_t step, int64_t count, const Window* windows) const {
+  static void pack_windows(A* out, const S* in, int64_t step, int64_t count, const Window* windows) {
     for (int64_t w = 0; w < count; w++, in += step, out += VL) {
       vector_of<S> pixel = {};
 #pragma GCC unroll 8
@@ -168,87 +177,100 @@ struct Task {
     for (int64_t i = 0; i < pixels; i++) store(out + i * VL, vector_of<S>{});
   }
 
-  void find_pairs(int64_t first) {
-    pairs = min(VL, q.selected * q.out_per_group - first);
-    int64_t run = 0;
-    for (int l = 0; l < pairs; l++) {
+  void find_pairs(int64_t first, int64_t& run, Block& block) const {
+    block.pairs = min(VL, q.selected * q.out_per_group - first);
+    for (int l = 0; l < block.pairs; l++) {
       const int64_t c = (first + l) / q.out_per_group, o = (first + l) % q.out_per_group;
       while (q.runs[run].end <= c) run++;
-      inputs.set(l, c * q.input_stride[1]);
-      grads.set(l, (q.runs[run].group * q.out_per_group + o) * q.grad_stride[1]);
+      block.inputs.set(l, c * q.input_stride[1]);
+      block.grads.set(l, (q.runs[run].group * q.out_per_group + o) * q.grad_stride[1]);
     }
   }
 
-  void add_tile(int64_t tile, const Loop<A>& loop) {
+  // The pairs of all blocks, in pixels [0, width) of a row; a block's row begins `block_step` behind the last one's. A
+  // few pixels for one block after another: their elements are neighbours, which the hardware fetches in advance.
+  void pack_row(A* out, int64_t block_step, const S* in, int64_t step, int64_t width,
+                Elements Block::* elements) const {
+    const int64_t together = count == 1 ? width : 8;
+    for (int64_t w = 0; w < width; w += together)
+      for (int64_t b = 0; b < count; b++)
+        pack(out + b * block_step + w * VL, in + w * step, step, min(together, width - w), blocks[b].*elements,
+             blocks[b].pairs);
+  }
+
+  void add_tile(int64_t tile, const Loop<A>& loop) const {
     const int64_t across = (q.out_width + q.tile_columns - 1) / q.tile_columns;
     const int64_t down = (q.out_height + q.tile_rows - 1) / q.tile_rows;
     const int64_t column = tile % across * q.tile_columns, columns = min(q.tile_columns, q.out_width - column);
     const int64_t row = tile / across % down * q.tile_rows, rows = min(q.tile_rows, q.out_height - row);
-    const int64_t n = tile / across / down;
+    const int64_t n = tile / across / down, taps = q.kernel[0] * q.kernel[1];
+    const int64_t grad_block = rows * columns * VL;
     for (int64_t r = 0; r < rows; r++)
-      pack(grad + r * columns * VL,
-           static_cast<const S*>(q.grad_output) + n * q.grad_stride[0] + (row + r) * q.grad_stride[2] +
-               column * q.grad_stride[3],
-           q.grad_stride[3], columns, grads);
+      pack_row(grad + r * columns * VL, grad_block,
+               static_cast<const S*>(q.grad_output) + n * q.grad_stride[0] + (row + r) * q.grad_stride[2] +
+                   column * q.grad_stride[3],
+               q.grad_stride[3], columns, &Block::grads);
 
     // The input under all taps of the strip, or, where dilation spreads them too far, under one call's.
     const int64_t tall = (rows - 1) * q.stride[0] + 1, wide = (columns - 1) * q.stride[1] + 1;
     const int64_t all_rows = tall + (q.kernel[0] - 1) * q.dilation[0];
     const int64_t all_columns = wide + (q.kernel[1] - 1) * q.dilation[1];
-    const bool shared = all_rows * all_columns <= kStripInput / VL;
+    const bool shared = all_rows * all_columns * count <= kStripInput / VL;
     for (int64_t i = 0; i < q.kernel[0]; i += loop.rows)
       for (int64_t j = 0; j < q.kernel[1]; j += loop.columns) {
         const int64_t height = shared ? all_rows : tall + loop.rows - 1;
-        const int64_t pitch = shared ? all_columns : wide + loop.columns - 1;
+        const int64_t pitch = shared ? all_columns : wide + loop.columns - 1, input_block = height * pitch * VL;
         if (!shared || i + j == 0)
           pack_input(n, row * q.stride[0] - q.padding[0] + (shared ? 0 : i * q.dilation[0]),
                      column * q.stride[1] - q.padding[1] + (shared ? 0 : j * q.dilation[1]), height, pitch);
         const Strip strip{rows, columns, pitch, q.stride[0], q.stride[1]};
         const A* from = input + (shared ? (i * q.dilation[0] * pitch + j * q.dilation[1]) * VL : 0);
-        loop.add(from, q.dilation[0] * pitch, grad, strip, sums + (i * q.kernel[1] + j) * VL);
+        for (int64_t b = 0; b < count; b++)
+          loop.add(from + b * input_block, q.dilation[0] * pitch, grad + b * grad_block, strip,
+                   sums + (b * taps + i * q.kernel[1] + j) * VL);
       }
   }
   void pack_input(int64_t n, int64_t top, int64_t left, int64_t height, int64_t width) const {
     const int64_t begin = min(max(-left, 0), width), end = max(begin, min(width, q.width - left));
+    const int64_t block_step = height * width * VL;
     for (int64_t r = 0; r < height; r++) {
       A* out = input + r * width * VL;
       const int64_t from = top + r;
-      if (from < 0 || from >= q.height) {
-        clear(out, width);
-        continue;
+      const bool inside = from >= 0 && from < q.height;
+      for (int64_t b = 0; b < count; b++) {
+        clear(out + b * block_step, inside ? begin : width);
+        if (inside) clear(out + b * block_step + end * VL, width - end);
       }
-      clear(out, begin);
-      pack(out + begin * VL,
-           static_cast<const S*>(q.input) + n * q.input_stride[0] + from * q.input_stride[2] +
-               (left + begin) * q.input_stride[3],
-           q.input_stride[3], end - begin, inputs);
-      clear(out + end * VL, width - end);
+      if (inside)
+        pack_row(out + begin * VL, block_step,
+                 static_cast<const S*>(q.input) + n * q.input_stride[0] + from * q.input_stride[2] +
+                     (left + begin) * q.input_stride[3],
+                 q.input_stride[3], end - begin, &Block::inputs);
     }
   }
 
   void operator()(int64_t task, A* partial) {
-    const int64_t blocks = (q.selected * q.out_per_group + VL - 1) / VL;
-    const int64_t slice = task % q.slices, block_begin = task / q.slices * q.range_outputs / VL,
-                  block_end = min(blocks, block_begin + q.range_outputs / VL);
+    const int64_t slice = task % q.slices, first = task / q.slices * q.range_outputs;
+    const int64_t last = min(q.selected * q.out_per_group, first + q.range_outputs);
     const int64_t taps = q.kernel[0] * q.kernel[1];
+    count = (last - first + VL - 1) / VL;
     const Loop<A> loop = loop_of<A>(q);
-    for (int64_t b = block_begin; b < block_end; b++) {
-      find_pairs(b * VL);
-      clear(sums, taps);
-      for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++)
-        add_tile(tile, loop);
-      A* to = partial + (slice * q.selected * q.out_per_group + b * VL) * taps;
-      for (int64_t l = 0; l < pairs; l++)
-        for (int64_t t = 0; t < taps; t++) to[l * taps + t] = sums[t * VL + l];
-    }
+    int64_t run = 0;
+    for (int64_t b = 0; b < count; b++) find_pairs(first + b * VL, run, blocks[b]);
+    clear(sums, count * taps);
+    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++)
+      add_tile(tile, loop);
+    A* to = partial + (slice * q.selected * q.out_per_group + first) * taps;
+    for (int64_t b = 0; b < count; b++)
+      for (int64_t l = 0; l < blocks[b].pairs; l++)
+        for (int64_t t = 0; t < taps; t++) *to++ = sums[(b * taps + t) * VL + l];
   }
 };
 
 template <class S>
 void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
   using A = scalar_of<S>;
-  A* room = static_cast<A*>(scratch);
-  Task<S> work{q, room, room + kStripInput, room + kStripInput + kStripGrad, 0, {}, {}};
+  Task<S> work(q, static_cast<A*>(scratch));
   work(task, static_cast<A*>(partial));
 }
 

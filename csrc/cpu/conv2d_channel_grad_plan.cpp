@@ -176,15 +176,17 @@ Conv2dChannelGradLoop plan_depthwise(Conv2dChannelGrad& q) {
 
 Conv2dChannelGradLoop plan_depthwise_channels_last(Conv2dChannelGrad& q) {
   constexpr int64_t kTaskCost = 5000;
-  cut_rows(q, kStripGrad / 16, 1024);
+  // Strips are as large as the caches like them, and have room for all of a task's vectors of pairs.
+  const int64_t blocks = ceil_div(std::min(q.selected * q.out_per_group, kStripPairs), 16);
+  cut_rows(q, std::min<int64_t>(1024, kStripGrad / 16 / blocks), std::min<int64_t>(1024, kStripInput / 16 / blocks));
   q.tile_images = 1;
   q.tiles = q.batch * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
-  q.range_outputs = 16;
+  q.range_outputs = kStripPairs;
   q.ranges = ceil_div(q.selected * q.out_per_group, q.range_outputs);
-  const int64_t cost = q.batch * q.out_height * q.out_width;
+  const int64_t cost = q.batch * q.out_height * q.out_width * blocks;
   q.slices = std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / q.ranges), 1, q.tiles);
   q.tasks = q.slices * q.ranges;
-  q.scratch = kStripInput + kStripGrad + q.kernel[0] * q.kernel[1] * 16;
+  q.scratch = kStripInput + kStripGrad + q.kernel[0] * q.kernel[1] * kStripPairs;
   return TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last);
 }
 
