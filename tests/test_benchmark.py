@@ -239,6 +239,24 @@ def test_a_depthwise_goal_counts_one_call() -> None:
     assert reached([replace(depthwise, microseconds={**times, "call": 15.0})])[share]
 
 
+def test_limit_is_the_figure_at_the_roofline_and_one_call() -> None:
+    worst = "dense convolutions, k <= 12, float32: times ATen, worst"
+
+    def limit_of(goal: str, rows: list[Row]) -> float | None:
+        (found,) = [verdict for verdict in verdicts(rows) if verdict.goal == goal]
+        return found.limit
+
+    times = {"auto": 30.0, "aten": 24.0, "dense": 1000.0, "call": 5.0}
+    rows = [row(1, 0, 0, microseconds=times), row(2, 30, 60)]
+    assert limit_of(worst, rows) == pytest.approx(24 / (10 + 5))
+    assert limit_of(worst, [*rows, row(4, 30, 60, roofline=None)]) is None
+    growth = "time(k) / time(C) - 1.3 k/C, C >= 64, k >= 16, worst"
+    assert limit_of(
+        growth, [row(16, 34, 40, roofline=20.0), row(64, 100, 100, roofline=80.0)]
+    ) == pytest.approx(max(20 / 80 - 1.3 * 16 / 64, 80 / 80 - 1.3))
+    assert limit_of("dense within twice the roofline, share of shapes", rows) == 1
+
+
 def test_tables() -> None:
     rows = [row(1, 10, 20), row(64, 100, 90, roofline=None)]
     assert "1x1 64->64 @7" in rows_table(rows) and "2.00" in rows_table(rows)

@@ -69,14 +69,15 @@ def summary_table(rows: Sequence[Row]) -> str:
 
 
 def goals_table(rows: Sequence[Row]) -> str:
-    """Every goal that the rows are about: reached or MISSED, with the figure and the worst shape."""
-    lines = [f"{'':<8}{'figure':>8}{'goal':>7}{'rows':>6}  goal and worst row"]
+    """Every goal that the rows are about: reached or MISSED, with the figure, what the roofline allows, and the worst shape."""
+    lines = [f"{'':<8}{'figure':>8}{'goal':>7}{'limit':>7}{'rows':>6}  goal and worst row"]
     for verdict in verdicts(rows):
         mark = "reached" if verdict.reached else "MISSED"
         lines.append(
-            f"{mark:<8}{verdict.figure:>8.2f}{verdict.bound:>7g}{verdict.count:>6}  {verdict.goal} "
+            f"{mark:<8}{verdict.figure:>8.2f}{verdict.bound:>7g}{_number(verdict.limit, 7, 2)}{verdict.count:>6}  {verdict.goal} "
             f"({verdict.rows}; {verdict.worst})"
         )
+    lines.append("limit: the figure of an operator at the roofline, with the smallest call that was measured")
     lines.append("The step of a whole network: python benchmarks/training_step.py")
     return "\n".join(lines)
 

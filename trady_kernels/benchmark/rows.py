@@ -46,7 +46,7 @@ class Row:
         kernel: the backend that ``auto`` took.
         microseconds: medians: ``auto`` is the operator as anyone calls it, ``cpp`` the C++ kernel where auto took
             another, ``aten`` ATen's call alone on the compact input, ``dense`` the same on all channels, ``call``
-            (depthwise layers) the operator on one pixel, which among the layer's calls, whose data push its code out
+            (of gradients) the operator on one pixel, which among the layer's calls, whose data push its code out
             of the caches, takes about three times as long as in a loop of its own.
         roofline: the least microseconds that the bytes and FLOPs allow; None without compiled code.
     """
@@ -70,6 +70,11 @@ class Row:
     @property
     def floor(self) -> float | None:
         """The roofline, plus one call for a depthwise layer, whose work can be less than that."""
+        return self.limit if self.family.startswith("depthwise") else self.roofline
+
+    @property
+    def limit(self) -> float | None:
+        """The least that an operator with such a call could take: the roofline and one call."""
         return None if self.roofline is None else self.roofline + self.microseconds.get("call", 0.0)
 
     def ratio(self, peer: str) -> float:
@@ -183,19 +188,32 @@ def linear_calls(layer: LinearLayer, setting: Setting, selected: Sequence[int]) 
     return calls
 
 
+def _smallest_conv2d(dtype: torch.dtype) -> Callable[[], object]:
+    """A depthwise layer of two channels on one pixel, one of them selected: what any call costs."""
+    one = (1, 1)
+    x, dy = torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 2, 1, 1, dtype=dtype)
+    return partial(conv2d_channel_grad, x, dy, torch.tensor([1]), 2, one, one, (0, 0), one, 2)
+
+
+def _smallest_linear(dtype: torch.dtype) -> Callable[[], object]:
+    """One row of one feature: what any call costs."""
+    return partial(linear_channel_grad, torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """An operator's front, its calls on a layer, and the seconds that a layer's rows may take."""
+    """An operator's front, its calls on a layer, the seconds that a layer's rows may take, and the smallest call."""
 
     front: Callable[..., torch.Tensor]
     calls: Callable[[Any, Setting, Sequence[int]], list[Call]]
     seconds: float
+    smallest: Callable[[torch.dtype], Callable[[], object]] | None = None
 
 
 BENCHMARKS = {
-    "conv2d_channel_grad": Benchmark(conv2d_channel_grad, conv2d_calls, 1.0),
+    "conv2d_channel_grad": Benchmark(conv2d_channel_grad, conv2d_calls, 1.0, _smallest_conv2d),
     "gather_channels": Benchmark(gather_channels, gather_calls, 0.3),
-    "linear_channel_grad": Benchmark(linear_channel_grad, linear_calls, 1.0),
+    "linear_channel_grad": Benchmark(linear_channel_grad, linear_calls, 1.0, _smallest_linear),
 }
 
 
@@ -223,8 +241,8 @@ def measure(operator: str, layer: Layer, setting: Setting, roofline: Roofline) -
         contenders["auto", k] = partial(benchmark.front, *call.arguments)
         if kernels[k] != "cpp" and not unavailable("cpp"):
             contenders["cpp", k] = partial(OPERATORS[operator].kernels["cpp"], *call.arguments)
-    if layer.family.startswith("depthwise") and operator == "conv2d_channel_grad":
-        contenders["call", 0] = _smallest_call(setting)
+    if benchmark.smallest is not None:
+        contenders["call", 0] = benchmark.smallest(DTYPES[setting.dtype])
     times = interleaved(contenders, setting.rounds, seconds=benchmark.seconds)
     rows = []
     for call in calls:
@@ -257,13 +275,6 @@ def _selected(layer: Layer, setting: Setting) -> list[int]:
     if setting.selected is None:
         return list(selections(layer.in_channels))
     return sorted({k for k in setting.selected if k <= layer.in_channels})
-
-
-def _smallest_call(setting: Setting) -> Callable[[], object]:
-    """A depthwise layer of two channels on one pixel, one of them selected: what any call costs."""
-    dtype, one = DTYPES[setting.dtype], (1, 1)
-    x, dy = torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1, 2, 1, 1, dtype=dtype)
-    return partial(conv2d_channel_grad, x, dy, torch.tensor([1]), 2, one, one, (0, 0), one, 2)
 
 
 #: Largest difference from a peer, relative to the largest element: both round, and the half types' peer to bfloat16.
