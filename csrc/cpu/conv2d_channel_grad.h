@@ -32,12 +32,13 @@ struct Conv2dChannelGrad {
   // How the work is cut, by plan(). It depends on the shape alone, never on the number of threads, so the sums are the
   // same for any number of them. A task is a range of outputs and a slice of the tiles.
   int64_t tile_images;
-  int64_t tile_pixels;              // of the output, where lanes are pixels
-  int64_t tile_rows, tile_columns;  // elsewhere
+  int64_t tile_pixels;              // of the output
+  int64_t tile_rows, tile_columns;  // likewise, of a depthwise strip
   int64_t tiles;
   int64_t slices, ranges, range_outputs;
   int64_t tasks;
   int64_t scratch;  // elements of the accumulation type that a task needs
+  bool pairs;       // of bfloat16 are multiplied where lanes are outputs and the set can, otherwise floats
   // Results lie as (slices, k, kh, kw, C'/groups), otherwise as (slices, k, C'/groups, kh, kw).
   bool outputs_last;
 };
@@ -52,9 +53,10 @@ constexpr int64_t kMaxPlanes = 49;
 constexpr int64_t kSlack = 32;
 constexpr int64_t kMostOutputs = 8;  // of a register block
 constexpr int64_t kScratch = (kMaxPlanes + 2 * kMostOutputs) * kPlane;
-// Where lanes are outputs: channels of a 1x1 kernel that are packed together; outputs that are turned over together,
-// the most of a register block, for so many pixels; and what turning over writes too much, a vector's worth of pixels.
-constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTurnedPixels = 512;
+// Where lanes are outputs: channels of a 1x1 kernel that are packed together; outputs that are copied together, the
+// most of a register block, for the pixels of a tile; and what turning over writes too much, a vector's worth of
+// pixels.
+constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTilePixels = 1024;
 constexpr int64_t kTurnedSlack = 16 * kPointChannels;
 // A depthwise channels_last strip: vectors of at most 16 elements for 4096 pixels of the input and 2048 of the output.
 constexpr int64_t kStripInput = 4096 * 16, kStripGrad = 2048 * 16;

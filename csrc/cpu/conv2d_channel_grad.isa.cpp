@@ -1,16 +1,10 @@
 // conv2d_channel_grad where the pixels of a plane are adjacent: lanes are pixels.
 //
-// The selected channels of the input are few and are read once for each tile of output pixels: they are packed into
-// planes that hold, for one kernel column, the input under every output pixel, padding included. Kernel rows then are
-// offsets into a plane, strides and dilation are gone, and grad_output, the large operand, is read flat and as it is.
-#include "conv2d_channel_grad.h"
-
-#include "vector.h"
+// The input is packed into planes (conv2d_planes.h), and grad_output, the large operand, is read flat and as it is.
+#include "conv2d_planes.h"
 
 namespace trady::TRADY_ISA {
 namespace {
-
-#define INLINED __attribute__((always_inline))
 
 // Lane i of the result is the sum of v[i]'s lanes.
 template <class A, int COUNT>
@@ -34,36 +28,6 @@ TRADY_INLINE void sum_lanes(const A (&acc)[COUNT], T* sums) {
     store(sums + first, sum_each<A, lanes_of<A>>(group));
   }
 }
-
-// out[i] = in[i * step] for i < count, and zero behind it up to a whole vector.
-template <class P, class S>
-TRADY_INLINE void copy_freely(P* __restrict out, const S* __restrict in, int64_t step, int64_t count) {
-  constexpr int VL = OPERANDS<P>;
-  int64_t i = 0;
-  if (step == 1) {
-    for (; i + VL <= count; i += VL) store_operand(out + i, load_as<P>(in + i));
-    if (i < count) store_operand(out + i, load_first_as<P>(in + i, static_cast<int>(count - i)));
-    return;
-  }
-  if (step == 2) {
-    // The second load reaches one element further than the last that is taken.
-    for (; i + VL < count; i += VL)
-      store_operand(out + i, even_lanes(load_as<P>(in + 2 * i), load_as<P>(in + 2 * i + VL)));
-  }
-  const int64_t end = (count + VL - 1) / VL * VL;
-  for (; i < count; i++) out[i] = element_as<P>(in[i * step]);
-  for (; i < end; i++) out[i] = P{};
-}
-// Up to a whole vector behind the last is cleared too.
-template <class P>
-TRADY_INLINE void clear_freely(P* out, int64_t count) {
-  for (int64_t i = 0; i < count; i += OPERANDS<P>) store_operand(out + i, operand_of<P>{});
-}
-
-TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-TRADY_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) { return max(low, min(a, high)); }
-TRADY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
 
 // Equally long pieces of the input and of grad_output, one an image. Where several images of a small map leave a few
 // pixels behind the last whole vector, those of all images are gathered into one more piece.
@@ -209,117 +173,27 @@ Block<P> block_of_3x3([[maybe_unused]] int64_t outputs) {
   return nullptr;
 }
 
-// Of one packing.
-constexpr int64_t kMaxRows = 16, kMaxColumns = 16;
-
-// Kernel rows [row, row_end) and columns [column, column_end): the taps that one packing serves.
-struct Taps {
-  int64_t row, row_end, column, column_end;
-};
-
 // P is what the planes hold, and S what the tensors do.
 template <class P, class S>
-struct Task {
+struct Task : Planes<P, S> {
+  using Base = Planes<P, S>;
   using A = scalar_of<P>;
-  const Conv2dChannelGrad& q;
+  using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
+  using Base::is_point, Base::is_plain_point, Base::pack_input;
+  using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels, Base::taps;
   A* partial = nullptr;  // this slice's
   A* bias = nullptr;     // likewise, while a tile's first packing is added
-  P* planes;
   P* packed_grad;
   P* gathered_grad;
-  // This task.
-  ChannelRun run = {};
   int64_t first_output = 0, last_output = 0;  // of the group
-  // This tile.
-  int64_t image = 0, images = 0, pixel = 0, pixels = 0;
-  // This packing: planes for (slot, channel, kernel column).
-  Taps taps = {};
-  int64_t channel = 0, channels = 0;
-  int64_t slots = 0;
-  int64_t first_row = 0;           // virtual, see pack_plane()
-  int64_t segment = 0;             // elements of a plane for one image
-  int64_t from[kMaxPlanes];        // where a kernel row's planes begin, or a point's channel
-  int64_t gathered[kMaxPlanes];    // and where the gathered pixels of those do
-  int64_t tap_places[kMaxPlanes];  // where the sum of (channel, column) goes, in a kernel row of an output's
+  int64_t from[kMaxPlanes];                   // where a kernel row's planes begin, or a point's channel
+  int64_t gathered[kMaxPlanes];               // and where the gathered pixels of those do
+  int64_t tap_places[kMaxPlanes];             // where the sum of (channel, column) goes, in a kernel row of an output's
 
   Task(const Conv2dChannelGrad& problem, void* scratch)
-      : q(problem),
-        planes(static_cast<P*>(scratch)),
+      : Base(problem, scratch),
         packed_grad(planes + kMaxPlanes * kPlane),
         gathered_grad(packed_grad + kMostOutputs * kPlane) {}
-
-  // Kernel row i reads input row h * stride + i * dilation - padding. That is row h + shift(i) of the input rows of its
-  // residue, so one slot of planes for each residue serves all kernel rows.
-  int64_t shift(int64_t i) const { return i * q.dilation[0] / q.stride[0]; }
-  int64_t residue(int64_t i) const { return i * q.dilation[0] % q.stride[0]; }
-  bool alone() const { return taps.row_end - taps.row == 1; }
-  int64_t slot(int64_t i) const { return alone() ? 0 : residue(i); }
-  int64_t columns() const { return taps.column_end - taps.column; }
-  P* plane(int64_t s, int64_t c, int64_t column) const {
-    return planes + ((s * channels + c) * columns() + column) * kPlane;
-  }
-
-  // One plane of one image, for output pixels from `pixel` on: `segment` of them, rows of out_width. Output row h of
-  // the plane is input row h * stride + residue - padding. Writes in order, so that what it writes too far is
-  // overwritten.
-  void pack_plane(P* out, const S* in, int64_t residue, int64_t j) const {
-    const int64_t step = q.stride[1], offset = j * q.dilation[1] - q.padding[1];
-    const int64_t low = clamp(ceil_div(-offset, step), 0, q.out_width);
-    const int64_t high = clamp(ceil_div(q.width - offset, step), low, q.out_width);
-    const int64_t start = pixel + first_row * q.out_width;
-    if (shifts_flat())
-      return pack_shifted(out, in, start + (residue - q.padding[0]) * q.width + offset, start, low, high);
-    int64_t row = start / q.out_width, column = start % q.out_width;
-    for (const P* end = out + segment; out < end; row++, column = 0) {
-      const int64_t stop = min(q.out_width, column + (end - out));
-      const int64_t from = row * q.stride[0] + residue - q.padding[0];
-      const bool inside = from >= 0 && from < q.height;
-      const int64_t a = inside ? clamp(low, column, stop) : stop, b = inside ? clamp(high, a, stop) : stop;
-      if (a > column) clear_freely(out, a - column);
-      if (b > a)
-        copy_freely(out + (a - column), in + from * q.input_stride[2] + (a * step + offset) * q.input_stride[3],
-                    step * q.input_stride[3], b - a);
-      const int64_t written = a + (b - a + OPERANDS<P> - 1) / OPERANDS<P> * OPERANDS<P>;
-      if (written < stop) clear_freely(out + (written - column), stop - written);
-      out += stop - column;
-    }
-  }
-
-  // Output rows as long as input rows, one after another, at stride 1: a plane is a stretch of the input, shifted, but
-  // for the columns that padding puts there, which come from the row before or behind.
-  bool shifts_flat() const {
-    return q.stride[0] == 1 && q.stride[1] == 1 && q.out_width == q.width && q.input_stride[3] == 1 &&
-           q.input_stride[2] == q.width;
-  }
-  // out[p] = in[from + p], zero outside of the image; output columns outside of [low, high) are zero.
-  void pack_shifted(P* out, const S* in, int64_t from, int64_t start, int64_t low, int64_t high) const {
-    const int64_t a = clamp(-from, 0, segment), b = clamp(q.height * q.width - from, a, segment);
-    if (a > 0) clear_freely(out, a);
-    if (b > a) copy_freely(out + a, in + from + a, 1, b - a);
-    const int64_t written = a + (b - a + OPERANDS<P> - 1) / OPERANDS<P> * OPERANDS<P>;
-    if (written < segment) clear_freely(out + written, segment - written);
-    if (high - low == q.out_width) return;
-    for (int64_t row = -(start % q.out_width); row < segment; row += q.out_width) {
-      for (int64_t w = max(row, 0); w < min(row + low, segment); w++) out[w] = P{};
-      for (int64_t w = max(row + high, 0); w < min(row + q.out_width, segment); w++) out[w] = P{};
-    }
-  }
-
-  void pack_input() const {
-    uint32_t done = 0;
-    for (int64_t i = taps.row; i < taps.row_end; i++) {
-      const int64_t s = slot(i);
-      if (done >> s & 1) continue;
-      done |= 1u << s;
-      for (int64_t c = 0; c < channels; c++)
-        for (int64_t j = 0; j < columns(); j++)
-          for (int64_t n = 0; n < images; n++)
-            pack_plane(
-                plane(s, c, j) + n * segment,
-                static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1],
-                residue(i), taps.column + j);
-    }
-  }
 
   const S* grad_at(int64_t n, int64_t output, int64_t p) const {
     return static_cast<const S*>(q.grad_output) + (image + n) * q.grad_stride[0] +
@@ -328,11 +202,10 @@ struct Task {
   }
   // Pixels follow each other, and need no conversion.
   bool readable() const { return is_same<P, S> && q.grad_stride[3] == 1 && q.grad_stride[2] == q.out_width; }
-  bool is_point() const { return q.kernel[0] * q.kernel[1] == 1; }
   // A point's input needs no planes where its pixels are those of the output. Tails are gathered from aligned planes.
   bool input_in_place() const {
-    return is_same<P, S> && is_point() && q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
-           q.input_stride[3] == 1 && q.input_stride[2] == q.width && (images == 1 || tail() == 0);
+    return is_same<P, S> && is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == q.width &&
+           (images == 1 || tail() == 0);
   }
   // Pixels [pixel, pixel + pixels) of all images of `outputs` outputs, one row an output.
   void pack_grad(int64_t output, int64_t outputs) const {
@@ -385,8 +258,7 @@ struct Task {
     if (point) {
       for (int64_t c = 0; c < channels; c++) from[c] = c * (in_place ? q.input_stride[1] : kPlane);
     } else {
-      for (int64_t i = 0; i < rows; i++)
-        from[i] = plane(slot(taps.row + i), 0, 0) - planes + (shift(taps.row + i) - first_row) * q.out_width;
+      for (int64_t i = 0; i < rows; i++) from[i] = row_start(taps.row + i);
     }
     for (int64_t t = 0; t < row_taps; t++)
       tap_places[t] = (channel + t / columns()) * q.out_per_group * all_taps + taps.column + t % columns();
@@ -461,38 +333,6 @@ struct Task {
     if (left) store_first(to + i, load_first(to + i, left) + load_first(sums + i, left), left);
   }
 
-  void add_tile(int64_t tile) {
-    const int64_t out_pixels = q.out_height * q.out_width;
-    const int64_t tiles_per_image = ceil_div(out_pixels, q.tile_pixels);
-    image = tile / tiles_per_image * q.tile_images;
-    images = min(q.tile_images, q.batch - image);
-    pixel = tile % tiles_per_image * q.tile_pixels;
-    pixels = min(q.tile_pixels, out_pixels - pixel);
-
-    const int64_t reach = shift(q.kernel[0] - 1) * q.out_width;
-    const int64_t used_slots = q.kernel[0] == 1 ? 1 : q.stride[0];
-    const int64_t first_columns = min(q.kernel[1], kMaxColumns);
-    const bool share_rows = images * (pixels + reach) + kSlack <= kPlane && used_slots * first_columns <= kMaxPlanes &&
-                            q.kernel[0] <= kMaxRows && used_slots <= kMaxRows;
-    for (taps.row = 0; taps.row < q.kernel[0]; taps.row = taps.row_end) {
-      taps.row_end = share_rows ? q.kernel[0] : taps.row + 1;
-      slots = share_rows ? used_slots : 1;
-      first_row = shift(taps.row);
-      segment = pixels + (shift(taps.row_end - 1) - first_row) * q.out_width;
-      for (taps.column = 0; taps.column < q.kernel[1]; taps.column = taps.column_end) {
-        taps.column_end = min(q.kernel[1], taps.column + kMaxColumns);
-        const int64_t most = max(1, kMaxPlanes / (slots * columns()));
-        const int64_t packings = ceil_div(run.end - run.begin, most);
-        for (int64_t p = 0; p < packings; p++) {
-          channel = run.begin + (run.end - run.begin) * p / packings;
-          channels = run.begin + (run.end - run.begin) * (p + 1) / packings - channel;
-          add_packing();
-          bias = nullptr;
-        }
-      }
-    }
-  }
-
   void operator()(int64_t task, A* all_partial) {
     const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
     run = q.runs[task / q.ranges / q.slices];
@@ -509,7 +349,11 @@ struct Task {
       for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
     for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
       bias = sums;
-      add_tile(tile);
+      this->begin_tile(tile);
+      this->for_each_packing([&] {
+        add_packing();
+        bias = nullptr;
+      });
     }
   }
 };

@@ -32,27 +32,32 @@ void cut_tasks(Conv2dChannelGrad& q) {
   q.scratch = kScratch;
 }
 
-// A tile is a range of output pixels of one image, or all pixels of several images. Every tile ends in a reduction of
-// its register blocks: it is as long as the planes allow.
-Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
-  constexpr int64_t kPixels = kPlane - kSlack, kLanes = 16;
+// A tile is a range of output pixels of one image, a multiple of `unit`, or all pixels of several images: at most
+// `target`, and as many as the planes allow.
+void cut_pixels(Conv2dChannelGrad& q, int64_t target, int64_t unit) {
+  constexpr int64_t kPixels = kPlane - kSlack;
   const int64_t pixels = q.out_height * q.out_width;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
-  if (pixels + reach <= kPixels) {
-    const int64_t images = std::clamp<int64_t>(kPixels / (pixels + reach), 1, q.batch);
+  if (pixels <= target && pixels + reach <= kPixels) {
+    const int64_t images = std::clamp<int64_t>(std::min(target / pixels, kPixels / (pixels + reach)), 1, q.batch);
     q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
     q.tile_pixels = pixels;
   } else {
-    const int64_t most = (reach + 512 <= kPixels ? kPixels - reach : kPixels) / kLanes * kLanes;
+    const int64_t most = std::min(target, reach + 512 <= kPixels ? kPixels - reach : kPixels) / unit * unit;
     q.tile_images = 1;
-    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), kLanes) * kLanes;
+    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), unit) * unit;
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
+}
+
+// Every tile ends in a reduction of its register blocks: it is as long as the planes allow.
+Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
+  cut_pixels(q, kPlane - kSlack, 16);
   cut_tasks(q);
   return TRADY_KERNEL(conv2d_channel_grad);
 }
 
-// Tiles of `target` output pixels: rows and columns of one image, or several whole images.
+// Tiles of `target` output pixels: rows and columns of one image.
 void cut_rows(Conv2dChannelGrad& q, int64_t target, int64_t input_target) {
   q.tile_columns = std::clamp<int64_t>(std::min(target, input_target / q.stride[1]), 1, q.out_width);
   const int64_t across = extent(q.tile_columns, q.stride[1]) + reach(q, 1);
@@ -60,24 +65,19 @@ void cut_rows(Conv2dChannelGrad& q, int64_t target, int64_t input_target) {
   q.tile_rows = std::clamp<int64_t>(std::min(target / q.tile_columns, fitting), 1, q.out_height);
   q.tile_rows = ceil_div(q.out_height, ceil_div(q.out_height, q.tile_rows));
   q.tile_images = 1;
-  if (q.tile_columns == q.out_width && q.tile_rows == q.out_height) {
-    const int64_t elements = (extent(q.tile_rows, q.stride[0]) + reach(q, 0)) * across;
-    q.tile_images =
-        std::clamp<int64_t>(std::min(target / (q.out_height * q.out_width), input_target / elements), 1, q.batch);
-    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, q.tile_images));
-  }
-  q.tiles =
-      ceil_div(q.batch, q.tile_images) * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
+  q.tiles = q.batch * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
 }
 
 Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
   // Shorter tiles keep grad_output in the caches for the channels after the first.
   const int64_t taps = q.kernel[0] * q.kernel[1], channels = q.selected / q.run_count;
-  const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTurnedPixels : 1024;
-  cut_rows(q, target, kScratch / 8);
+  const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTilePixels / 2 : kTilePixels;
+  // Whole rows, so that the rows of the input are taken apart once.
+  cut_pixels(q, target, q.out_width <= target / 2 ? q.out_width : 16);
   q.outputs_last = true;
+  q.pairs = pairs_pay();
   cut_tasks(q);
-  q.scratch = kScratch + kTurnedSlack + (kTurnedPixels + 16) * kTurnedOutputs;
+  q.scratch = kScratch + kTurnedSlack + (kTilePixels + 16) * kTurnedOutputs;
   return TRADY_KERNEL(conv2d_channel_grad_channels_last);
 }
 
@@ -93,8 +93,6 @@ Conv2dChannelGradLoop plan_depthwise(Conv2dChannelGrad& q) {
 Conv2dChannelGradLoop plan_depthwise_channels_last(Conv2dChannelGrad& q) {
   constexpr int64_t kTaskCost = 5000;
   cut_rows(q, kStripGrad / 16, 1024);
-  q.tile_images = 1;
-  q.tiles = q.batch * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
   q.range_outputs = 16;
   q.ranges = ceil_div(q.selected * q.out_per_group, q.range_outputs);
   const int64_t cost = q.batch * q.out_height * q.out_width;

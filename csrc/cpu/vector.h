@@ -119,6 +119,12 @@ TRADY_INLINE V keep(V value) {
   return value;
 }
 
+// Known when compiled, and a value.
+template <bool VALUE>
+struct Constant {
+  constexpr operator bool() const { return VALUE; }
+};
+
 TRADY_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
 // What is needed later goes to the second level: the first has few places for requests under way.
 TRADY_INLINE void prefetch_later(const void* address) { __builtin_prefetch(address, 0, 2); }
@@ -366,6 +372,11 @@ template <class P>
 TRADY_INLINE void store_operand(P* p, operand_of<P> value) {
   store(p, value);
 }
+// The operand whose every lane is the element, or the pair that begins there; without its second one unless `whole`.
+template <class P>
+TRADY_INLINE operand_of<P> broadcast_operand(const P* p, bool) {
+  return broadcast(p);
+}
 template <class A>
 TRADY_INLINE A multiply_add(A sum, A a, A b) {
   return sum + a * b;
@@ -382,6 +393,10 @@ TRADY_INLINE u16 load_first_operand(const bfloat16* p, int count) {
 #endif
 }
 TRADY_INLINE void store_operand(bfloat16* p, u16 value) { *reinterpret_cast<u16_memory*>(p) = value; }
+TRADY_INLINE u16 broadcast_operand(const bfloat16* p, bool whole) {
+  typedef uint32_t pair_memory __attribute__((aligned(2), may_alias));
+  return (u16)(u32{} + (whole ? *reinterpret_cast<const pair_memory*>(p) : p->bits));
+}
 // Lane i gains the products of elements 2 i and 2 i + 1. The instructions take denormals for zero.
 TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
 #if defined(__AVX512BF16__)
@@ -401,6 +416,18 @@ TRADY_INLINE operand_of<P> ones() {
     return operand_of<P>{} + static_cast<uint16_t>(0x3f80);  // of bfloat16
   else
     return operand_of<P>{} + 1;
+}
+
+// LANES<bfloat16> elements as they are, or the first `count` of them beside zeros.
+TRADY_INLINE u16_half load_half(const bfloat16* p) { return *reinterpret_cast<const u16_half_memory*>(p); }
+TRADY_INLINE u16_half load_first_half(const bfloat16* p, int count) {
+#if defined(__AVX512F__)
+  return (u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p);
+#else
+  u16_half value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = p[lane].bits;
+  return value;
+#endif
 }
 
 // Lane i holds a[i] in its low half and b[i] in its high half: a pair of rows, for dot2().

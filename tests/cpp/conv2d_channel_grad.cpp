@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <set>
+#include <utility>
 
 #include "check.h"
 
@@ -55,6 +56,13 @@ const Shape SHAPES[] = {
     {"depthwise 5x5, stride 2", 2, 10, 10, {14, 13}, {2, 3, 9}, {5, 5}, {2, 2}, {2, 2}, {1, 1}, 10},
     {"depthwise, multiplier 2", 2, 8, 16, {10, 11}, {0, 1, 2, 6, 7}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 8},
 };
+
+// Dtypes, and whether pairs of bfloat16 are multiplied, whatever this CPU does faster.
+constexpr std::pair<Dtype, bool> KINDS[] = {{Dtype::float32, false},
+                                            {Dtype::float64, false},
+                                            {Dtype::bfloat16, false},
+                                            {Dtype::bfloat16, true},
+                                            {Dtype::float16, false}};
 
 // Where element (n, c, h, w) lies, and how many elements there are to the last one.
 struct Layout {
@@ -152,9 +160,11 @@ TRADY_TEST(conv2d_channel_grad) {
   for (const Shape& shape : SHAPES) {
     for (const bool channels_last : {false, true}) {
       for (const int64_t gap : {0, 3}) {
-        for (const Dtype dtype : DTYPES) {
-          const Case words(shape.name, ", ", name_of(dtype), channels_last ? ", channels_last" : "",
-                           gap ? ", gaps" : "");
+        for (const auto& kind : KINDS) {
+          const Dtype dtype = kind.first;
+          const bool pairs = kind.second;
+          const Case words(shape.name, ", ", name_of(dtype), pairs ? " in pairs" : "",
+                           channels_last ? ", channels_last" : "", gap ? ", gaps" : "");
           Problem p(shape, dtype, channels_last, gap);
           Conv2dChannelGrad& q = p.q;
           const Array input = random_array(dtype, p.in.count), grad_output = random_array(dtype, p.out.count);
@@ -163,6 +173,7 @@ TRADY_TEST(conv2d_channel_grad) {
           const bool with_bias = shape.groups == 1;
           q.with_bias = with_bias;
           const auto loop = plan(q);
+          if (dtype == Dtype::bfloat16) q.pairs = pairs;
           loops.insert(loop);
           const Dtype accumulate = accumulate_type(dtype);
           const int64_t taps = q.kernel[0] * q.kernel[1], elements = q.selected * q.out_per_group * taps;
