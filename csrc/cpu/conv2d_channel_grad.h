@@ -43,11 +43,10 @@ struct Conv2dChannelGrad {
   bool outputs_last;
 };
 
-// Row pitch of the packed input where lanes are pixels, in elements; a constant, so that a tap is an immediate offset
-// of one base pointer. 32 more than a multiple of 1024: neighbouring planes fall into different sets of the first-level
-// cache.
-constexpr int64_t kPlane = 2080;
-// Those of a 7x7 kernel, or of 16 channels of a 3x3 one.
+// Elements of a plane of the packed input, or of a shorter one where lanes are outputs and tiles are shorter. 32 more
+// than a multiple of 1024: neighbouring planes fall into different sets of the first-level cache.
+constexpr int64_t kPlane = 2080, kShortPlane = 1056;
+// Long ones: those of a 7x7 kernel, or of 16 channels of a 3x3 one.
 constexpr int64_t kMaxPlanes = 49;
 // Elements past a tile's last pixel that a vector store of the packing may touch.
 constexpr int64_t kSlack = 32;

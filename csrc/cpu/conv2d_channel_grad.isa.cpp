@@ -175,8 +175,8 @@ Block<P> block_of_3x3([[maybe_unused]] int64_t outputs) {
 
 // P is what the planes hold, and S what the tensors do.
 template <class P, class S>
-struct Task : Planes<P, S> {
-  using Base = Planes<P, S>;
+struct Task : Planes<P, S, kPlane> {
+  using Base = Planes<P, S, kPlane>;
   using A = scalar_of<P>;
   using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
   using Base::is_point, Base::is_plain_point, Base::pack_input;

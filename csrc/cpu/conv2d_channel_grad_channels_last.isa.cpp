@@ -66,7 +66,7 @@ void block(const P* input, const int64_t* rows, const E* grad, const Stretches& 
       for (int i = 0; i < ROWS; i++) x[i] = input + n * stretches.input_stretch + rows[i];
       const E* g = grad + n * stretches.grad_stretch;
       const int64_t grad_step = stretches.grad_step, ahead = AHEAD * grad_step;
-      const int64_t input_step = PITCH == kPlane ? STEP<P> : stretches.input_step;
+      const int64_t input_step = PITCH == kShortPlane ? STEP<P> : stretches.input_step;
       auto step = [&](V* sums, auto whole) INLINED {
         auto load_grad = [&](int v) INLINED {
           if constexpr (PREFETCHES) {
@@ -192,7 +192,7 @@ Block<P, E> block_of_row(int64_t taps, int64_t vectors) {
 }
 template <class P, class E>
 Block<P, E> block_of_3x3([[maybe_unused]] int64_t vectors) {
-  if constexpr (kFuses3x3) return block_of<P, E, kPlane, 3, 3>(vectors);
+  if constexpr (kFuses3x3) return block_of<P, E, kShortPlane, 3, 3>(vectors);
   return nullptr;
 }
 
@@ -218,8 +218,8 @@ void turn_over(const S* in, int64_t in_step, int64_t rows, int64_t pixels, scala
 }
 
 template <class P, class S>
-struct Task : Planes<P, S> {
-  using Base = Planes<P, S>;
+struct Task : Planes<P, S, kShortPlane> {
+  using Base = Planes<P, S, kShortPlane>;
   using A = scalar_of<P>;
   using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
   using Base::is_point, Base::is_plain_point, Base::pack_input;
@@ -229,7 +229,7 @@ struct Task : Planes<P, S> {
   A* bias = nullptr;                          // likewise, while a tile's first packing is added
   A* copied;                                  // grad_output of a tile, a piece of outputs, an operand a step and vector
   int64_t first_output = 0, last_output = 0;  // of the group
-  int64_t from[kMaxPlanes] = {};              // where a kernel row's planes begin
+  int64_t from[kMaxRows] = {};                // where a kernel row's planes begin
 
   Task(const Conv2dChannelGrad& problem, void* scratch)
       : Base(problem, scratch), copied(static_cast<A*>(scratch) + kScratch + kTurnedSlack) {}
@@ -400,10 +400,10 @@ struct Task : Planes<P, S> {
               ((channel + across / columns()) * q.kernel[0] + down) * q.kernel[1] + taps.column + across % columns();
           out[t] = partial + tap * q.out_per_group + output;
         }
-        const P* at = input + first * (is_point() ? STEP<P> : kPlane);
+        const P* at = input + first * (is_point() ? STEP<P> : kShortPlane);
         const Block<P, E> call = fused()      ? block_of_3x3<P, E>(vectors)
                                  : is_point() ? block_of_row<P, E, STEP<P>>(count, vectors)
-                                              : block_of_row<P, E, kPlane>(count, vectors);
+                                              : block_of_row<P, E, kShortPlane>(count, vectors);
         call(at, from + (i - taps.row), grad, stretches, left, out);
       }
   }

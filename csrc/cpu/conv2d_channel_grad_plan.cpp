@@ -34,16 +34,16 @@ void cut_tasks(Conv2dChannelGrad& q) {
 
 // A tile is a range of output pixels of one image, a multiple of `unit`, or all pixels of several images: at most
 // `target`, and as many as the planes allow.
-void cut_pixels(Conv2dChannelGrad& q, int64_t target, int64_t unit) {
-  constexpr int64_t kPixels = kPlane - kSlack;
+void cut_pixels(Conv2dChannelGrad& q, int64_t target, int64_t plane, int64_t unit) {
+  const int64_t room = plane - kSlack;
   const int64_t pixels = q.out_height * q.out_width;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
-  if (pixels <= target && pixels + reach <= kPixels) {
-    const int64_t images = std::clamp<int64_t>(std::min(target / pixels, kPixels / (pixels + reach)), 1, q.batch);
+  if (pixels <= target && pixels + reach <= room) {
+    const int64_t images = std::clamp<int64_t>(std::min(target / pixels, room / (pixels + reach)), 1, q.batch);
     q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
     q.tile_pixels = pixels;
   } else {
-    const int64_t most = std::min(target, reach + 512 <= kPixels ? kPixels - reach : kPixels) / unit * unit;
+    const int64_t most = std::min(target, reach + room / 4 <= room ? room - reach : room) / unit * unit;
     q.tile_images = 1;
     q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), unit) * unit;
   }
@@ -52,7 +52,7 @@ void cut_pixels(Conv2dChannelGrad& q, int64_t target, int64_t unit) {
 
 // Every tile ends in a reduction of its register blocks: it is as long as the planes allow.
 Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
-  cut_pixels(q, kPlane - kSlack, 16);
+  cut_pixels(q, kPlane, kPlane, 16);
   cut_tasks(q);
   return TRADY_KERNEL(conv2d_channel_grad);
 }
@@ -73,7 +73,7 @@ Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
   const int64_t taps = q.kernel[0] * q.kernel[1], channels = q.selected / q.run_count;
   const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTilePixels / 2 : kTilePixels;
   // Whole rows, so that the rows of the input are taken apart once.
-  cut_pixels(q, target, q.out_width <= target / 2 ? q.out_width : 16);
+  cut_pixels(q, target, kShortPlane, q.out_width <= target / 2 ? q.out_width : 16);
   q.outputs_last = true;
   q.pairs = pairs_pay();
   cut_tasks(q);

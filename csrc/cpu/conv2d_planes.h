@@ -35,6 +35,14 @@ TRADY_INLINE void copy_freely(P* __restrict out, const S* __restrict in, int64_t
     // The second load reaches one element further than the last that is taken.
     for (; i + VL < count; i += VL)
       store_operand(out + i, even_lanes(load_as<P>(in + 2 * i), load_as<P>(in + 2 * i + VL)));
+    if (MASKED_LOADS && i < count) {
+      const int64_t left = 2 * (count - i) - 1;
+      const operand_of<P> first = load_first_as<P>(in + 2 * i, static_cast<int>(min(left, VL)));
+      store_operand(out + i, left <= VL
+                                 ? even_lanes(first, operand_of<P>{})
+                                 : even_lanes(first, load_first_as<P>(in + 2 * i + VL, static_cast<int>(left - VL))));
+      return;
+    }
   }
   const int64_t end = (count + VL - 1) / VL * VL;
   for (; i < count; i++) out[i] = element_as<P>(in[i * step]);
@@ -54,9 +62,11 @@ struct Taps {
   int64_t row, row_end, column, column_end;
 };
 
-// P is what the planes hold, and S what the tensors do.
-template <class P, class S>
+// P is what the planes hold, and S what the tensors do. Planes are PITCH elements apart, a constant, so that a tap is
+// an immediate offset of one base pointer.
+template <class P, class S, int PITCH>
 struct Planes {
+  static constexpr int64_t kPlanes = kMaxPlanes * kPlane / PITCH;
   const Conv2dChannelGrad& q;
   P* planes;
   P* gathered_input;  // lies behind the planes, where there is room until they are packed
@@ -89,7 +99,7 @@ struct Planes {
   int64_t slot(int64_t i) const { return alone() ? 0 : residue(i); }
   int64_t columns() const { return taps.column_end - taps.column; }
   P* plane(int64_t s, int64_t c, int64_t column) const {
-    return planes + ((s * channels + c) * columns() + column) * kPlane;
+    return planes + ((s * channels + c) * columns() + column) * PITCH;
   }
   // Where the planes of kernel row i begin, the first channel's and kernel column's.
   int64_t row_start(int64_t i) const { return plane(slot(i), 0, 0) - planes + (shift(i) - first_shift) * q.out_width; }
@@ -112,17 +122,17 @@ struct Planes {
             {row_offset(residue), column_offset(j)}};
   }
 
-  // One plane of one image, for output pixels from `pixel` on: `segment` of them, rows of out_width. Writes in order,
-  // so that what it writes too far is overwritten.
+  // One plane of one image, for `count` output pixels from `pixel` on, rows of out_width. Writes in order, so that what
+  // it writes too far is overwritten.
   template <class T>
-  void pack_plane(P* out, const Source<T>& in) const {
+  void pack_plane(P* out, const Source<T>& in, int64_t count) const {
     const int64_t low = clamp(ceil_div(-in.offset[1], in.stride[1]), 0, q.out_width);
     const int64_t high = clamp(ceil_div(in.size[1] - in.offset[1], in.stride[1]), low, q.out_width);
     if (in.stride[0] == 1 && in.stride[1] == 1 && in.size[1] == q.out_width && in.step[1] == 1 &&
         in.step[0] == q.out_width)
-      return pack_shifted(out, in, low, high);
+      return pack_shifted(out, in, count, low, high);
     int64_t row = first_row, column = first_column;
-    for (const P* end = out + segment; out < end; row++, column = 0) {
+    for (const P* end = out + count; out < end; row++, column = 0) {
       const int64_t stop = min(q.out_width, column + (end - out));
       const int64_t from = row * in.stride[0] + in.offset[0];
       const bool inside = from >= 0 && from < in.size[0];
@@ -141,66 +151,69 @@ struct Planes {
   // but for the columns that padding puts there, which come from the row before or behind: those outside of [low,
   // high).
   template <class T>
-  void pack_shifted(P* out, const Source<T>& in, int64_t low, int64_t high) const {
+  void pack_shifted(P* out, const Source<T>& in, int64_t count, int64_t low, int64_t high) const {
     const int64_t from = (first_row + in.offset[0]) * q.out_width + first_column + in.offset[1];
-    const int64_t a = clamp(-from, 0, segment), b = clamp(in.size[0] * q.out_width - from, a, segment);
+    const int64_t a = clamp(-from, 0, count), b = clamp(in.size[0] * q.out_width - from, a, count);
     if (a > 0) clear_freely(out, a);
     if (b > a) copy_freely(out + a, in.at + from + a, 1, b - a);
     const int64_t written = a + (b - a + OPERANDS<P> - 1) / OPERANDS<P> * OPERANDS<P>;
-    if (written < segment) clear_freely(out + written, segment - written);
-    for (int64_t w = 0; w < low; w++) clear_column(out, w);
-    for (int64_t w = high; w < q.out_width; w++) clear_column(out, w);
+    if (written < count) clear_freely(out + written, count - written);
+    for (int64_t w = 0; w < low; w++) clear_column(out, w, count);
+    for (int64_t w = high; w < q.out_width; w++) clear_column(out, w, count);
   }
-  void clear_column(P* out, int64_t w) const {
-    for (int64_t p = w - first_column + (w < first_column ? q.out_width : 0); p < segment; p += q.out_width)
-      out[p] = P{};
+  void clear_column(P* out, int64_t w, int64_t count) const {
+    for (int64_t p = w - first_column + (w < first_column ? q.out_width : 0); p < count; p += q.out_width) out[p] = P{};
   }
 
-  // Where several planes would fetch each element, and those that a plane takes are apart, they are gathered first: the
-  // rows and columns of each residue for themselves, so that from there on strides are gone; of several channels at a
-  // time, since those of a pixel may be in one cache line.
+  // Where several planes would fetch each element, and those that a plane takes are apart, they are gathered first: of
+  // all images, the rows and columns of each residue for themselves, padding rows included, so that from there on
+  // strides are gone; of several channels at a time, since those of a pixel may be in one cache line.
   struct Gathered {
-    int64_t rows, columns;  // of a residue
+    int64_t rows, columns;  // of an image and residue
+    int64_t residue;        // elements of one
     int64_t channels;       // at a time; none where elements are read from the tensor
-    int64_t image() const { return rows * columns; }
   };
   Gathered gathered() const {
     if (q.input_stride[3] * q.stride[1] == 1 || columns() <= q.stride[1]) return {};
     const int64_t rows = (first_column + segment - 1) / q.out_width + 1, across = ceil_div(q.width, q.stride[1]);
-    return {rows, across, min(channels, kGathered / (q.stride[0] * q.stride[1] * rows * across))};
+    const int64_t residue = images * rows * across + kSlack;
+    return {rows, across, residue, min(channels, kGathered / (q.stride[0] * q.stride[1] * residue))};
   }
   P* gathered_at(const Gathered& g, int64_t c, int64_t row_residue, int64_t column_residue) const {
-    return gathered_input + ((c * q.stride[0] + row_residue) * q.stride[1] + column_residue) * g.image();
+    return gathered_input + ((c * q.stride[0] + row_residue) * q.stride[1] + column_residue) * g.residue;
   }
-  void gather(const Gathered& g, int64_t n, int64_t c, int64_t count) const {
-    const int64_t stride = q.stride[1], step = stride * q.input_stride[3],
-                  next_channel = gathered_at(g, 1, 0, 0) - gathered_input;
-    const S* image_at =
-        static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1];
-    int64_t from = first_row * q.stride[0] - q.padding[0];
-    for (int64_t row = 0; row < g.rows; row++)
-      for (int64_t i = 0; i < q.stride[0]; i++, from++)
-        for (int64_t j = 0; j < stride; j++) {
-          const bool inside = from >= 0 && from < q.height;
-          const int64_t end = inside ? g.columns - (q.width - j <= (g.columns - 1) * stride) : 0;
-          const S* in = inside ? image_at + from * q.input_stride[2] + j * q.input_stride[3] : image_at;
-          P* to = gathered_at(g, 0, i, j) + row * g.columns;
-          for (int64_t k = 0; k < count; k++, in += q.input_stride[1], to += next_channel)
-            gather_row(to, in, step, end, g.columns);
-        }
+  void gather(const Gathered& g, int64_t c, int64_t count) const {
+    const int64_t stride = q.stride[1], step = stride * q.input_stride[3];
+    const int64_t next_channel = q.stride[0] * stride * g.residue;
+    for (int64_t n = 0; n < images; n++) {
+      const S* image_at =
+          static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1];
+      int64_t from = first_row * q.stride[0] - q.padding[0];
+      for (int64_t row = n * g.rows; row < (n + 1) * g.rows; row++)
+        for (int64_t i = 0; i < q.stride[0]; i++, from++)
+          for (int64_t j = 0; j < stride; j++) {
+            const bool inside = from >= 0 && from < q.height;
+            const int64_t end = inside ? g.columns - (q.width - j <= (g.columns - 1) * stride) : 0;
+            const S* in = inside ? image_at + from * q.input_stride[2] + j * q.input_stride[3] : image_at;
+            P* to = gathered_at(g, 0, i, j) + row * g.columns;
+            for (int64_t k = 0; k < count; k++, in += q.input_stride[1], to += next_channel)
+              gather_row(to, in, step, end, g.columns);
+          }
+    }
   }
+  // In order: what is written too far is overwritten, or in the slack.
   static void gather_row(P* __restrict out, const S* __restrict in, int64_t step, int64_t end, int64_t width) {
-    int64_t w = 0;
-    if (step == 2)  // the second load reaches one element further than the last that is taken
-      for (; w + OPERANDS<P> < end; w += OPERANDS<P>)
-        store_operand(out + w, even_lanes(load_as<P>(in + 2 * w), load_as<P>(in + 2 * w + OPERANDS<P>)));
+    if (step == 2) {
+      copy_freely(out, in, 2, end);
+    } else {
 #pragma GCC unroll 8
-    for (; w < end; w++) out[w] = element_as<P>(in[w * step]);
-    for (; w < width; w++) out[w] = P{};
+      for (int64_t w = 0; w < end; w++) out[w] = element_as<P>(in[w * step]);
+    }
+    for (int64_t w = end; w < width; w++) out[w] = P{};
   }
-  Source<P> source(const Gathered& g, int64_t c, int64_t residue, int64_t j) const {
+  Source<P> source(const Gathered& g, int64_t n, int64_t c, int64_t residue, int64_t j) const {
     const int64_t offset = column_offset(j), shift = -ceil_div(-offset, q.stride[1]);
-    return {gathered_at(g, c, residue, offset - shift * q.stride[1]),
+    return {gathered_at(g, c, residue, offset - shift * q.stride[1]) + n * g.rows * g.columns,
             {g.rows, g.columns},
             {g.columns, 1},
             {1, 1},
@@ -217,20 +230,26 @@ struct Planes {
       residues[used++] = residue(i);
     }
     const Gathered g = gathered();
-    for (int64_t n = 0; n < images; n++)
-      for (int64_t begin = 0; begin < channels; begin += max(g.channels, 1)) {
-        const int64_t end = min(begin + max(g.channels, 1), channels);
-        if (g.channels > 0) gather(g, n, begin, end - begin);
-        for (int64_t c = begin; c < end; c++)
-          for (int64_t i = 0; i < used; i++)
-            for (int64_t j = 0; j < columns(); j++) {
-              P* out = plane(alone() ? 0 : residues[i], c, j) + n * segment;
-              if (g.channels > 0)
-                pack_plane(out, source(g, c - begin, residues[i], taps.column + j));
-              else
-                pack_plane(out, in_place(n, c, residues[i], taps.column + j));
-            }
-      }
+    const int64_t together = max(g.channels, 1);
+    for (int64_t c = 0; c < channels; c++) {
+      if (g.channels > 0 && c % together == 0) gather(g, c, min(together, channels - c));
+      for (int64_t i = 0; i < used; i++)
+        for (int64_t j = 0; j < columns(); j++) {
+          P* out = plane(alone() ? 0 : residues[i], c, j);
+          if (g.channels > 0 && g.columns == q.out_width && g.rows * g.columns == segment) {
+            Source<P> all = source(g, 0, c % together, residues[i], taps.column + j);
+            all.size[0] *= images;
+            pack_plane(out, all, images * segment);
+            continue;
+          }
+          for (int64_t n = 0; n < images; n++, out += segment) {
+            if (g.channels > 0)
+              pack_plane(out, source(g, n, c % together, residues[i], taps.column + j), segment);
+            else
+              pack_plane(out, in_place(n, c, residues[i], taps.column + j), segment);
+          }
+        }
+    }
   }
 
   void begin_tile(int64_t tile) {
@@ -248,7 +267,7 @@ struct Planes {
     const int64_t reach = shift(q.kernel[0] - 1) * q.out_width;
     const int64_t used_slots = q.kernel[0] == 1 ? 1 : q.stride[0];
     const int64_t first_columns = min(q.kernel[1], kMaxColumns);
-    const bool share_rows = images * (pixels + reach) + kSlack <= kPlane && used_slots * first_columns <= kMaxPlanes &&
+    const bool share_rows = images * (pixels + reach) + kSlack <= PITCH && used_slots * first_columns <= kPlanes &&
                             q.kernel[0] <= kMaxRows && used_slots <= kMaxRows;
     for (taps.row = 0; taps.row < q.kernel[0]; taps.row = taps.row_end) {
       taps.row_end = share_rows ? q.kernel[0] : taps.row + 1;
@@ -259,7 +278,7 @@ struct Planes {
       segment = pixels + (shift(taps.row_end - 1) - first_shift) * q.out_width;
       for (taps.column = 0; taps.column < q.kernel[1]; taps.column = taps.column_end) {
         taps.column_end = min(q.kernel[1], taps.column + kMaxColumns);
-        const int64_t most = max(1, kMaxPlanes / (slots * columns()));
+        const int64_t most = max(1, kPlanes / (slots * columns()));
         const int64_t packings = ceil_div(run.end - run.begin, most);
         for (int64_t p = 0; p < packings; p++) {
           channel = run.begin + (run.end - run.begin) * p / packings;
