@@ -433,13 +433,11 @@ TRADY_INLINE u16_half load_first_half(const bfloat16* p, int count) {
 // Lane i holds a[i] in its low half and b[i] in its high half: a pair of rows, for dot2().
 TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
 #if defined(__AVX512BW__)
-  // One permutation instead of two widenings, a shift and an or.
-  struct Halves {
-    u16_half low, high;
-  };
+  // One permutation instead of two widenings, a shift and an or. GCC would join the halves in memory, by stores that
+  // the load after them has to wait for.
   constexpr u16 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const u16 both = __builtin_bit_cast(u16, (Halves{a, b}));
+  const u16 both = (u16)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
   return (f32)shuffle(both, both, order);
 #else
   return (f32)(__builtin_convertvector(a, u32) | (__builtin_convertvector(b, u32) << 16));
