@@ -32,29 +32,30 @@ struct Conv2dChannelGrad {
   // How the work is cut, by plan(). It depends on the shape alone, never on the number of threads, so the sums are the
   // same for any number of them. A task is a range of outputs and a slice of the tiles.
   int64_t tile_images;
-  int64_t tile_pixels;              // of the output, where lanes are pixels
-  int64_t tile_rows, tile_columns;  // elsewhere
+  int64_t tile_pixels;              // of the output
+  int64_t tile_rows, tile_columns;  // likewise, of a depthwise strip
   int64_t tiles;
   int64_t slices, ranges, range_outputs;
   int64_t tasks;
   int64_t scratch;  // elements of the accumulation type that a task needs
+  bool pairs;       // of bfloat16 are multiplied where lanes are outputs and the set can, otherwise floats
   // Where a slice's result for (channel of k, output of C'/groups, kh, kw) lies.
   int64_t sum_stride[4];
 };
 
-// Row pitch of the packed input where lanes are pixels, in elements; a constant, so that a tap is an immediate offset
-// of one base pointer. 32 more than a multiple of 1024: neighbouring planes fall into different sets of the first-level
-// cache.
-constexpr int64_t kPlane = 2080;
-// Those of a 7x7 kernel, or of 16 channels of a 3x3 one.
+// Elements of a plane of the packed input, or of a shorter one where lanes are outputs and tiles are shorter. 32 more
+// than a multiple of 1024: neighbouring planes fall into different sets of the first-level cache.
+constexpr int64_t kPlane = 2080, kShortPlane = 1056;
+// Long ones: those of a 7x7 kernel, or of 16 channels of a 3x3 one.
 constexpr int64_t kMaxPlanes = 49;
 // Elements past a tile's last pixel that a vector store of the packing may touch.
 constexpr int64_t kSlack = 32;
 constexpr int64_t kMostOutputs = 8;  // of a register block
 constexpr int64_t kScratch = (kMaxPlanes + 2 * kMostOutputs) * kPlane;
-// Where lanes are outputs: channels of a 1x1 kernel that are packed together; outputs that are turned over together,
-// the most of a register block, for so many pixels; and what turning over writes too much, a vector's worth of pixels.
-constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTurnedPixels = 512;
+// Where lanes are outputs: channels of a 1x1 kernel that are packed together; outputs that are copied together, the
+// most of a register block, for the pixels of a tile; and what turning over writes too much, a vector's worth of
+// pixels.
+constexpr int64_t kPointChannels = 128, kTurnedOutputs = 8 * 16, kTilePixels = 1024;
 constexpr int64_t kTurnedSlack = 16 * kPointChannels;
 // Where lanes are channels: elements of a tile's input, turned over.
 constexpr int64_t kTurnedPlanes = 1 << 16;

@@ -1,17 +1,10 @@
 // conv2d_channel_grad where the pixels of a plane are adjacent: lanes are pixels.
 //
-// The selected channels of the input are few and are read once for each tile of output pixels: they are packed into
-// planes that hold, for one kernel column, the input under every output pixel, padding included. Kernel rows then are
-// offsets into a plane, strides and dilation are gone, and grad_output, the large operand, is read flat and as it is.
-#include "conv2d_channel_grad.h"
-
-#include "conv2d_channel_grad_planes.h"
-#include "vector.h"
+// The input is packed into planes (conv2d_planes.h), and grad_output, the large operand, is read flat and as it is.
+#include "conv2d_planes.h"
 
 namespace trady::TRADY_ISA {
 namespace {
-
-#define INLINED __attribute__((always_inline))
 
 // Lane i of the result is the sum of v[i]'s lanes.
 template <class A, int COUNT>
@@ -161,63 +154,27 @@ Block<P> block_of_3x3([[maybe_unused]] int64_t outputs) {
   return nullptr;
 }
 
-// Of one packing.
-constexpr int64_t kMaxRows = 16, kMaxColumns = 16;
-
-// Kernel rows [row, row_end) and columns [column, column_end): the taps that one packing serves.
-struct Taps {
-  int64_t row, row_end, column, column_end;
-};
-
+// P is what the planes hold, and S what the tensors do.
 template <class P, class S>
-struct Task : Tile<P, S> {
+struct Task : Planes<P, S, kPlane> {
+  using Base = Planes<P, S, kPlane>;
   using A = scalar_of<P>;
-  using Tile<P, S>::q, Tile<P, S>::image, Tile<P, S>::images, Tile<P, S>::pixel, Tile<P, S>::pixels;
-  using Tile<P, S>::first_row, Tile<P, S>::segment, Tile<P, S>::shift, Tile<P, S>::residue, Tile<P, S>::pack_plane;
+  using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
+  using Base::is_point, Base::is_plain_point, Base::pack_input;
+  using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels, Base::taps;
   A* partial = nullptr;  // this slice's
   A* bias = nullptr;     // likewise, while a tile's first packing is added
-  P* planes;
   P* packed_grad;
   P* gathered_grad;
-  // This task.
-  ChannelRun run = {};
   int64_t first_output = 0, last_output = 0;  // of the group
-  // This packing: planes for (slot, channel, kernel column).
-  Taps taps = {};
-  int64_t channel = 0, channels = 0;
-  int64_t slots = 0;
-  int64_t from[kMaxPlanes];        // where a kernel row's planes begin, or a point's channel
-  int64_t gathered[kMaxPlanes];    // and where the gathered pixels of those do
-  int64_t tap_places[kMaxPlanes];  // where the sum of (channel, column) goes, in a kernel row of an output's
+  int64_t from[kMaxPlanes];                   // where a kernel row's planes begin, or a point's channel
+  int64_t gathered[kMaxPlanes];               // and where the gathered pixels of those do
+  int64_t tap_places[kMaxPlanes];             // where the sum of (channel, column) goes, in a kernel row of an output's
 
   Task(const Conv2dChannelGrad& problem, void* scratch)
-      : Tile<P, S>{problem},
-        planes(static_cast<P*>(scratch)),
+      : Base(problem, scratch),
         packed_grad(planes + kMaxPlanes * kPlane),
         gathered_grad(packed_grad + kMostOutputs * kPlane) {}
-
-  bool alone() const { return taps.row_end - taps.row == 1; }
-  int64_t slot(int64_t i) const { return alone() ? 0 : residue(i); }
-  int64_t columns() const { return taps.column_end - taps.column; }
-  P* plane(int64_t s, int64_t c, int64_t column) const {
-    return planes + ((s * channels + c) * columns() + column) * kPlane;
-  }
-
-  void pack_input() const {
-    uint32_t done = 0;
-    for (int64_t i = taps.row; i < taps.row_end; i++) {
-      const int64_t s = slot(i);
-      if (done >> s & 1) continue;
-      done |= 1u << s;
-      for (int64_t c = 0; c < channels; c++)
-        for (int64_t j = 0; j < columns(); j++)
-          for (int64_t n = 0; n < images; n++)
-            pack_plane(
-                plane(s, c, j) + n * segment,
-                static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + (channel + c) * q.input_stride[1],
-                residue(i), taps.column + j);
-    }
-  }
 
   const S* grad_at(int64_t n, int64_t output, int64_t p) const {
     return static_cast<const S*>(q.grad_output) + (image + n) * q.grad_stride[0] +
@@ -226,11 +183,10 @@ struct Task : Tile<P, S> {
   }
   // Pixels follow each other, and need no conversion.
   bool readable() const { return is_same<P, S> && q.grad_stride[3] == 1 && q.grad_stride[2] == q.out_width; }
-  bool is_point() const { return q.kernel[0] * q.kernel[1] == 1; }
   // A point's input needs no planes where its pixels are those of the output. Tails are gathered from aligned planes.
   bool input_in_place() const {
-    return is_same<P, S> && is_point() && q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
-           q.input_stride[3] == 1 && q.input_stride[2] == q.width && (images == 1 || tail() == 0);
+    return is_same<P, S> && is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == q.width &&
+           (images == 1 || tail() == 0);
   }
   // Pixels [pixel, pixel + pixels) of all images of `outputs` outputs, one row an output.
   void pack_grad(int64_t output, int64_t outputs) const {
@@ -283,8 +239,7 @@ struct Task : Tile<P, S> {
     if (point) {
       for (int64_t c = 0; c < channels; c++) from[c] = c * (in_place ? q.input_stride[1] : kPlane);
     } else {
-      for (int64_t i = 0; i < rows; i++)
-        from[i] = plane(slot(taps.row + i), 0, 0) - planes + (shift(taps.row + i) - first_row) * q.out_width;
+      for (int64_t i = 0; i < rows; i++) from[i] = row_start(taps.row + i);
     }
     for (int64_t t = 0; t < row_taps; t++)
       tap_places[t] = (channel + t / columns()) * q.out_per_group * all_taps + taps.column + t % columns();
@@ -359,32 +314,6 @@ struct Task : Tile<P, S> {
     if (left) store_first(to + i, load_first(to + i, left) + load_first(sums + i, left), left);
   }
 
-  void add_tile(int64_t tile) {
-    this->move_to(tile);
-    const int64_t reach = shift(q.kernel[0] - 1) * q.out_width;
-    const int64_t used_slots = q.kernel[0] == 1 ? 1 : q.stride[0];
-    const int64_t first_columns = min(q.kernel[1], kMaxColumns);
-    const bool share_rows = images * (pixels + reach) + kSlack <= kPlane && used_slots * first_columns <= kMaxPlanes &&
-                            q.kernel[0] <= kMaxRows && used_slots <= kMaxRows;
-    for (taps.row = 0; taps.row < q.kernel[0]; taps.row = taps.row_end) {
-      taps.row_end = share_rows ? q.kernel[0] : taps.row + 1;
-      slots = share_rows ? used_slots : 1;
-      first_row = shift(taps.row);
-      segment = pixels + (shift(taps.row_end - 1) - first_row) * q.out_width;
-      for (taps.column = 0; taps.column < q.kernel[1]; taps.column = taps.column_end) {
-        taps.column_end = min(q.kernel[1], taps.column + kMaxColumns);
-        const int64_t most = max(1, kMaxPlanes / (slots * columns()));
-        const int64_t packings = ceil_div(run.end - run.begin, most);
-        for (int64_t p = 0; p < packings; p++) {
-          channel = run.begin + (run.end - run.begin) * p / packings;
-          channels = run.begin + (run.end - run.begin) * (p + 1) / packings - channel;
-          add_packing();
-          bias = nullptr;
-        }
-      }
-    }
-  }
-
   void operator()(int64_t task, A* all_partial) {
     const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
     run = q.runs[task / q.ranges / q.slices];
@@ -401,7 +330,11 @@ struct Task : Tile<P, S> {
       for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
     for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
       bias = sums;
-      add_tile(tile);
+      this->begin_tile(tile);
+      this->for_each_packing([&] {
+        add_packing();
+        bias = nullptr;
+      });
     }
   }
 };

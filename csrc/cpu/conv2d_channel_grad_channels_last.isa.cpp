@@ -1,98 +1,124 @@
 // conv2d_channel_grad where lanes are outputs: the channels of grad_output are adjacent, or so many taps read it that
 // turning it over pays.
 //
-// A register block holds the sums of a few vectors of outputs and all taps of a channel (or several channels of a 1x1
-// kernel). For each pixel the vectors are read once and multiplied by the taps' input elements, broadcast. The input of
-// a tile is packed into padded planes, a channel each, so that a tap is an offset; there is nothing to reduce at the
-// end.
-#include "conv2d_channel_grad.h"
-#include "vector.h"
+// A register block holds the sums of a few vectors of outputs and some taps. For each pixel, or each pair of pixels
+// where the CPU multiplies pairs of bfloat16, the vectors are read once and multiplied by the taps' input elements,
+// broadcast; there is nothing to reduce at the end. The input is packed: into planes (conv2d_planes.h), or, where the
+// kernel is 1x1, into the channels of each pixel.
+#include "conv2d_planes.h"
 
 namespace trady::TRADY_ISA {
 namespace {
 
-#define INLINED __attribute__((always_inline))
+// Pixels that one multiply-add takes: a lane of an operand holds those of an output, or of a tap.
+template <class P>
+constexpr int STEP = OPERANDS<P> / LANES<P>;
 
-TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-TRADY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Stretches of pixels: `rows` of them for each of `images`. Distances in elements.
-struct Pixels {
-  int64_t images, rows, columns;
-  int64_t input_image, input_row, input_column;
-  int64_t grad_image, grad_row, grad_column;
+// Stretches of pixels. Distances in elements: of the input, and of grad_output, from stretch to stretch and from step
+// to step.
+struct Stretches {
+  int64_t count, pixels;
+  int64_t input_stretch, input_step;
+  int64_t grad_stretch, grad_step;
 };
 
+// The outputs of a step's pixels, of which there are fewer than STEP<P> only behind the last whole step. E is the
+// tensor's type, or the accumulation type where they were copied, operand by operand.
+template <class P, class E>
+TRADY_INLINE operand_of<P> read(const E* grad, [[maybe_unused]] int64_t grad_step, [[maybe_unused]] bool whole) {
+  if constexpr (STEP<P> == 2 && is_same<E, P>)
+    return (operand_of<P>)interleave(load_half(grad), whole ? load_half(grad + grad_step / 2) : u16_half{});
+  else
+    return (operand_of<P>)load(grad);
+}
+template <class P, class E>
+TRADY_INLINE operand_of<P> read_first(const E* grad, [[maybe_unused]] int64_t grad_step, [[maybe_unused]] bool whole,
+                                      int count) {
+  if constexpr (STEP<P> == 2 && is_same<E, P>)
+    return (operand_of<P>)interleave(load_first_half(grad, count),
+                                     whole ? load_first_half(grad + grad_step / 2, count) : u16_half{});
+  else
+    return (operand_of<P>)load_first(grad, count);
+}
+
 // out[tap][o] += sum over pixels of input[tap] * grad[o] for VECTORS vectors of outputs, the last of them `left` long.
-// Taps are COLUMNS adjacent elements for each of ROWS kernel rows, `row_step` apart.
-template <class S, int VECTORS, int ROWS, int COLUMNS>
-void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pixels& pixels, int left,
-           scalar_of<S>* const* out) {
-  using V = vector_of<S>;
+// Taps are COLUMNS elements, PITCH apart, for each of ROWS kernel rows, which begin at rows[].
+template <class P, class E, int VECTORS, int ROWS, int COLUMNS, int PITCH>
+void block(const P* input, const int64_t* rows, const E* grad, const Stretches& stretches, int left,
+           scalar_of<P>* const* out) {
+  using V = vector_of<P>;
   constexpr int TAPS = ROWS * COLUMNS;
-  constexpr int VL = LANES<S>;
+  constexpr int VL = LANES<P>;
   // Chains of multiply-adds that do not wait for each other.
   constexpr int CHAINS = VECTORS * TAPS >= 8 ? 1 : VECTORS * TAPS >= 4 ? 2 : 4;
-  // Pixels from one request to the use: about 200 cycles.
+  // Steps from one request to the use: about 200 cycles. What was copied is in the caches.
   constexpr int64_t AHEAD = 200 / (VECTORS * TAPS) + 1;
+  constexpr bool PREFETCHES = STEP<P> == 1 || is_same<E, P>;
   V acc[CHAINS][VECTORS * TAPS];
 #pragma GCC unroll 4
   for (int chain = 0; chain < CHAINS; chain++)
 #pragma GCC unroll 64
     for (int a = 0; a < VECTORS * TAPS; a++) acc[chain][a] = V{};
-  auto run = [&](auto load_last) INLINED {
-    for (int64_t n = 0; n < pixels.images; n++)
-      for (int64_t r = 0; r < pixels.rows; r++) {
-        const scalar_of<S>* x[ROWS];
+  auto run = [&](auto read_last) INLINED {
+    for (int64_t n = 0; n < stretches.count; n++) {
+      const P* x[ROWS];
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; i++) x[i] = input + n * pixels.input_image + r * pixels.input_row + i * row_step;
-        const S* g = grad + n * pixels.grad_image + r * pixels.grad_row;
-        const int64_t grad_step = pixels.grad_column, input_step = pixels.input_column, ahead = AHEAD * grad_step;
-        auto step = [&](V* sums) INLINED {
-          auto load_grad = [&](int v) INLINED {
+      for (int i = 0; i < ROWS; i++) x[i] = input + n * stretches.input_stretch + rows[i];
+      const E* g = grad + n * stretches.grad_stretch;
+      const int64_t grad_step = stretches.grad_step, ahead = AHEAD * grad_step;
+      const int64_t input_step = PITCH == kShortPlane ? STEP<P> : stretches.input_step;
+      auto step = [&](V* sums, auto whole) INLINED {
+        auto load_grad = [&](int v) INLINED {
+          if constexpr (PREFETCHES) {
             prefetch(g + v * VL + ahead);
-            return keep(v + 1 < VECTORS ? load(g + v * VL) : load_last(g + v * VL));
-          };
-          auto load_input = [&](int t) INLINED { return keep(broadcast(x[t / COLUMNS] + t % COLUMNS)); };
-          if constexpr (VECTORS <= TAPS) {
-            V d[VECTORS];
-#pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) d[v] = load_grad(v);
-#pragma GCC unroll 64
-            for (int t = 0; t < TAPS; t++) {
-              const V value = load_input(t);
-#pragma GCC unroll 16
-              for (int v = 0; v < VECTORS; v++) sums[v * TAPS + t] += d[v] * value;
-            }
-          } else {
-            V values[TAPS];
-#pragma GCC unroll 64
-            for (int t = 0; t < TAPS; t++) values[t] = load_input(t);
-#pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) {
-              const V d = load_grad(v);
-#pragma GCC unroll 64
-              for (int t = 0; t < TAPS; t++) sums[v * TAPS + t] += d * values[t];
-            }
+            if constexpr (STEP<P> == 2) prefetch(g + v * VL + ahead + grad_step / 2);
           }
-          g += grad_step;
-#pragma GCC unroll 8
-          for (int i = 0; i < ROWS; i++) x[i] += input_step;
+          return keep(v + 1 < VECTORS ? read<P>(g + v * VL, grad_step, whole)
+                                      : read_last(g + v * VL, grad_step, whole));
         };
-        int64_t w = 0;
-        for (; w + CHAINS <= pixels.columns; w += CHAINS) {
-#pragma GCC unroll 4
-          for (int chain = 0; chain < CHAINS; chain++) step(acc[chain]);
+        auto load_input = [&](int t)
+                              INLINED { return keep(broadcast_operand(x[t / COLUMNS] + t % COLUMNS * PITCH, whole)); };
+        if constexpr (VECTORS <= TAPS) {
+          operand_of<P> d[VECTORS];
+#pragma GCC unroll 16
+          for (int v = 0; v < VECTORS; v++) d[v] = load_grad(v);
+#pragma GCC unroll 64
+          for (int t = 0; t < TAPS; t++) {
+            const operand_of<P> value = load_input(t);
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++) sums[v * TAPS + t] = multiply_add(sums[v * TAPS + t], d[v], value);
+          }
+        } else {
+          operand_of<P> values[TAPS];
+#pragma GCC unroll 64
+          for (int t = 0; t < TAPS; t++) values[t] = load_input(t);
+#pragma GCC unroll 16
+          for (int v = 0; v < VECTORS; v++) {
+            const operand_of<P> d = load_grad(v);
+#pragma GCC unroll 64
+            for (int t = 0; t < TAPS; t++) sums[v * TAPS + t] = multiply_add(sums[v * TAPS + t], d, values[t]);
+          }
         }
-        if constexpr (CHAINS > 1)
-          for (; w < pixels.columns; w++) step(acc[0]);
+        g += grad_step;
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; i++) x[i] += input_step;
+      };
+      const int64_t steps = stretches.pixels / STEP<P>;
+      int64_t w = 0;
+      for (; w + CHAINS <= steps; w += CHAINS) {
+#pragma GCC unroll 4
+        for (int chain = 0; chain < CHAINS; chain++) step(acc[chain], Constant<true>{});
       }
+      if constexpr (CHAINS > 1)
+        for (; w < steps; w++) step(acc[0], Constant<true>{});
+      if constexpr (STEP<P> > 1)
+        if (stretches.pixels % STEP<P>) step(acc[0], Constant<false>{});
+    }
   };
   if (!MASKED_LOADS && left == VL)
-    run([](const S* from) INLINED { return load(from); });
+    run([](const E* from, int64_t step, bool whole) INLINED { return read<P>(from, step, whole); });
   else
-    run([left](const S* from) INLINED { return load_first(from, left); });
+    run([left](const E* from, int64_t step, bool whole) INLINED { return read_first<P>(from, step, whole, left); });
 #pragma GCC unroll 64
   for (int t = 0; t < TAPS; t++) {
 #pragma GCC unroll 16
@@ -100,7 +126,7 @@ void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pix
       V sum = acc[0][v * TAPS + t];
 #pragma GCC unroll 4
       for (int chain = 1; chain < CHAINS; chain++) sum += acc[chain][v * TAPS + t];
-      scalar_of<S>* to = out[t] + v * VL;
+      scalar_of<P>* to = out[t] + v * VL;
       if (v + 1 < VECTORS || left == VL)
         store(to, load(to) + sum);
       else
@@ -110,25 +136,27 @@ void block(const scalar_of<S>* input, int64_t row_step, const S* grad, const Pix
 }
 
 // out[o] += sum over pixels of grad[o], for one vector of outputs.
-template <class S>
-void sum_pixels(const S* grad, const Pixels& pixels, int lanes, scalar_of<S>* out) {
+template <class P, class E>
+void sum_pixels(const E* grad, const Stretches& stretches, int lanes, scalar_of<P>* out) {
   // Chains of additions that do not wait for each other.
   constexpr int CHAINS = 4;
-  vector_of<S> acc[CHAINS] = {};
-  for (int64_t n = 0; n < pixels.images; n++)
-    for (int64_t r = 0; r < pixels.rows; r++) {
-      const S* g = grad + n * pixels.grad_image + r * pixels.grad_row;
-      int64_t w = 0;
-      for (; w + CHAINS <= pixels.columns; w += CHAINS)
-        for (int chain = 0; chain < CHAINS; chain++)
-          acc[chain] += load_first(g + (w + chain) * pixels.grad_column, lanes);
-      for (; w < pixels.columns; w++) acc[0] += load_first(g + w * pixels.grad_column, lanes);
-    }
+  vector_of<P> acc[CHAINS] = {};
+  const operand_of<P> one = ones<P>();
+  const int64_t steps = stretches.pixels / STEP<P>, grad_step = stretches.grad_step;
+  for (int64_t n = 0; n < stretches.count; n++) {
+    const E* g = grad + n * stretches.grad_stretch;
+    int64_t w = 0;
+    for (; w + CHAINS <= steps; w += CHAINS)
+      for (int chain = 0; chain < CHAINS; chain++, g += grad_step)
+        acc[chain] = multiply_add(acc[chain], read_first<P>(g, grad_step, true, lanes), one);
+    for (; w < steps; w++, g += grad_step) acc[0] = multiply_add(acc[0], read_first<P>(g, grad_step, true, lanes), one);
+    if (stretches.pixels % STEP<P>) acc[0] = multiply_add(acc[0], read_first<P>(g, grad_step, false, lanes), one);
+  }
   store_first(out, load_first(out, lanes) + ((acc[0] + acc[1]) + (acc[2] + acc[3])), lanes);
 }
 
-template <class S>
-using Block = void (*)(const scalar_of<S>*, int64_t, const S*, const Pixels&, int, scalar_of<S>* const*);
+template <class P, class E>
+using Block = void (*)(const P*, const int64_t*, const E*, const Stretches&, int, scalar_of<P>* const*);
 
 // Register blocks by number of taps: as many vectors of outputs as leave registers for the operands.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -149,249 +177,223 @@ TRADY_INLINE int64_t piece_of(int64_t left, int64_t most) {
   while (2 * power <= even) power *= 2;
   return power;
 }
-template <class S, int ROWS, int COLUMNS, int VECTORS = 1>
-Block<S> block_of(int64_t vectors) {
+template <class P, class E, int PITCH, int ROWS, int COLUMNS, int VECTORS = 1>
+Block<P, E> block_of(int64_t vectors) {
   constexpr int most = kVectorsByTaps[ROWS * COLUMNS];
   if constexpr (VECTORS < most)
-    if (vectors > VECTORS) return block_of < S, ROWS, COLUMNS, most<8 ? VECTORS + 1 : 2 * VECTORS>(vectors);
-  return block<S, VECTORS, ROWS, COLUMNS>;
+    if (vectors > VECTORS) return block_of < P, E, PITCH, ROWS, COLUMNS, most<8 ? VECTORS + 1 : 2 * VECTORS>(vectors);
+  return block<P, E, VECTORS, ROWS, COLUMNS, PITCH>;
 }
-template <class S, int TAPS = 1>
-Block<S> block_of_row(int64_t taps, int64_t vectors) {
+template <class P, class E, int PITCH, int TAPS = 1>
+Block<P, E> block_of_row(int64_t taps, int64_t vectors) {
   if constexpr (TAPS < kMaxTaps)
-    if (taps > TAPS) return block_of_row<S, TAPS + 1>(taps, vectors);
-  return block_of<S, 1, TAPS>(vectors);
+    if (taps > TAPS) return block_of_row<P, E, PITCH, TAPS + 1>(taps, vectors);
+  return block_of<P, E, PITCH, 1, TAPS>(vectors);
 }
-template <class S>
-Block<S> block_of_3x3([[maybe_unused]] int64_t vectors) {
-  if constexpr (kFuses3x3) return block_of<S, 3, 3>(vectors);
+template <class P, class E>
+Block<P, E> block_of_3x3([[maybe_unused]] int64_t vectors) {
+  if constexpr (kFuses3x3) return block_of<P, E, kShortPlane, 3, 3>(vectors);
   return nullptr;
 }
 
-template <class S>
-struct Task {
-  using A = scalar_of<S>;
-  const Conv2dChannelGrad& q;
-  A* packed;
-  A* turned;             // pixels of grad_output, each a piece of outputs
-  A* partial = nullptr;  // this slice's, (k, kh, kw, C'/groups)
-  A* bias = nullptr;     // likewise, while a tile's first packing is added
-  // This task.
-  ChannelRun run = {};
+template <class P, class S>
+struct Task : Planes<P, S, kShortPlane> {
+  using Base = Planes<P, S, kShortPlane>;
+  using A = scalar_of<P>;
+  using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
+  using Base::is_point, Base::is_plain_point, Base::pack_input;
+  using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels, Base::taps;
+  static constexpr int64_t VL = LANES<P>;
+  A* partial = nullptr;                       // this slice's, (k, kh, kw, C'/groups)
+  A* bias = nullptr;                          // likewise, while a tile's first packing is added
+  A* copied;                                  // grad_output of a tile, a piece of outputs, an operand a step and vector
   int64_t first_output = 0, last_output = 0;  // of the group
-  // This tile: output rows and columns of some images.
-  int64_t image = 0, images = 0, row = 0, rows = 0, column = 0, columns = 0;
-  // This packing: the channels, and the kernel's rows and columns, that the planes serve.
-  int64_t channel = 0, channels = 0, tap_row = 0, tap_rows = 0, tap_column = 0, tap_columns = 0;
-  int64_t plane_rows = 0, plane_columns = 0;
+  int64_t from[kMaxRows] = {};                // where a kernel row's planes begin
 
-  bool is_point() const { return q.kernel[0] * q.kernel[1] == 1; }
-  // A point whose output pixels are those of the input.
-  bool is_plain_point() const {
-    return is_point() && q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0;
-  }
+  Task(const Conv2dChannelGrad& problem, void* scratch)
+      : Base(problem, scratch), copied(static_cast<A*>(scratch) + kScratch + kTurnedSlack) {}
+
+  bool turns_over() const { return q.grad_stride[1] != 1; }
+  // Rows of pixels lie behind one another.
+  bool grad_is_flat() const { return q.grad_stride[2] == q.out_width * q.grad_stride[3]; }
+  // So do a point's, of the input.
+  bool input_is_flat() const { return is_plain_point() && q.input_stride[2] == q.width * q.input_stride[3]; }
   // Elements of a point's input follow each other pixel by pixel, those of all channels together; of many channels a
   // block's would be far apart.
   bool input_in_place() const {
-    return is_same<A, S> && is_plain_point() && q.input_stride[1] == 1 && run.end - run.begin <= kPointChannels;
+    return is_same<A, S> && input_is_flat() && q.input_stride[1] == 1 && run.end - run.begin <= kPointChannels;
+  }
+  // Images too lie behind one another, in whatever is read as it is.
+  bool merges_images() const {
+    return images > 1 && !turns_over() && grad_is_flat() && q.grad_stride[0] == pixels * q.grad_stride[3] &&
+           (is_point() ? !input_in_place() || q.input_stride[0] == pixels * q.input_stride[3] : segment == pixels);
   }
 
-  // Input elements [left, left + plane_columns) of a row, zero outside of it.
-  void pack_row(A* out, const S* in, int64_t left, int64_t step) const {
-    int64_t w = 0;
-    for (; w < plane_columns && left + w < 0; w++) out[w] = 0;
-    const int64_t end = min(plane_columns, q.width - left);
-    for (; w < end; w++) out[w] = widen(in[(left + w) * step]);
-    for (; w < plane_columns; w++) out[w] = 0;
+  const S* grad_at(int64_t n, int64_t output, int64_t p) const {
+    return static_cast<const S*>(q.grad_output) + (image + n) * q.grad_stride[0] +
+           (run.group * q.out_per_group + output) * q.grad_stride[1] + p / q.out_width * q.grad_stride[2] +
+           p % q.out_width * q.grad_stride[3];
   }
-  // From pixel to pixel of a point's packed channels.
-  int64_t pixel_step() const { return ceil_div(channels, LANES<S>) * LANES<S>; }
-  const S* input_at(int64_t n, int64_t from) const {
+  // Of a point, under an output pixel; null in the padding.
+  const S* input_at(int64_t n, int64_t out_row, int64_t out_column) const {
+    const int64_t row = out_row * q.stride[0] - q.padding[0], column = out_column * q.stride[1] - q.padding[1];
+    if (row < 0 || row >= q.height || column < 0 || column >= q.width) return nullptr;
     return static_cast<const S*>(q.input) + (image + n) * q.input_stride[0] + channel * q.input_stride[1] +
-           from * q.input_stride[2];
+           row * q.input_stride[2] + column * q.input_stride[3];
   }
-  // (channels, images, rows, columns)
-  void pack_input() const {
-    const int64_t top = row * q.stride[0] + tap_row * q.dilation[0] - q.padding[0];
-    const int64_t left = column * q.stride[1] + tap_column * q.dilation[1] - q.padding[1];
-    for (int64_t n = 0; n < images; n++)
-      for (int64_t r = 0; r < plane_rows; r++) {
-        const int64_t from = top + r;
-        A* out = packed + (n * plane_rows + r) * plane_columns;
-        for (int64_t c = 0; c < channels; c++, out += images * plane_rows * plane_columns) {
-          if (from >= 0 && from < q.height)
-            pack_row(out, input_at(n, from) + c * q.input_stride[1], left, q.input_stride[3]);
-          else
-            for (int64_t w = 0; w < plane_columns; w++) out[w] = 0;
-        }
+  const S* first_input(int64_t n) const { return input_at(n, pixel / q.out_width, pixel % q.out_width); }
+
+  // The channels of a step's pixels, adjacent; null is zero.
+  void pack_channels(P* out, const S* first, [[maybe_unused]] const S* second) const {
+    if (q.input_stride[1] == 1) {
+      for (int64_t c = 0; c < channels; c += VL) {
+        const int count = static_cast<int>(min(VL, channels - c));
+        if constexpr (STEP<P> == 2)
+          store(reinterpret_cast<A*>(out + c * 2),
+                interleave(first ? load_first_half(first + c, count) : u16_half{},
+                           second ? load_first_half(second + c, count) : u16_half{}));
+        else
+          store(out + c, first ? load_first(first + c, count) : vector_of<P>{});
       }
-  }
-  // (images, rows, columns, channels), of the output's pixels alone.
-  void pack_point() const {
-    const int64_t left = column * q.stride[1] - q.padding[1], pixels = rows * columns;
-    if (is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == columns) {
-      // In order: what is written too far is overwritten. Behind the last channels of a pixel are the next one's.
-      for (int64_t n = 0; n < images; n++)
-        for (int64_t c = 0; c < channels; c += LANES<S>)
-          turn_over(input_at(n, row) + c * q.input_stride[1], q.input_stride[1], min(LANES<S>, channels - c), pixels,
-                    packed + n * pixels * pixel_step() + c, pixel_step());
       return;
     }
-    for (int64_t n = 0; n < images; n++)
-      for (int64_t r = 0; r < rows; r++) {
-        const int64_t from = (row + r) * q.stride[0] - q.padding[0];
-        const S* in = input_at(n, from);
-        A* out = packed + (n * rows + r) * columns * pixel_step();
-        for (int64_t w = 0; w < columns; w++, out += pixel_step()) {
-          const int64_t at = left + w * q.stride[1];
-          if (from >= 0 && from < q.height && at >= 0 && at < q.width)
-            copy_channels(out, in + at * q.input_stride[3]);
-          else
-            for (int64_t c = 0; c < channels; c++) out[c] = 0;
+    for (int64_t c = 0; c < channels; c++) {
+      const int64_t at = c * q.input_stride[1];
+      out[c * STEP<P>] = first ? element_as<P>(first[at]) : P{};
+      if constexpr (STEP<P> == 2) out[c * 2 + 1] = second ? element_as<P>(second[at]) : P{};
+    }
+  }
+  // A point's (steps, channels) of each stretch. In order: what is written too far is overwritten.
+  void pack_point(const Stretches& stretches) const {
+    const int64_t each = channels * STEP<P>;
+    const bool flat = input_is_flat() && (stretches.count == images || q.input_stride[0] == pixels * q.input_stride[3]);
+    for (int64_t n = 0; n < stretches.count; n++) {
+      P* out = planes + n * stretches.input_stretch;
+      if (flat && q.input_stride[3] == 1 && channels == 1) {
+        copy_freely(out, first_input(n), 1, stretches.pixels);
+      } else if (flat && q.input_stride[3] == 1) {
+        for (int64_t c = (channels - 1) / VL * VL; c >= 0; c -= VL)
+          turn_over<P>(first_input(n) + c * q.input_stride[1], q.input_stride[1], min(VL, channels - c),
+                       stretches.pixels, reinterpret_cast<A*>(out) + c, channels);
+      } else if (flat) {
+        const S* in = first_input(n);
+        for (int64_t p = 0; p < stretches.pixels; p += STEP<P>, out += each, in += STEP<P> * q.input_stride[3])
+          pack_channels(out, in, p + 1 < stretches.pixels ? in + q.input_stride[3] : nullptr);
+      } else {
+        int64_t at = n, row = pixel / q.out_width, column = pixel % q.out_width;
+        const auto next = [&] {
+          const S* in = input_at(at, row, column);
+          if (++column == q.out_width) column = 0, row++;
+          if (row == q.out_height) row = 0, at++;
+          return in;
+        };
+        for (int64_t p = 0; p < stretches.pixels; p += STEP<P>, out += each) {
+          const S* first = next();
+          pack_channels(out, first, p + 1 < stretches.pixels && STEP<P> == 2 ? next() : nullptr);
         }
       }
-  }
-  void copy_channels(A* out, const S* in) const {
-    if (q.input_stride[1] != 1) {
-      for (int64_t c = 0; c < channels; c++) out[c] = widen(in[c * q.input_stride[1]]);
-      return;
     }
-    for (int64_t c = 0; c < channels; c += LANES<S>)
-      store(out + c, load_first(in + c, static_cast<int>(min(LANES<S>, channels - c))));
   }
+
+  // `vectors` of outputs, the last of them `left` long.
+  void copy_grad(const Stretches& stretches, int64_t output, int64_t vectors, int left) const {
+    for (int64_t n = 0; n < stretches.count; n++) {
+      A* to = copied + n * stretches.grad_stretch;
+      if (turns_over()) {
+        for (int64_t v = 0; v < vectors; v++)
+          turn_over<P>(grad_at(n, output + v * VL, pixel), q.grad_stride[1], v + 1 < vectors ? VL : left,
+                       stretches.pixels, to + v * VL, stretches.grad_step);
+        continue;
+      }
+      const S* begin = grad_at(n, output, pixel);
+      const bool flat = grad_is_flat();
+      for (int64_t p = 0; p < stretches.pixels; p += STEP<P>, to += stretches.grad_step) {
+        const S* first = flat ? begin + p * q.grad_stride[3] : grad_at(n, output, pixel + p);
+        const bool whole = p + STEP<P> <= stretches.pixels;
+        const int64_t next = flat || !whole ? q.grad_stride[3] : grad_at(n, output, pixel + p + STEP<P> - 1) - first;
+        for (int64_t v = 0; v + 1 < vectors; v++)
+          store(to + v * VL, (vector_of<P>)read<P>(first + v * VL, STEP<P> * next, whole));
+        const int64_t last = (vectors - 1) * VL;
+        store(to + last, (vector_of<P>)read_first<P>(first + last, STEP<P> * next, whole, left));
+      }
+    }
+  }
+
+  // Taps of a row, channel by channel, are shared out to blocks.
+  bool fused() const { return kFuses3x3 && q.kernel[0] == 3 && q.kernel[1] == 3 && !alone(); }
+  int64_t row_taps() const { return channels * columns(); }
+  int64_t blocks() const { return fused() ? channels : ceil_div(row_taps(), kMaxTaps); }
 
   void add_packing() {
-    const A* input = packed;
-    Pixels pixels{images,
-                  rows,
-                  columns,
-                  plane_rows * plane_columns,
-                  q.stride[0] * plane_columns,
-                  q.stride[1],
-                  q.grad_stride[0],
-                  q.grad_stride[2],
-                  q.grad_stride[3]};
-    if (input_in_place()) {
-      input = reinterpret_cast<const A*>(static_cast<const S*>(q.input) + image * q.input_stride[0] + channel +
-                                         row * q.input_stride[2] + column * q.input_stride[3]);
-      pixels.input_image = q.input_stride[0];
-      pixels.input_row = q.input_stride[2];
-      pixels.input_column = q.input_stride[3];
-    } else if (is_point()) {
-      pack_point();
-      pixels.input_column = pixel_step();
-      pixels.input_row = columns * pixel_step();
-      pixels.input_image = rows * columns * pixel_step();
+    const bool point = is_point(), merged = merges_images();
+    Stretches stretches{images, pixels, segment, 0, q.grad_stride[0], STEP<P> * q.grad_stride[3]};
+    if (merged) stretches.count = 1, stretches.pixels *= images;
+    const P* input = planes;
+    if (point && input_in_place()) {
+      input = reinterpret_cast<const P*>(first_input(0));
+      stretches.input_step = q.input_stride[3];
+      stretches.input_stretch = q.input_stride[0];
+    } else if (point) {
+      stretches.input_step = channels * STEP<P>;
+      stretches.input_stretch = ceil_div(stretches.pixels, STEP<P>) * stretches.input_step;
+      pack_point(stretches);
     } else {
       pack_input();
     }
-    const bool turns_over = q.grad_stride[1] != 1;
-    if (turns_over) {  // in pixels, until it is known how many outputs each has
-      pixels.grad_image = rows * columns;
-      pixels.grad_row = columns;
-      pixels.grad_column = 1;
-    }
-    // Rows that lie behind one another are one.
-    if (pixels.input_row == columns * pixels.input_column && pixels.grad_row == columns * pixels.grad_column) {
-      pixels.columns *= pixels.rows;
-      pixels.rows = 1;
-      if (pixels.input_image == pixels.columns * pixels.input_column &&
-          pixels.grad_image == pixels.columns * pixels.grad_column) {
-        pixels.columns *= pixels.images;
-        pixels.images = 1;
-      }
-    }
+    for (int64_t i = taps.row; i < taps.row_end; i++) from[i - taps.row] = point ? 0 : row_start(i);
 
-    const int64_t lanes = LANES<S>, most = most_vectors();
+    const int64_t rows = taps.row_end - taps.row, calls = blocks() * (fused() ? 1 : rows);
+    // Where several blocks read them, pairs are made once.
+    const bool copies = turns_over() || !grad_is_flat() || (STEP<P> > 1 && calls > 1);
+    const int64_t most = kVectorsByTaps[fused() ? 9 : ceil_div(row_taps(), blocks())];
     int64_t vectors;
-    for (int64_t output = first_output; output < last_output; output += vectors * lanes) {
+    for (int64_t output = first_output; output < last_output; output += vectors * VL) {
       const int64_t outputs = last_output - output;
-      vectors = piece_of(ceil_div(outputs, lanes), most);
-      const S* grad = static_cast<const S*>(q.grad_output) + image * q.grad_stride[0] + row * q.grad_stride[2] +
-                      column * q.grad_stride[3] + (run.group * q.out_per_group + output) * q.grad_stride[1];
-      const int left = static_cast<int>(min(lanes, outputs - (vectors - 1) * lanes));
-      if (!turns_over) {
-        add_piece(input, grad, pixels, output, vectors, left);
-        continue;
+      vectors = piece_of(ceil_div(outputs, VL), most);
+      const int left = static_cast<int>(min(VL, outputs - (vectors - 1) * VL));
+      if (copies) {
+        stretches.grad_step = vectors * VL;
+        stretches.grad_stretch = ceil_div(stretches.pixels, STEP<P>) * stretches.grad_step;
+        copy_grad(stretches, output, vectors, left);
+        add_piece<A>(input, copied, stretches, output, vectors, left);
+      } else {
+        add_piece<S>(input, grad_at(0, output, pixel), stretches, output, vectors, left);
       }
-      const int64_t step = vectors * lanes;
-      for (int64_t n = 0; n < images; n++)
-        for (int64_t v = 0; v < vectors; v++)
-          turn_over(grad + n * q.grad_stride[0] + v * lanes * q.grad_stride[1], q.grad_stride[1],
-                    v + 1 < vectors ? lanes : left, rows * columns, turned + n * rows * columns * step + v * lanes,
-                    step);
-      Pixels turned_pixels = pixels;
-      turned_pixels.grad_image *= step;
-      turned_pixels.grad_row *= step;
-      turned_pixels.grad_column *= step;
-      add_piece(input, turned, turned_pixels, output, vectors, left);
     }
   }
 
-  // A block's taps are neighbours: channels of a point, columns of a kernel row; or one tap where there is dilation.
-  bool fuses() const { return kFuses3x3 && tap_rows == 3 && tap_columns == 3 && q.dilation[1] == 1; }
-  int64_t together() const { return is_point() ? channels : q.dilation[1] == 1 ? tap_columns : 1; }
-  int64_t blocks() const { return fuses() ? 1 : ceil_div(together(), kMaxTaps); }
-  int64_t most_vectors() const { return kVectorsByTaps[fuses() ? 9 : ceil_div(together(), blocks())]; }
-
-  // All taps of the packing for `vectors` vectors of outputs; E is the type of grad, as the tensor has it or turned
-  // over.
+  // All taps of the packing for `vectors` vectors of outputs; E is the type of grad, as the tensor has it or copied.
   template <class E>
-  void add_piece(const A* input, const E* grad, const Pixels& pixels, int64_t output, int64_t vectors, int left) const {
-    const bool point = is_point(), fused = fuses();
+  void add_piece(const P* input, const E* grad, const Stretches& stretches, int64_t output, int64_t vectors,
+                 int left) const {
     if (bias)
       for (int64_t v = 0; v < vectors; v++)
-        sum_pixels(grad + v * LANES<S>, pixels, v + 1 < vectors ? LANES<S> : left, bias + output + v * LANES<S>);
-    for (int64_t c = 0; c < (point ? 1 : channels); c++)
-      for (int64_t i = 0; i < tap_rows; i += fused ? 3 : 1)
-        for (int64_t j = 0; j < (fused || point ? 1 : tap_columns); j += together())
-          for (int64_t b = 0; b < blocks(); b++) {
-            const int64_t begin = together() * b / blocks(), taps = together() * (b + 1) / blocks() - begin;
-            const A* from = input + begin;
-            if (!point) from += (c * images * plane_rows + i * q.dilation[0]) * plane_columns + j * q.dilation[1];
-            A* out[9];
-            for (int64_t t = 0; t < (fused ? 9 : taps); t++) {
-              const int64_t tap_channel = channel + (point ? begin + t : c);
-              const int64_t down = tap_row + i + (fused ? t / 3 : 0);
-              const int64_t across = tap_column + j + (fused ? t % 3 : point ? 0 : begin + t);
-              out[t] = partial + ((tap_channel * q.kernel[0] + down) * q.kernel[1] + across) * q.out_per_group + output;
-            }
-            const Block<E> call = fused ? block_of_3x3<E>(vectors) : block_of_row<E>(taps, vectors);
-            call(from, q.dilation[0] * plane_columns, grad, pixels, left, out);
-          }
+        sum_pixels<P>(grad + v * VL, stretches, static_cast<int>(v + 1 < vectors ? VL : left), bias + output + v * VL);
+    for (int64_t i = taps.row; i < taps.row_end; i += fused() ? 3 : 1)
+      for (int64_t b = 0; b < blocks(); b++) {
+        const int64_t first = row_taps() * b / blocks(), count = row_taps() * (b + 1) / blocks() - first;
+        A* out[9];
+        for (int64_t t = 0; t < (fused() ? 9 : count); t++) {
+          const int64_t down = i + (fused() ? t / 3 : 0), across = first + (fused() ? t % 3 : t);
+          const int64_t tap =
+              ((channel + across / columns()) * q.kernel[0] + down) * q.kernel[1] + taps.column + across % columns();
+          out[t] = partial + tap * q.out_per_group + output;
+        }
+        const P* at = input + first * (is_point() ? STEP<P> : kShortPlane);
+        const Block<P, E> call = fused()      ? block_of_3x3<P, E>(vectors)
+                                 : is_point() ? block_of_row<P, E, STEP<P>>(count, vectors)
+                                              : block_of_row<P, E, kShortPlane>(count, vectors);
+        call(at, from + (i - taps.row), grad, stretches, left, out);
+      }
   }
 
-  // So many planes of the tile's images fit.
-  int64_t room(int64_t elements) const { return kScratch / (images * elements); }
-
-  void add_tile(int64_t tile) {
-    const int64_t tiles_across = ceil_div(q.out_width, q.tile_columns),
-                  tiles_down = ceil_div(q.out_height, q.tile_rows);
-    column = tile % tiles_across * q.tile_columns;
-    columns = min(q.tile_columns, q.out_width - column);
-    row = tile / tiles_across % tiles_down * q.tile_rows;
-    rows = min(q.tile_rows, q.out_height - row);
-    image = tile / tiles_across / tiles_down * q.tile_images;
-    images = min(q.tile_images, q.batch - image);
-
-    // All taps share a packing where it has room for them.
-    const int64_t down = (rows - 1) * q.stride[0] + 1, across = (columns - 1) * q.stride[1] + 1;
-    const int64_t reach[] = {(q.kernel[0] - 1) * q.dilation[0], (q.kernel[1] - 1) * q.dilation[1]};
-    const bool shared = images * (down + reach[0]) * (across + reach[1]) <= kScratch;
-    tap_rows = shared ? q.kernel[0] : 1;
-    tap_columns = shared ? q.kernel[1] : 1;
-    plane_rows = down + (tap_rows - 1) * q.dilation[0];
-    plane_columns = across + (tap_columns - 1) * q.dilation[1];
-    const int64_t most = input_in_place() ? run.end - run.begin
-                         : is_point()     ? kPointChannels
-                                          : room(plane_rows * plane_columns);
+  void add_point() {
+    const int64_t most = input_in_place() ? run.end - run.begin : kPointChannels;
+    taps = {0, 1, 0, 1};
     for (channel = run.begin; channel < run.end; channel += channels) {
       channels = min(most, run.end - channel);
-      for (tap_row = 0; tap_row < q.kernel[0]; tap_row += tap_rows)
-        for (tap_column = 0; tap_column < q.kernel[1]; tap_column += tap_columns) {
-          add_packing();
-          bias = nullptr;
-        }
+      add_packing();
+      bias = nullptr;
     }
   }
 
@@ -400,25 +402,31 @@ struct Task {
     run = q.runs[task / q.ranges / q.slices];
     first_output = range * q.range_outputs;
     last_output = min(q.out_per_group, first_output + q.range_outputs);
-    const int64_t taps = q.kernel[0] * q.kernel[1];
-    partial = all_partial + slice * q.selected * q.out_per_group * taps;
-    for (int64_t i = run.begin * taps; i < run.end * taps; i++)
+    const int64_t all_taps = q.kernel[0] * q.kernel[1];
+    partial = all_partial + slice * q.selected * q.out_per_group * all_taps;
+    for (int64_t i = run.begin * all_taps; i < run.end * all_taps; i++)
       for (int64_t o = first_output; o < last_output; o++) partial[i * q.out_per_group + o] = 0;
     A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
     if (sums)
       for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
     for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
       bias = sums;
-      add_tile(tile);
+      this->begin_tile(tile);
+      if (is_point())
+        add_point();
+      else
+        this->for_each_packing([&] {
+          add_packing();
+          bias = nullptr;
+        });
     }
   }
 };
 
-template <class S>
+template <class P, class S>
 void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
-  scalar_of<S>* packed = static_cast<scalar_of<S>*>(scratch);
-  Task<S> work{q, packed, packed + kScratch + kTurnedSlack};
-  work(task, static_cast<scalar_of<S>*>(partial));
+  Task<P, S> work(q, scratch);
+  work(task, static_cast<scalar_of<P>*>(partial));
 }
 
 }  // namespace
@@ -426,13 +434,16 @@ void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scr
 void conv2d_channel_grad_channels_last(const Conv2dChannelGrad& q, int64_t task, void* partial, void* scratch) {
   switch (q.dtype) {
     case Dtype::float32:
-      return run_task<float>(q, task, partial, scratch);
+      return run_task<float, float>(q, task, partial, scratch);
     case Dtype::float64:
-      return run_task<double>(q, task, partial, scratch);
+      return run_task<double, double>(q, task, partial, scratch);
     case Dtype::bfloat16:
-      return run_task<bfloat16>(q, task, partial, scratch);
+#if defined(TRADY_MULTIPLIES_BFLOAT16)
+      if (q.pairs) return run_task<bfloat16, bfloat16>(q, task, partial, scratch);
+#endif
+      return run_task<float, bfloat16>(q, task, partial, scratch);
     case Dtype::float16:
-      return run_task<float16>(q, task, partial, scratch);
+      return run_task<float, float16>(q, task, partial, scratch);
   }
 }
 

@@ -6,7 +6,7 @@
 // and multiplied by the outputs' elements of grad_output, broadcast from where they lie: the large operand is neither
 // copied nor read in vectors that straddle cache lines, and there is nothing to reduce at the end.
 #include "conv2d_channel_grad.h"
-#include "conv2d_channel_grad_planes.h"
+#include "conv2d_planes.h"
 #include "vector.h"
 
 namespace trady::TRADY_ISA {
@@ -92,44 +92,37 @@ Block<A> block_of(int64_t outputs, int64_t vectors) {
 }
 
 template <class A>
-struct Task : Tile<A, A> {
-  using Tile<A, A>::q, Tile<A, A>::image, Tile<A, A>::images, Tile<A, A>::pixel, Tile<A, A>::pixels;
-  using Tile<A, A>::segment, Tile<A, A>::shift, Tile<A, A>::residue, Tile<A, A>::pack_plane;
+struct Task : Planes<A, A, kPlane> {
+  using Base = Planes<A, A, kPlane>;
+  using Base::channel, Base::channels, Base::first_row, Base::first_column, Base::segment, Base::shift, Base::residue;
+  using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels;
   static constexpr int VL = LANES<A>;
-  A* planes;             // of one vector of lanes
   A* turned;             // (slot, image, pixel, lane)
   A* partial = nullptr;  // this slice's, (C'/groups, kh, k, kw)
   A* bias = nullptr;     // likewise, while a tile's first packing is added
   // This task.
-  ChannelRun run = {};
   int64_t first_output = 0, last_output = 0;  // of the group
   // This packing.
-  int64_t channel = 0, channels = 0;
   int64_t pitch = 0;  // from pixel to pixel
 
-  Task(const Conv2dChannelGrad& problem, void* scratch)
-      : Tile<A, A>{problem}, planes(static_cast<A*>(scratch)), turned(planes + VL * kPlane) {}
+  Task(const Conv2dChannelGrad& problem, void* scratch) : Base(problem, scratch), turned(planes + kScratch) {}
 
   int64_t lanes() const { return channels * q.kernel[1]; }
   int64_t slot_pixels() const { return images * segment + VL; }  // turning over writes too far
   A* slot(int64_t residue) const { return turned + residue * slot_pixels() * pitch; }
-  const A* input_at(int64_t n, int64_t c) const {
-    return static_cast<const A*>(q.input) + (image + n) * q.input_stride[0] + c * q.input_stride[1];
-  }
-  // A kernel of one tap that reads pixels where they lie.
-  bool is_plain_point() const {
-    return q.kernel[0] * q.kernel[1] * q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
-           q.input_stride[3] == 1 && q.input_stride[2] == q.width;
+  // Pixels of a point lie in the input as they do in grad_output.
+  bool input_is_flat() const {
+    return Base::is_plain_point() && q.input_stride[3] == 1 && q.input_stride[2] == q.width;
   }
 
   void pack_input() const {
     // What is written too far, behind an image and in the last lanes, is overwritten or padding.
     for (int64_t lane = 0; lane < lanes(); lane += VL) {
       const int64_t rows = min(VL, lanes() - lane);
-      if (is_plain_point()) {
+      if (input_is_flat()) {
         for (int64_t n = 0; n < images; n++)
-          turn_over(input_at(n, channel + lane) + pixel, q.input_stride[1], rows, pixels,
-                    turned + n * segment * pitch + lane, pitch);
+          turn_over<A>(Base::in_place(n, lane, 0, 0).at + pixel, q.input_stride[1], rows, pixels,
+                       turned + n * segment * pitch + lane, pitch);
         continue;
       }
       uint32_t done = 0;
@@ -138,9 +131,10 @@ struct Task : Tile<A, A> {
         done |= 1u << residue(i);
         for (int64_t r = 0; r < rows; r++)
           for (int64_t n = 0; n < images; n++)
-            pack_plane(planes + r * kPlane + n * segment, input_at(n, channel + (lane + r) / q.kernel[1]), residue(i),
-                       (lane + r) % q.kernel[1]);
-        turn_over(planes, kPlane, rows, images * segment, slot(residue(i)) + lane, pitch);
+            Base::pack_plane(planes + r * kPlane + n * segment,
+                             Base::in_place(n, (lane + r) / q.kernel[1], residue(i), (lane + r) % q.kernel[1]),
+                             segment);
+        turn_over<A>(planes, kPlane, rows, images * segment, slot(residue(i)) + lane, pitch);
       }
     }
   }
@@ -175,7 +169,9 @@ struct Task : Tile<A, A> {
   }
 
   void add_tile(int64_t tile) {
-    this->move_to(tile);
+    Base::begin_tile(tile);
+    first_row = pixel / q.out_width;
+    first_column = pixel % q.out_width;
     segment = pixels + shift(q.kernel[0] - 1) * q.out_width;
     const int64_t slots = q.kernel[0] == 1 ? 1 : q.stride[0];
     const int64_t most_lanes = kTurnedPlanes / (slots * slot_pixels()) / VL * VL;
@@ -236,13 +232,13 @@ void copy_sums(const A* sums, const int64_t (&sizes)[4], int64_t begin, int64_t 
         continue;
       }
       if (taps == 1) {
-        turn_over(from, pitch, VL, VL, to, outputs);
+        turn_over<A>(from, pitch, VL, VL, to, outputs);
         continue;
       }
       // (row, channel, column, output)
       for (int64_t i = 0; i < rows; i++)
         for (int64_t lane = 0; lane < lanes; lane += VL)
-          turn_over(from + i * pitch + lane, rows * pitch, VL, VL, block + (i * lanes + lane) * VL, VL);
+          turn_over<A>(from + i * pitch + lane, rows * pitch, VL, VL, block + (i * lanes + lane) * VL, VL);
       for (int64_t c = 0; c < VL; c++) {
         vector_of<A> values[VL] = {};  // by tap, then by output
         for (int64_t t = 0; t < taps; t++)

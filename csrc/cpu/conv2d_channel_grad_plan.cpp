@@ -59,24 +59,28 @@ int64_t tile_of_many_channels(const Conv2dChannelGrad& q) {
   return std::min(target, room - images * shared);
 }
 
-// A tile is a range of output pixels of one image, or all pixels of several images. Every tile ends in a reduction of
-// its register blocks: it is as long as the planes allow.
-Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
-  // The planes of a point's block of eight channels, which every block of outputs reads, stay in the first cache.
-  const int64_t room = q.kernel[0] * q.kernel[1] == 1 ? 800 : kPlane - kSlack;
-  constexpr int64_t kLanes = 16;
+// A tile is a range of output pixels of one image, a multiple of `unit`, or all pixels of several images: at most
+// `target`, and as many as the planes allow.
+void cut_pixels(Conv2dChannelGrad& q, int64_t target, int64_t plane, int64_t unit) {
+  const int64_t room = plane - kSlack;
   const int64_t pixels = q.out_height * q.out_width;
   const int64_t reach = (q.kernel[0] - 1) * q.dilation[0] / q.stride[0] * q.out_width;
-  if (pixels + reach <= room) {
-    const int64_t images = std::clamp<int64_t>(room / (pixels + reach), 1, q.batch);
+  if (pixels <= target && pixels + reach <= room) {
+    const int64_t images = std::clamp<int64_t>(std::min(target / pixels, room / (pixels + reach)), 1, q.batch);
     q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
     q.tile_pixels = pixels;
   } else {
-    const int64_t most = (reach + 512 <= room ? room - reach : room) / kLanes * kLanes;
+    const int64_t most = std::min(target, reach + room / 4 <= room ? room - reach : room) / unit * unit;
     q.tile_images = 1;
-    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), kLanes) * kLanes;
+    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most)), unit) * unit;
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
+}
+
+// Every tile ends in a reduction of its register blocks: it is as long as the planes allow.
+Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
+  // The planes of a point's block of eight channels, which every block of outputs reads, stay in the first cache.
+  cut_pixels(q, q.kernel[0] * q.kernel[1] == 1 ? 800 : kPlane, kPlane, 16);
   cut_tasks(q, kLeastOutputs[q.kernel[0] * q.kernel[1] > 1]);
   return TRADY_KERNEL(conv2d_channel_grad);
 }
@@ -119,24 +123,15 @@ Conv2dChannelGradLoop plan_many_channels(Conv2dChannelGrad& q) {
     lay_out_sums(q, q.selected, 1, 1, 1);
   else
     lay_out_sums(q, q.kernel[1], q.kernel[0] * q.selected * q.kernel[1], q.selected * q.kernel[1], 1);
-  const int64_t pixels = q.out_height * q.out_width, target = tile_of_many_channels(q);
-  if (pixels <= target) {
-    q.tile_images = std::clamp<int64_t>(target / pixels, 1, q.batch);
-    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, q.tile_images));
-    q.tile_pixels = pixels;
-  } else {
-    q.tile_images = 1;
-    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, target)), 16) * 16;
-  }
-  q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
+  cut_pixels(q, tile_of_many_channels(q), kPlane, 16);
   // Of a strided point packing is the most beside the products.
   const bool strided_point = q.kernel[0] * q.kernel[1] == 1 && q.stride[0] * q.stride[1] > 1;
   cut_tasks(q, strided_point ? 1024 : 256, 2);
-  q.scratch = 16 * kPlane + kTurnedPlanes;
+  q.scratch = kScratch + kTurnedPlanes;
   return TRADY_KERNEL(conv2d_channel_grad_many_channels);
 }
 
-// Tiles of `target` output pixels: rows and columns of one image, or several whole images.
+// Tiles of `target` output pixels: rows and columns of one image.
 void cut_rows(Conv2dChannelGrad& q, int64_t target, int64_t input_target) {
   q.tile_columns = std::clamp<int64_t>(std::min(target, input_target / q.stride[1]), 1, q.out_width);
   const int64_t across = extent(q.tile_columns, q.stride[1]) + reach(q, 1);
@@ -144,24 +139,19 @@ void cut_rows(Conv2dChannelGrad& q, int64_t target, int64_t input_target) {
   q.tile_rows = std::clamp<int64_t>(std::min(target / q.tile_columns, fitting), 1, q.out_height);
   q.tile_rows = ceil_div(q.out_height, ceil_div(q.out_height, q.tile_rows));
   q.tile_images = 1;
-  if (q.tile_columns == q.out_width && q.tile_rows == q.out_height) {
-    const int64_t elements = (extent(q.tile_rows, q.stride[0]) + reach(q, 0)) * across;
-    q.tile_images =
-        std::clamp<int64_t>(std::min(target / (q.out_height * q.out_width), input_target / elements), 1, q.batch);
-    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, q.tile_images));
-  }
-  q.tiles =
-      ceil_div(q.batch, q.tile_images) * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
+  q.tiles = q.batch * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
 }
 
 Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
   // Shorter tiles keep grad_output in the caches for the channels after the first.
   const int64_t taps = q.kernel[0] * q.kernel[1], channels = q.selected / q.run_count;
-  const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTurnedPixels : 1024;
-  cut_rows(q, target, kScratch / 8);
+  const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTilePixels / 2 : kTilePixels;
+  // Whole rows, so that the rows of the input are taken apart once.
+  cut_pixels(q, target, kShortPlane, q.out_width <= target / 2 ? q.out_width : 16);
   lay_out_sums(q, taps * q.out_per_group, 1, q.kernel[1] * q.out_per_group, q.out_per_group);
+  q.pairs = pairs_pay();
   cut_tasks(q, kLeastOutputs[q.kernel[0] * q.kernel[1] > 1]);
-  q.scratch = kScratch + kTurnedSlack + (kTurnedPixels + 16) * kTurnedOutputs;
+  q.scratch = kScratch + kTurnedSlack + (kTilePixels + 16) * kTurnedOutputs;
   return TRADY_KERNEL(conv2d_channel_grad_channels_last);
 }
 
@@ -179,8 +169,6 @@ Conv2dChannelGradLoop plan_depthwise_channels_last(Conv2dChannelGrad& q) {
   // Strips are as large as the caches like them, and have room for all of a task's vectors of pairs.
   const int64_t blocks = ceil_div(std::min(q.selected * q.out_per_group, kStripPairs), 16);
   cut_rows(q, std::min<int64_t>(1024, kStripGrad / 16 / blocks), std::min<int64_t>(1024, kStripInput / 16 / blocks));
-  q.tile_images = 1;
-  q.tiles = q.batch * ceil_div(q.out_height, q.tile_rows) * ceil_div(q.out_width, q.tile_columns);
   q.range_outputs = kStripPairs;
   q.ranges = ceil_div(q.selected * q.out_per_group, q.range_outputs);
   const int64_t cost = q.batch * q.out_height * q.out_width * blocks;

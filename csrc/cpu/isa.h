@@ -49,6 +49,9 @@ __attribute__((visibility("default"))) bool isa_available(Isa isa);
 __attribute__((visibility("default"))) void set_isa(Isa isa);
 __attribute__((visibility("default"))) const char* isa_name(Isa isa);
 
+// Whether the CPU, where its set multiplies pairs of bfloat16, does so faster than it multiplies floats.
+bool pairs_pay();
+
 // The one of the current set out of a function's addresses in every set.
 template <class F>
 __attribute__((always_inline)) inline F* kernel_of_current_isa(F* const (&&kernels)[static_cast<int>(Isa::count)]) {

@@ -20,27 +20,16 @@ struct Rows {
   static TRADY_INLINE vector_of<T> add_product(vector_of<T> sum, A x, vector_of<T> y) { return sum + x * y; }
 };
 
-TRADY_INLINE u16_half first_halves(const bfloat16* p, int count) {
-#if defined(__AVX512F__)
-  return (u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p);
-#else
-  u16_half value = {};
-  for (int lane = 0; lane < count; ++lane) value[lane] = p[lane].bits;
-  return value;
-#endif
-}
-
 // Two rows of bfloat16; an odd last one is beside zeros.
 struct RowPairs {
   using Element = bfloat16;
   using A = float;
   static constexpr int64_t STEP = 2;
   static TRADY_INLINE f32 read(const bfloat16* y, int64_t stride, bool both) {
-    const u16_half first = *reinterpret_cast<const u16_half_memory*>(y);
-    return interleave(first, both ? *reinterpret_cast<const u16_half_memory*>(y + stride) : u16_half{});
+    return interleave(load_half(y), both ? load_half(y + stride) : u16_half{});
   }
   static TRADY_INLINE f32 read_first(const bfloat16* y, int64_t stride, bool both, int count) {
-    return interleave(first_halves(y, count), both ? first_halves(y + stride, count) : u16_half{});
+    return interleave(load_first_half(y, count), both ? load_first_half(y + stride, count) : u16_half{});
   }
   static TRADY_INLINE f32 add_product(f32 sum, float x, f32 y) { return dot2(sum, x, y); }
 };

@@ -119,6 +119,12 @@ TRADY_INLINE V keep(V value) {
   return value;
 }
 
+// Known when compiled, and a value.
+template <bool VALUE>
+struct Constant {
+  constexpr operator bool() const { return VALUE; }
+};
+
 TRADY_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
 // What is needed later goes to the second level: the first has few places for requests under way.
 TRADY_INLINE void prefetch_later(const void* address) { __builtin_prefetch(address, 0, 2); }
@@ -317,26 +323,6 @@ TRADY_INLINE void transpose(V (&rows)[lanes_of<V>]) {
   }
 }
 
-// out[p * out_step + r] = in[r * in_step + p] for `rows` <= LANES rows and `pixels`. Writes whole vectors, and up to
-// LANES - 1 pixels too many.
-template <class S>
-void turn_over(const S* in, int64_t in_step, int64_t rows, int64_t pixels, scalar_of<S>* out, int64_t out_step) {
-  constexpr int VL = LANES<S>;
-  for (int64_t p = 0; p < pixels; p += VL) {
-    const int count = static_cast<int>(pixels - p < VL ? pixels - p : VL);
-    vector_of<S> block[VL];
-    if (rows == VL && count == VL) {
-#pragma GCC unroll 16
-      for (int r = 0; r < VL; r++) block[r] = load(in + r * in_step + p);
-    } else {
-      for (int r = 0; r < VL; r++) block[r] = r < rows ? load_first(in + r * in_step + p, count) : vector_of<S>{};
-    }
-    transpose(block);
-#pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) store(out + (p + i) * out_step, block[i]);
-  }
-}
-
 #if defined(__AVX512F__)
 // Lane i of the result is lane index[i] of `from` where bit i of `lanes` is set, and that of `into` elsewhere.
 TRADY_INLINE f32 permute_into(f32 into, uint32_t lanes, i32 index, f32 from) {
@@ -386,6 +372,11 @@ template <class P>
 TRADY_INLINE void store_operand(P* p, operand_of<P> value) {
   store(p, value);
 }
+// The operand whose every lane is the element, or the pair that begins there; without its second one unless `whole`.
+template <class P>
+TRADY_INLINE operand_of<P> broadcast_operand(const P* p, bool) {
+  return broadcast(p);
+}
 template <class A>
 TRADY_INLINE A multiply_add(A sum, A a, A b) {
   return sum + a * b;
@@ -402,6 +393,10 @@ TRADY_INLINE u16 load_first_operand(const bfloat16* p, int count) {
 #endif
 }
 TRADY_INLINE void store_operand(bfloat16* p, u16 value) { *reinterpret_cast<u16_memory*>(p) = value; }
+TRADY_INLINE u16 broadcast_operand(const bfloat16* p, bool whole) {
+  typedef uint32_t pair_memory __attribute__((aligned(2), may_alias));
+  return (u16)(u32{} + (whole ? *reinterpret_cast<const pair_memory*>(p) : p->bits));
+}
 // Lane i gains the products of elements 2 i and 2 i + 1. The instructions take denormals for zero.
 TRADY_INLINE f32 multiply_add(f32 sum, u16 a, u16 b) {
 #if defined(__AVX512BF16__)
@@ -423,16 +418,26 @@ TRADY_INLINE operand_of<P> ones() {
     return operand_of<P>{} + 1;
 }
 
+// LANES<bfloat16> elements as they are, or the first `count` of them beside zeros.
+TRADY_INLINE u16_half load_half(const bfloat16* p) { return *reinterpret_cast<const u16_half_memory*>(p); }
+TRADY_INLINE u16_half load_first_half(const bfloat16* p, int count) {
+#if defined(__AVX512F__)
+  return (u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p);
+#else
+  u16_half value = {};
+  for (int lane = 0; lane < count; ++lane) value[lane] = p[lane].bits;
+  return value;
+#endif
+}
+
 // Lane i holds a[i] in its low half and b[i] in its high half: a pair of rows, for dot2().
 TRADY_INLINE f32 interleave(u16_half a, u16_half b) {
 #if defined(__AVX512BW__)
-  // One permutation instead of two widenings, a shift and an or.
-  struct Halves {
-    u16_half low, high;
-  };
+  // One permutation instead of two widenings, a shift and an or. GCC would join the halves in memory, by stores that
+  // the load after them has to wait for.
   constexpr u16 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const u16 both = __builtin_bit_cast(u16, (Halves{a, b}));
+  const u16 both = (u16)_mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512((__m256i)a), (__m256i)b, 1);
   return (f32)shuffle(both, both, order);
 #else
   return (f32)(__builtin_convertvector(a, u32) | (__builtin_convertvector(b, u32) << 16));
@@ -469,6 +474,27 @@ TRADY_INLINE P element_as(S x) {
     return x;
   else
     return widen(x);
+}
+
+// Rows in[r * in_step + pixel], of `rows` <= LANES outputs or channels, become one operand a step, out_step apart, of
+// all rows. Writes whole vectors, and up to LANES - 1 steps too many.
+template <class P, class S>
+void turn_over(const S* in, int64_t in_step, int64_t rows, int64_t pixels, scalar_of<P>* out, int64_t out_step) {
+  constexpr int VL = LANES<P>;
+  for (int64_t p = 0; p < pixels; p += OPERANDS<P>, out += VL * out_step) {
+    const int count = static_cast<int>(pixels - p < OPERANDS<P> ? pixels - p : OPERANDS<P>);
+    vector_of<P> block[VL];
+    if (rows == VL && count == OPERANDS<P>) {
+#pragma GCC unroll 16
+      for (int r = 0; r < VL; r++) block[r] = (vector_of<P>)load_as<P>(in + r * in_step + p);
+    } else {
+      for (int r = 0; r < VL; r++)
+        block[r] = r < rows ? (vector_of<P>)load_first_as<P>(in + r * in_step + p, count) : vector_of<P>{};
+    }
+    transpose(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < VL; i++) store(out + i * out_step, block[i]);
+  }
 }
 
 // ---- reductions -----------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 #include "cpu/conv2d_channel_grad.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <set>
+#include <utility>
 
 #include "check.h"
 
@@ -89,6 +91,14 @@ const Shape SHAPES[] = {
     {"depthwise 5x5, stride 2", 2, 10, 10, {14, 13}, {2, 3, 9}, {5, 5}, {2, 2}, {2, 2}, {1, 1}, 10},
     {"depthwise, multiplier 2", 2, 8, 16, {10, 11}, {0, 1, 2, 6, 7}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 8},
 };
+
+// Dtypes, and whether pairs of bfloat16 are multiplied, whatever this CPU does faster.
+constexpr std::pair<Dtype, bool> KINDS[] = {{Dtype::float32, false},
+                                            {Dtype::float64, false},
+                                            {Dtype::bfloat16, false},
+                                            {Dtype::bfloat16, true},
+                                            {Dtype::float16, false}};
+constexpr int KIND_COUNT = static_cast<int>(std::size(KINDS));
 
 // Where element (n, c, h, w) lies, and how many elements there are to the last one.
 struct Layout {
@@ -188,11 +198,12 @@ TRADY_TEST(conv2d_channel_grad) {
   for (const Shape& shape : SHAPES) {
     for (const bool channels_last : {false, true}) {
       for (const int64_t gap : {0, 3}) {
-        for (int variant = 0; variant < (shape.groups == 1 ? 8 : 4); ++variant) {
-          const Dtype dtype = DTYPES[variant % 4];
-          const bool with_bias = variant >= 4;
-          const Case words(shape.name, ", ", name_of(dtype), channels_last ? ", channels_last" : "",
-                           gap ? ", gaps" : "", with_bias ? ", with bias" : "");
+        for (int variant = 0; variant < (shape.groups == 1 ? 2 : 1) * KIND_COUNT; ++variant) {
+          const Dtype dtype = KINDS[variant % KIND_COUNT].first;
+          const bool pairs = KINDS[variant % KIND_COUNT].second;
+          const bool with_bias = variant >= KIND_COUNT;
+          const Case words(shape.name, ", ", name_of(dtype), pairs ? " in pairs" : "",
+                           channels_last ? ", channels_last" : "", gap ? ", gaps" : "", with_bias ? ", with bias" : "");
           Problem p(shape, dtype, channels_last, gap);
           Conv2dChannelGrad& q = p.q;
           const Array input = random_array(dtype, p.in.count), grad_output = random_array(dtype, p.out.count);
@@ -200,6 +211,7 @@ TRADY_TEST(conv2d_channel_grad) {
           q.grad_output = grad_output.at(0);
           q.with_bias = with_bias;
           const auto loop = plan(q);
+          if (dtype == Dtype::bfloat16) q.pairs = pairs;
           loops.insert(loop);
           const Dtype accumulate = accumulate_type(dtype);
           const int64_t taps = q.kernel[0] * q.kernel[1], elements = q.selected * q.out_per_group * taps;
