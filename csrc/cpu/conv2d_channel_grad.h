@@ -36,6 +36,7 @@ struct Conv2dChannelGrad {
   int64_t tile_rows, tile_columns;  // elsewhere
   int64_t tiles;
   int64_t slices, ranges, range_outputs;
+  int64_t range_channels;  // where ranges are of channels: the most of one
   int64_t tasks;
   int64_t scratch;  // elements of the accumulation type that a task needs
   // Results lie as (slices, k, kh, kw, C'/groups), otherwise as (slices, k, C'/groups, kh, kw).
@@ -78,3 +79,7 @@ TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise, const trady::Conv2dCha
                      void* partial, void* scratch)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise_channels_last, const trady::Conv2dChannelGrad& problem,
                      int64_t task, void* partial, void* scratch)
+// bfloat16 on CPUs with AMX: whether that loop takes the problem; if so the plan is made.
+TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_amx_plan, trady::Conv2dChannelGrad& problem)
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_amx, const trady::Conv2dChannelGrad& problem, int64_t task,
+                     void* partial, void* scratch)

@@ -130,6 +130,8 @@ Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
   if (q.out_per_group < 4 && !q.with_bias) {
     if (TRADY_KERNEL(conv2d_channel_grad_depthwise_fits)(q)) return plan_depthwise(q);
     if (!pixels_adjacent || q.input_stride[3] != 1) return plan_depthwise_channels_last(q);
+  } else if (TRADY_KERNEL(conv2d_channel_grad_amx_plan)(q)) {
+    return TRADY_KERNEL(conv2d_channel_grad_amx);
   } else if ((q.grad_stride[1] == 1 && !pixels_adjacent) || turning_over_pays(q)) {
     return plan_channels_last(q);
   }

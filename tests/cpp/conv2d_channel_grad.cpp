@@ -16,20 +16,26 @@ struct Shape {
   int64_t kernel[2] = {3, 3}, stride[2] = {1, 1}, padding[2] = {1, 1}, dilation[2] = {1, 1};
   int64_t groups = 1;
 };
+std::vector<int64_t> first(int64_t count) {
+  std::vector<int64_t> channels(count);
+  for (int64_t i = 0; i < count; ++i) channels[i] = i;
+  return channels;
+}
 const Shape SHAPES[] = {
     {"1x1 map", 3, 16, 24, {1, 1}, {0, 3, 7, 9, 15}, {1, 1}, {1, 1}, {0, 0}},
     {"1x1, 7x7 map", 3, 16, 24, {7, 7}, {0, 1, 2, 3, 4}, {1, 1}, {1, 1}, {0, 0}},
     {"1x1, many outputs", 2, 9, 150, {6, 5}, {4}, {1, 1}, {1, 1}, {0, 0}},
     {"1x1, stride 2", 2, 8, 16, {14, 13}, {1, 3, 5, 6}, {1, 1}, {2, 2}, {0, 0}},
-    {"1x1, all channels",
-     1,
-     26,
-     16,
-     {12, 13},
-     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25},
-     {1, 1},
-     {1, 1},
-     {0, 0}},
+    {"1x1, all channels", 1, 26, 16, {12, 13}, first(26), {1, 1}, {1, 1}, {0, 0}},
+    {"1x1, more inputs than outputs", 3, 84, 20, {9, 11}, first(84), {1, 1}, {1, 1}, {0, 0}},
+    {"1x1, many of both, several tiles", 2, 40, 53, {29, 31}, first(40), {1, 1}, {1, 1}, {0, 0}},
+    {"3x3, many inputs", 3, 45, 34, {9, 8}, first(45)},
+    {"3x3, many inputs, several tiles", 2, 33, 18, {25, 31}, first(33)},
+    {"3x3, many inputs, stride 2", 3, 24, 33, {13, 15}, first(24), {3, 3}, {2, 2}},
+    {"3x3, many inputs, dilation 2", 2, 35, 24, {13, 14}, first(35), {3, 3}, {1, 1}, {2, 2}, {2, 2}},
+    {"1x1, many inputs, stride 2", 3, 36, 40, {15, 14}, first(36), {1, 1}, {2, 2}, {0, 0}},
+    {"1x1, many inputs, padding", 3, 20, 40, {6, 7}, first(20), {1, 1}, {1, 1}, {1, 1}},
+    {"1x1 map, many inputs", 5, 40, 24, {1, 1}, first(40), {1, 1}, {1, 1}, {0, 0}},
     {"1x1, slices", 4, 16, 200, {28, 28}, {0, 2, 3, 9, 11, 12}, {1, 1}, {1, 1}, {0, 0}},
     {"one column", 2, 4, 9, {9, 8}, {2}, {3, 1}, {1, 1}, {1, 0}},
     {"3x3, two outputs", 2, 5, 2, {9, 8}, {1, 4}},

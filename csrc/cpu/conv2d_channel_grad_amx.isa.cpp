@@ -1,0 +1,664 @@
+// conv2d_channel_grad of bfloat16 by the matrix tiles of AMX.
+//
+// The result is a product of two matrices, grad_output's and the input's under every tap, summed over pixels, 32 at a
+// step. A tile instruction takes 16 rows of one, each the pixels of a step (form A), and 16 columns of the other, pairs
+// of pixels after one another (form B). A plane of adjacent pixels is a row of form A where it lies; pixels of adjacent
+// channels become form B by interleaving two of them. The other two cases cost a transposition. The input is small and
+// is brought into its form once for all outputs; grad_output goes by, 32 outputs at a time.
+#include "conv2d_channel_grad.h"
+#include "vector.h"
+
+namespace trady::TRADY_ISA {
+namespace {
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+
+constexpr int64_t kStep = 32;         // pixels of a tile
+constexpr int64_t kLines = 16;        // rows of form A, columns of form B
+constexpr int64_t kTileBytes = 1024;  // 16 lines of 32 elements, or 16 x 16 sums
+constexpr int64_t kTileSums = 256;
+constexpr int64_t kPixels = 512;         // the most that are summed at a time: 32 outputs of them fit into 32 KB
+constexpr int64_t kMaxInputTiles = 32;   // 512 KB in their form
+constexpr int64_t kMaxRegion = 1 << 20;  // elements of the packed input
+
+TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+TRADY_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) { return max(low, min(a, high)); }
+TRADY_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+TRADY_INLINE uint32_t first(int64_t count) { return static_cast<uint32_t>((uint64_t{1} << count) - 1); }
+
+// ---- the product ------------------------------------------------------------------------------------------------
+
+// The thread's own configuration of the tiles, which others (oneDNN) take for granted, comes back in the end.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(saved_);
+    // Every tile: 16 lines of 64 bytes.
+    alignas(64) uint8_t wanted[64] = {1};
+    for (int tile = 0; tile < 8; tile++) {
+      wanted[16 + 2 * tile] = 64;
+      wanted[48 + tile] = 16;
+    }
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(wanted);
+  }
+  ~Tiles() {
+    if (saved_[0] == 0)
+      _tile_release();
+    else
+      _tile_loadconfig(saved_);
+  }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  alignas(64) uint8_t saved_[64];
+};
+
+// Steps whose tiles of form A lie `step` bytes apart, with `line` bytes from line to line.
+struct Segment {
+  const char* from[2];
+  int64_t line, step, steps;
+};
+
+// sums[a][b] += the products of two (or one) tiles of form A with two (or one) of form B, which follow each other step
+// by step. The first time the sums begin at zero.
+template <int AS, int BS>
+__attribute__((noinline)) void multiply(const Segment* segments, int64_t count, const char* b0, const char* b1,
+                                        float* const* sums, const float* const* begin) {
+  asm volatile("" ::: "memory");  // GCC 12 does not know that tiles are loaded from memory
+  if (begin) {
+    _tile_loadd(0, begin[0], 64);
+    if constexpr (BS > 1) _tile_loadd(1, begin[1], 64);
+    if constexpr (AS > 1) _tile_loadd(2, begin[2], 64);
+    if constexpr (AS > 1 && BS > 1) _tile_loadd(3, begin[3], 64);
+  } else {
+    _tile_zero(0);
+    if constexpr (BS > 1) _tile_zero(1);
+    if constexpr (AS > 1) _tile_zero(2);
+    if constexpr (AS > 1 && BS > 1) _tile_zero(3);
+  }
+  for (const Segment* s = segments; s < segments + count; s++) {
+    const char *a0 = s->from[0], *a1 = s->from[AS - 1];
+    const int64_t line = s->line, step = s->step;
+    for (int64_t i = s->steps; i > 0; i--) {
+      _tile_loadd(6, b0, 64);
+      _tile_loadd(4, a0, line);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (BS > 1) {
+        _tile_loadd(7, b1, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (AS > 1) {
+        _tile_loadd(5, a1, line);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (BS > 1) _tile_dpbf16ps(3, 5, 7);
+      }
+      a0 += step;
+      a1 += step;
+      b0 += kTileBytes;
+      b1 += kTileBytes;
+    }
+  }
+  _tile_stored(0, sums[0], 64);
+  if constexpr (BS > 1) _tile_stored(1, sums[1], 64);
+  if constexpr (AS > 1) _tile_stored(2, sums[2], 64);
+  if constexpr (AS > 1 && BS > 1) _tile_stored(3, sums[3], 64);
+  asm volatile("" ::: "memory");
+}
+
+// ---- forms ------------------------------------------------------------------------------------------------------
+
+// out[j][i] = in[i][j] of 16 x 16 elements of 4 bytes; lines of `out` are 64 bytes apart. Quarters of the lines are
+// brought to their places as they are loaded, which leaves half of the permutations.
+TRADY_INLINE void transpose_tile(const char* in, int64_t line, char* out) {
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < 4; quarter++) {
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const char* from = in + i * line + 16 * quarter;
+      const auto load4 = [](const char* p) __attribute__((always_inline)) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      };
+      v[i] = _mm512_castsi128_si512(load4(from));
+      v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x00f0, load4(from + 4 * line));
+      v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x0f00, load4(from + 8 * line));
+      v[i] = _mm512_mask_broadcast_i32x4(v[i], 0xf000, load4(from + 12 * line));
+    }
+    const __m512i low = _mm512_maskz_unpacklo_epi32(ALL, v[0], v[1]),
+                  high = _mm512_maskz_unpackhi_epi32(ALL, v[0], v[1]);
+    const __m512i low2 = _mm512_maskz_unpacklo_epi32(ALL, v[2], v[3]),
+                  high2 = _mm512_maskz_unpackhi_epi32(ALL, v[2], v[3]);
+    char* to = out + 256 * quarter;
+    _mm512_storeu_si512(to, _mm512_maskz_unpacklo_epi64(0xff, low, low2));
+    _mm512_storeu_si512(to + 64, _mm512_maskz_unpackhi_epi64(0xff, low, low2));
+    _mm512_storeu_si512(to + 128, _mm512_maskz_unpacklo_epi64(0xff, high, high2));
+    _mm512_storeu_si512(to + 192, _mm512_maskz_unpackhi_epi64(0xff, high, high2));
+  }
+}
+
+TRADY_INLINE u16_half load_channels(const bfloat16* p, uint32_t lanes) {
+  return (u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p);
+}
+
+// Form B of `count` adjacent channels at pixels that lie at from[offsets[]]; behind the last are zeros.
+TRADY_INLINE void interleave_pixels(const bfloat16* from, const int64_t* offsets, int64_t pixels, int64_t steps,
+                                    int64_t count, char* out) {
+  const uint32_t lanes = first(count);
+  int64_t p = 0;
+  if (count == kLines) {
+    for (; p + 2 <= pixels; p += 2, out += 64) {
+      const u16_half a = *reinterpret_cast<const u16_half_memory*>(from + offsets[p]);
+      const u16_half b = *reinterpret_cast<const u16_half_memory*>(from + offsets[p + 1]);
+      store(reinterpret_cast<float*>(out), interleave(a, b));
+    }
+  } else {
+    for (; p + 2 <= pixels; p += 2, out += 64)
+      store(reinterpret_cast<float*>(out),
+            interleave(load_channels(from + offsets[p], lanes), load_channels(from + offsets[p + 1], lanes)));
+  }
+  if (p < pixels) {
+    store(reinterpret_cast<float*>(out), interleave(load_channels(from + offsets[p], lanes), u16_half{}));
+    p += 2;
+    out += 64;
+  }
+  for (; p < steps * kStep; p += 2, out += 64) store(reinterpret_cast<float*>(out), f32{});
+}
+
+// The pixels of a tile of the plan. In steps go, in this order: of each image the pixels that make up whole steps; then
+// those that are left of all images, one behind another; then zeros.
+struct Pixels {
+  int64_t image, images, begin, pixels;
+  int64_t whole;  // of each image, in whole steps
+  int64_t left() const { return pixels - whole; }
+  int64_t whole_steps() const { return images * whole / kStep; }
+  int64_t left_steps() const { return ceil_div(images * left(), kStep); }
+  int64_t steps() const { return whole_steps() + left_steps(); }
+};
+
+// One of the two matrices at the pixels of a tile: lines of adjacent pixels, or pixels of adjacent lines (channels).
+struct Matrix {
+  bool adjacent_pixels;
+  const bfloat16* from;    // at the tile's first pixel, where pixels are adjacent
+  int64_t line, image;     // where they are: distances
+  const int64_t* offsets;  // where they are not: of the pixels in order
+
+  // What is left of the images behind whole steps, for `count` lines, in lines of left_steps() and one more, unused.
+  static int64_t left_line(const Pixels& p) { return (p.left_steps() + 1) * kStep; }
+  void gather_left(const Pixels& p, int64_t first_line, int64_t count, bfloat16* out) const {
+    const int64_t left = p.left();
+    for (int64_t i = 0; i < kLines; i++) {
+      bfloat16* to = out + i * left_line(p);
+      if (i >= count) {
+        for (int64_t q = 0; q < p.left_steps(); q++) store_operand(to + q * kStep, u16{});
+        continue;
+      }
+      const bfloat16* in = from + (first_line + i) * line + p.whole;
+      // In order: what is written too far is overwritten.
+      for (int64_t n = 0; n < p.images; n++, in += image, to += left) {
+        int64_t q = 0;
+        for (; q + kStep <= left; q += kStep) store_operand(to + q, load_operand(in + q));
+        if (q < left) store_operand(to + q, load_first_operand(in + q, static_cast<int>(left - q)));
+      }
+      store_operand(to, u16{});
+    }
+  }
+
+  // Form A, as segments; `room` takes what does not lie in memory like that. Returns how many.
+  int64_t as_a(const Pixels& p, int64_t first_line, int64_t count, char* room, Segment* segments, int which) const {
+    int64_t segment = 0;
+    if (!adjacent_pixels) {
+      alignas(64) char pairs[kTileBytes];
+      for (int64_t s = 0; s < p.steps(); s++) {
+        interleave_pixels(from + first_line, offsets + s * kStep, min(kStep, p.images * p.pixels - s * kStep), 1, count,
+                          pairs);
+        transpose_tile(pairs, 64, room + s * kTileBytes);
+      }
+      return put(segments, segment, which, room, 64, kTileBytes, p.steps());
+    }
+    if (p.whole > 0)
+      for (int64_t n = 0; n < p.images; n++)
+        segment = put(segments, segment, which, reinterpret_cast<const char*>(from + first_line * line + n * image),
+                      line * 2, 64, p.whole / kStep);
+    if (p.left() == 0) return segment;
+    gather_left(p, first_line, count, reinterpret_cast<bfloat16*>(room));
+    return put(segments, segment, which, room, left_line(p) * 2, 64, p.left_steps());
+  }
+  static int64_t put(Segment* segments, int64_t at, int which, const char* from, int64_t line, int64_t step,
+                     int64_t steps) {
+    segments[at].from[which] = from;
+    segments[at].line = line;
+    segments[at].step = step;
+    segments[at].steps = steps;
+    return at + 1;
+  }
+
+  // Form B, into `out`; `room` is for lines of left_line().
+  void as_b(const Pixels& p, int64_t first_line, int64_t count, char* out, bfloat16* room) const {
+    if (!adjacent_pixels) {
+      interleave_pixels(from + first_line, offsets, p.images * p.pixels, p.steps(), count, out);
+      return;
+    }
+    for (int64_t n = 0; n < p.images; n++)
+      for (int64_t q = 0; q < p.whole; q += kStep, out += kTileBytes)
+        transpose_tile(reinterpret_cast<const char*>(from + first_line * line + n * image + q), line * 2, out);
+    if (p.left() == 0) return;
+    gather_left(p, first_line, count, room);
+    for (int64_t q = 0; q < p.left_steps(); q++, out += kTileBytes)
+      transpose_tile(reinterpret_cast<const char*>(room + q * kStep), left_line(p) * 2, out);
+  }
+};
+
+// ---- how a problem is cut -----------------------------------------------------------------------------------------
+
+// What follows from the shape and the strides.
+struct Layout {
+  const Conv2dChannelGrad& q;
+  bool is_point() const { return q.kernel[0] * q.kernel[1] == 1; }
+  bool unpadded() const { return q.padding[0] + q.padding[1] == 0; }
+  // Pixels of grad_output and of the input in place.
+  bool grad_planes() const {
+    return q.grad_stride[3] == 1 && q.grad_stride[2] == q.out_width && q.out_height * q.out_width > 1;
+  }
+  bool input_planes() const {
+    return is_point() && unpadded() && q.stride[0] * q.stride[1] == 1 && q.input_stride[3] == 1 &&
+           q.input_stride[2] == q.width && q.height * q.width > 1;
+  }
+  bool input_pixels() const { return !input_planes() && is_point() && unpadded() && q.input_stride[1] == 1; }
+  bool packs() const { return !input_planes() && !input_pixels(); }
+  bool readable() const {
+    return (grad_planes() || q.grad_stride[1] == 1) && (!packs() || q.input_stride[1] == 1 || q.input_stride[3] == 1);
+  }
+
+  // Lines of the input are (tap, channel). Those of a kernel row lie behind one another in the packed input if there
+  // is no dilation: runs.
+  int64_t taps_in_run() const { return q.dilation[1] == 1 ? q.kernel[1] : 1; }
+  int64_t runs() const { return q.kernel[0] * q.kernel[1] / taps_in_run(); }
+  int64_t tiles_in_run(int64_t channels) const { return ceil_div(taps_in_run() * channels, kLines); }
+  int64_t input_tiles(int64_t channels) const { return runs() * tiles_in_run(channels); }
+  int64_t grad_tiles() const { return ceil_div(q.out_per_group, kLines); }
+
+  // Packed input: of an axis with one tap, only what it meets.
+  int64_t step(int axis) const { return q.kernel[axis] == 1 ? 1 : q.stride[axis]; }
+  int64_t extent(int axis, int64_t count) const {
+    return (count - 1) * step(axis) + (q.kernel[axis] - 1) * q.dilation[axis] + 1;
+  }
+  int64_t most_rows() const { return min(q.out_height, (q.tile_pixels + q.out_width - 2) / q.out_width + 1); }
+  int64_t region(int64_t channels) const {
+    return packs() ? q.tile_images * extent(0, most_rows()) * extent(1, q.out_width) * channels : 0;
+  }
+  int64_t most_steps() const { return ceil_div(q.tile_images * q.tile_pixels, kStep); }
+  int64_t tiles_in_slice() const { return ceil_div(q.tiles, q.slices); }
+};
+
+struct Room {
+  int64_t input_offsets, grad_offsets, grad, input, left, region, sums, bytes;
+  explicit Room(const Layout& l) {
+    const int64_t channels = l.q.range_channels, tiles = l.input_tiles(channels) + l.q.with_bias;
+    const int64_t steps = l.most_steps() + 1, offsets = steps * kStep * 8;
+    bytes = 0;
+    input_offsets = take(offsets);
+    grad_offsets = take(offsets);
+    grad = take(2 * steps * kTileBytes);
+    left = take(steps * kTileBytes);
+    input = take(tiles * steps * kTileBytes);
+    region = take(l.region(channels) * 2);
+    sums = take((l.tiles_in_slice() > 1 ? tiles * l.grad_tiles() : 4) * kTileBytes);
+  }
+  int64_t take(int64_t size) {
+    const int64_t at = bytes;
+    bytes += (size + 63) / 64 * 64;
+    return at;
+  }
+};
+
+// ---- a task -------------------------------------------------------------------------------------------------------
+
+struct Task {
+  Task(const Conv2dChannelGrad& problem, void* room) : q(problem), scratch(static_cast<char*>(room)) {}
+
+  const Conv2dChannelGrad& q;
+  char* scratch;
+  const Layout layout{q};
+  const Room room{layout};
+  float* partial = nullptr;  // this slice's, (k, kh, kw, C'/groups)
+  float* bias = nullptr;
+  int64_t channel = 0, channels = 0;  // of this range
+  int64_t input_tiles = 0;            // without that of the bias
+  bool input_is_a = false;
+  Pixels pixels = {};
+  Matrix input = {}, grad = {};
+  int64_t row = 0, rows = 0;  // of the output: those that the tile's pixels lie in
+
+  int64_t all_input_tiles() const { return input_tiles + (bias != nullptr); }
+  const bfloat16* input_at(int64_t n, int64_t c) const {
+    return static_cast<const bfloat16*>(q.input) + n * q.input_stride[0] + c * q.input_stride[1];
+  }
+
+  // ---- pixels of adjacent channels ----
+
+  // Offsets of the tile's pixels, in order, for distances of an image, a row and a column; the tile's first row is at
+  // zero.
+  void put_offsets(int64_t* out, int64_t image, int64_t down, int64_t across) const {
+    const auto put = [&](int64_t n, int64_t begin, int64_t end) {
+      int64_t h = (pixels.begin + begin) / q.out_width, w = (pixels.begin + begin) % q.out_width;
+      for (int64_t p = begin; p < end; h++, w = 0) {
+        const int64_t stop = min(end, p + q.out_width - w);
+        int64_t at = n * image + (h - row) * down + w * across;
+        for (; p < stop; p++, at += across) *out++ = at;
+      }
+    };
+    for (int64_t n = 0; n < pixels.images; n++) put(n, 0, pixels.whole);
+    for (int64_t n = 0; n < pixels.images; n++) put(n, pixels.whole, pixels.pixels);
+  }
+
+  // `count` pixels from column `column` of a row of the input, every step-th, with their channels behind one another.
+  void pack_pixels(bfloat16* out, const bfloat16* in, int64_t step, int64_t count) const {
+    if (q.input_stride[1] == 1 && channels > 1) {
+      const int64_t distance = step * q.input_stride[3];
+      if (distance == channels) return copy(out, in, count * channels);
+      for (int64_t p = 0; p < count; p++) copy(out + p * channels, in + p * distance, channels);
+      return;
+    }
+    if (channels == 1 && step * q.input_stride[3] == 1) return copy(out, in, count);
+    if (q.input_stride[3] != 1) {
+      for (int64_t p = 0; p < count; p++) out[p] = in[p * step * q.input_stride[3]];
+      return;
+    }
+    alignas(64) bfloat16 planes[kLines * kStep];
+    alignas(64) char pairs[kTileBytes];
+    for (int64_t p = 0; p < count; p += kStep) {
+      const int64_t some = min(kStep, count - p);
+      for (int64_t c = 0; c < channels; c += kLines) {
+        const int64_t lines = min(kLines, channels - c);
+        for (int64_t i = 0; i < lines; i++)
+          copy_step(planes + i * kStep, in + (c + i) * q.input_stride[1] + p * step, step, some);
+        transpose_tile(reinterpret_cast<const char*>(planes), 64, pairs);
+        const __mmask16 lanes = static_cast<__mmask16>(first(lines));
+        bfloat16* to = out + p * channels + c;
+        for (int64_t i = 0; i < some; i += 2, to += 2 * channels) {
+          constexpr u16 order = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+          const u16 both = *reinterpret_cast<const u16_memory*>(pairs + i * 32);
+          struct Halves {
+            u16_half low, high;
+          };
+          const auto halves = __builtin_bit_cast(Halves, shuffle(both, both, order));
+          _mm256_mask_storeu_epi16(to, lanes, (__m256i)halves.low);
+          if (i + 1 < some) _mm256_mask_storeu_epi16(to + channels, lanes, (__m256i)halves.high);
+        }
+      }
+    }
+  }
+  static void copy(bfloat16* out, const bfloat16* in, int64_t count) {
+    int64_t i = 0;
+    for (; i + kStep <= count; i += kStep) store_operand(out + i, load_operand(in + i));
+    if (i < count)
+      _mm512_mask_storeu_epi16(out + i, first(count - i),
+                               (__m512i)load_first_operand(in + i, static_cast<int>(count - i)));
+  }
+  // count <= kStep elements, a vector of them written.
+  static void copy_step(bfloat16* out, const bfloat16* in, int64_t step, int64_t count) {
+    if (step == 1) return store_operand(out, load_first_operand(in, static_cast<int>(count)));
+    if (step == 2) {
+      const int64_t reach = 2 * count - 1;
+      const u16 a = load_first_operand(in, static_cast<int>(min(reach, kStep)));
+      const u16 b = load_first_operand(in + min(reach, kStep), static_cast<int>(max(reach - kStep, 0)));
+      return store_operand(out, even_lanes(a, b));
+    }
+    for (int64_t i = 0; i < count; i++) out[i] = in[i * step];
+  }
+  static void clear(bfloat16* out, int64_t count) {
+    int64_t i = 0;
+    for (; i + kStep <= count; i += kStep) store_operand(out + i, u16{});
+    if (i < count) _mm512_mask_storeu_epi16(out + i, first(count - i), __m512i{});
+  }
+
+  // (images, rows, columns, channels), padding included.
+  void pack_region(bfloat16* out, int64_t region_rows, int64_t region_columns) const {
+    const int64_t down = q.kernel[0] == 1 ? q.stride[0] : 1, across = q.kernel[1] == 1 ? q.stride[1] : 1;
+    const int64_t top = row * q.stride[0] - q.padding[0], left = -q.padding[1];
+    const int64_t low = clamp(ceil_div(-left, across), 0, region_columns);
+    const int64_t high = clamp(ceil_div(q.width - left, across), low, region_columns);
+    for (int64_t n = 0; n < pixels.images; n++)
+      for (int64_t r = 0; r < region_rows; r++, out += region_columns * channels) {
+        const int64_t from = top + r * down;
+        if (from < 0 || from >= q.height) {
+          clear(out, region_columns * channels);
+          continue;
+        }
+        clear(out, low * channels);
+        if (high > low)
+          pack_pixels(out + low * channels,
+                      input_at(pixels.image + n, channel) + from * q.input_stride[2] +
+                          (left + low * across) * q.input_stride[3],
+                      across, high - low);
+        clear(out + high * channels, (region_columns - high) * channels);
+      }
+  }
+
+  // ---- tiles of lines ----
+
+  // The last tile of lines that lie in memory reaches back over some of the one before rather than behind them.
+  static int64_t line_of(const Matrix& from, int64_t lines, int64_t tile) {
+    return from.adjacent_pixels ? clamp(lines - kLines, 0, tile * kLines) : tile * kLines;
+  }
+  int64_t output_of(int64_t tile) const { return line_of(grad, q.out_per_group, tile); }
+  int64_t outputs_of(int64_t tile) const { return min(kLines, q.out_per_group - output_of(tile)); }
+
+  struct Lines {
+    int64_t run, begin, count;
+  };
+  Lines lines_of(int64_t tile) const {
+    const int64_t run = tile / layout.tiles_in_run(channels), part = tile % layout.tiles_in_run(channels);
+    const int64_t lines = layout.taps_in_run() * channels, begin = line_of(input, lines, part);
+    return {run, begin, min(kLines, lines - begin)};
+  }
+  // Where a run's lines begin in the input's pixels.
+  int64_t run_offset(int64_t run, int64_t region_columns) const {
+    const int64_t in_row = q.kernel[1] / layout.taps_in_run();
+    return (run / in_row * q.dilation[0] * region_columns + run % in_row * q.dilation[1]) * channels;
+  }
+
+  char* input_room(int64_t tile) const { return scratch + room.input + tile * (pixels.steps() + 1) * kTileBytes; }
+  char* grad_room(int64_t i) const { return scratch + room.grad + i * (pixels.steps() + 1) * kTileBytes; }
+  bfloat16* left_room() const { return reinterpret_cast<bfloat16*>(scratch + room.left); }
+
+  void add_tile(int64_t tile, bool begins, bool ends) {
+    const int64_t out_pixels = q.out_height * q.out_width, in_image = ceil_div(out_pixels, q.tile_pixels);
+    pixels.image = tile / in_image * q.tile_images;
+    pixels.images = min(q.tile_images, q.batch - pixels.image);
+    pixels.begin = tile % in_image * q.tile_pixels;
+    pixels.pixels = min(q.tile_pixels, out_pixels - pixels.begin);
+    const bool few = (layout.grad_planes() && q.out_per_group < kLines) || (layout.input_planes() && channels < kLines);
+    pixels.whole = few ? 0 : pixels.pixels / kStep * kStep;
+    row = pixels.begin / q.out_width;
+    rows = (pixels.begin + pixels.pixels - 1) / q.out_width - row + 1;
+
+    auto* grad_offsets = reinterpret_cast<int64_t*>(scratch + room.grad_offsets);
+    const bfloat16* grad_from = static_cast<const bfloat16*>(q.grad_output) + pixels.image * q.grad_stride[0] +
+                                q.runs[0].group * q.out_per_group * q.grad_stride[1];
+    grad = {layout.grad_planes(), grad_from, q.grad_stride[1], q.grad_stride[0], grad_offsets};
+    if (grad.adjacent_pixels) {
+      grad.from += pixels.begin;
+    } else {
+      grad.from += row * q.grad_stride[2];
+      put_offsets(grad_offsets, q.grad_stride[0], q.grad_stride[2], q.grad_stride[3]);
+    }
+    auto* input_offsets = reinterpret_cast<int64_t*>(scratch + room.input_offsets);
+    int64_t region_columns = 0;
+    if (layout.packs()) {
+      const int64_t region_rows = layout.extent(0, rows);
+      region_columns = layout.extent(1, q.out_width);
+      auto* region = reinterpret_cast<bfloat16*>(scratch + room.region);
+      pack_region(region, region_rows, region_columns);
+      const int64_t line = region_columns * channels;
+      put_offsets(input_offsets, region_rows * line, layout.step(0) * line, layout.step(1) * channels);
+      input = {false, region, 0, 0, input_offsets};
+    } else {
+      input = {layout.input_planes(), input_at(pixels.image, channel), q.input_stride[1], q.input_stride[0],
+               input_offsets};
+      if (input.adjacent_pixels) {
+        input.from += pixels.begin;
+      } else {
+        input.from += row * q.stride[0] * q.input_stride[2];
+        put_offsets(input_offsets, q.input_stride[0], q.stride[0] * q.input_stride[2], q.stride[1] * q.input_stride[3]);
+      }
+    }
+
+    // The input's tiles, as segments only where they lie in memory.
+    Segment segments[kPixels / kStep + 1], *const s = segments;
+    for (int64_t t = 0; t < input_tiles; t++) {
+      const Lines lines = lines_of(t);
+      const int64_t line = lines.begin + run_offset(lines.run, region_columns);
+      if (!input_is_a)
+        input.as_b(pixels, line, lines.count, input_room(t), left_room());
+      else if (!input.adjacent_pixels)
+        input.as_a(pixels, line, lines.count, input_room(t), s, 0);
+      else if (pixels.left() > 0)
+        input.gather_left(pixels, line, lines.count, reinterpret_cast<bfloat16*>(input_room(t)));
+    }
+    if (bias)
+      for (int64_t i = 0; i < pixels.steps() * kTileBytes; i += 64)
+        store_operand(reinterpret_cast<bfloat16*>(input_room(input_tiles) + i), ones<bfloat16>());
+
+    for (int64_t u = 0; u < layout.grad_tiles(); u += 2) {
+      const int us = u + 1 < layout.grad_tiles() ? 2 : 1;
+      int64_t count = 0;
+      for (int i = 0; i < us; i++) {
+        if (input_is_a)
+          grad.as_b(pixels, output_of(u + i), outputs_of(u + i), grad_room(i), left_room());
+        else
+          count = grad.as_a(pixels, output_of(u + i), outputs_of(u + i), grad_room(i), s, i);
+      }
+      int ts = 2;
+      for (int64_t t = 0; t < all_input_tiles(); t += ts) {
+        ts = t + 1 < all_input_tiles() && (!input_is_a || t + 1 < input_tiles) ? 2 : 1;
+        if (input_is_a)
+          for (int i = 0; i < ts; i++) count = input_segments(t + i, s, i);
+        multiply_tiles(u, us, t, ts, s, count, begins, ends);
+      }
+    }
+  }
+
+  // Segments of a tile of the input in form A, which add_tile() has made.
+  int64_t input_segments(int64_t t, Segment* s, int which) const {
+    if (!input.adjacent_pixels || t == input_tiles)
+      return Matrix::put(s, 0, which, input_room(t), 64, kTileBytes, pixels.steps());
+    int64_t count = 0;
+    const bfloat16* from = input.from + lines_of(t).begin * input.line;
+    if (pixels.whole > 0)
+      for (int64_t n = 0; n < pixels.images; n++)
+        count = Matrix::put(s, count, which, reinterpret_cast<const char*>(from + n * input.image), input.line * 2, 64,
+                            pixels.whole / kStep);
+    if (pixels.left() > 0)
+      count = Matrix::put(s, count, which, input_room(t), Matrix::left_line(pixels) * 2, 64, pixels.left_steps());
+    return count;
+  }
+
+  void multiply_tiles(int64_t u, int us, int64_t t, int ts, const Segment* segments, int64_t count, bool begins,
+                      bool ends) const {
+    auto* all_sums = reinterpret_cast<float*>(scratch + room.sums);
+    const bool kept = layout.tiles_in_slice() > 1;
+    const int as = input_is_a ? ts : us, bs = input_is_a ? us : ts;
+    float* sums[4];
+    for (int a = 0; a < as; a++)
+      for (int b = 0; b < bs; b++) {
+        const int64_t at = (u + (input_is_a ? b : a)) * all_input_tiles() + t + (input_is_a ? a : b);
+        sums[2 * a + b] = all_sums + (kept ? at : 2 * a + b) * kTileSums;
+      }
+    const char* b0 = input_is_a ? grad_room(0) : input_room(t);
+    const char* b1 = input_is_a ? grad_room(bs - 1) : input_room(t + bs - 1);
+    const auto call = as == 2   ? bs == 2 ? &multiply<2, 2> : &multiply<2, 1>
+                      : bs == 2 ? &multiply<1, 2>
+                                : &multiply<1, 1>;
+    call(segments, count, b0, b1, sums, begins ? nullptr : sums);
+    if (!ends) return;
+    for (int a = 0; a < as; a++)
+      for (int b = 0; b < bs; b++) put_result(u + (input_is_a ? b : a), t + (input_is_a ? a : b), sums[2 * a + b]);
+  }
+
+  void put_result(int64_t u, int64_t t, const float* sums) const {
+    alignas(64) char turned[kTileBytes];
+    if (!input_is_a) {
+      transpose_tile(reinterpret_cast<const char*>(sums), 64, turned);
+      sums = reinterpret_cast<const float*>(turned);
+    }
+    const int64_t output = output_of(u);
+    const int outputs = static_cast<int>(outputs_of(u));
+    if (t == input_tiles) return store_first(bias + output, load(sums), outputs);
+    const Lines lines = lines_of(t);
+    const int64_t taps = q.kernel[0] * q.kernel[1];
+    int64_t tap = lines.run * layout.taps_in_run() + lines.begin / channels, c = lines.begin % channels;
+    for (int64_t i = 0; i < lines.count; i++) {
+      store_first(partial + ((channel + c) * taps + tap) * q.out_per_group + output, load(sums + i * kLines), outputs);
+      if (++c == channels) c = 0, tap++;
+    }
+  }
+
+  void operator()(int64_t task, float* all_partial) {
+    const int64_t range = task % q.ranges, slice = task / q.ranges;
+    partial = all_partial + slice * q.selected * q.out_per_group * q.kernel[0] * q.kernel[1];
+    bias = q.with_bias && range == 0 ? static_cast<float*>(q.bias) + slice * q.out_per_group : nullptr;
+    channel = q.selected * range / q.ranges;
+    channels = q.selected * (range + 1) / q.ranges - channel;
+    input_tiles = layout.input_tiles(channels);
+    // What lies in form A stays; otherwise the smaller matrix is transposed.
+    const bool more_input = input_tiles > layout.grad_tiles();
+    input_is_a = layout.grad_planes() ? layout.input_planes() && more_input : layout.input_planes() || !more_input;
+    const int64_t begin = q.tiles * slice / q.slices, end = q.tiles * (slice + 1) / q.slices;
+    for (int64_t tile = begin; tile < end; tile++) add_tile(tile, tile == begin, tile + 1 == end);
+  }
+};
+#endif
+
+}  // namespace
+
+bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+  constexpr int64_t kTasks = 16, kTaskCycles = 25000, kPartialElements = 1 << 20;
+  const Layout layout{q};
+  if (q.dtype != Dtype::bfloat16 || q.run_count != 1 || q.out_per_group < 8 || !layout.readable()) return false;
+  const int64_t pixels = q.out_height * q.out_width;
+  if (pixels <= kPixels) {
+    const int64_t images = clamp(kPixels / pixels, 1, q.batch);
+    q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
+    q.tile_pixels = pixels;
+  } else {
+    q.tile_images = 1;
+    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, kPixels)), kStep) * kStep;
+  }
+  q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
+
+  // Ranges of channels, each of which reads all of grad_output.
+  int64_t least = ceil_div(layout.input_tiles(q.selected), kMaxInputTiles);
+  while (least < q.selected && (layout.input_tiles(ceil_div(q.selected, least)) > kMaxInputTiles ||
+                                layout.region(ceil_div(q.selected, least)) > kMaxRegion))
+    least++;
+  if (layout.region(ceil_div(q.selected, least)) > kMaxRegion) return false;
+  const int64_t cycles = q.tiles * layout.most_steps() * layout.grad_tiles() * layout.input_tiles(q.selected) * 16;
+  const int64_t tasks = clamp(cycles / kTaskCycles, 1, kTasks);
+  const int64_t elements = q.selected * q.out_per_group * q.kernel[0] * q.kernel[1];
+  q.slices = clamp(min(tasks, kPartialElements / elements), 1, q.tiles);
+  q.ranges = max(least, min(tasks / q.slices, layout.input_tiles(q.selected) / 8));
+  q.ranges = min(q.ranges, q.selected);
+  q.range_channels = ceil_div(q.selected, q.ranges);
+  q.tasks = q.slices * q.ranges;
+  q.outputs_last = true;
+  q.scratch = ceil_div(Room(layout).bytes, 4);
+  return true;
+#else
+  return false;
+#endif
+}
+
+void conv2d_channel_grad_amx([[maybe_unused]] const Conv2dChannelGrad& q, [[maybe_unused]] int64_t task,
+                             [[maybe_unused]] void* partial, [[maybe_unused]] void* scratch) {
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+  const Tiles tiles;
+  Task(q, scratch)(task, static_cast<float*>(partial));
+#endif
+}
+
+}  // namespace trady::TRADY_ISA
