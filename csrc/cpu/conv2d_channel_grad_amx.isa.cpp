@@ -18,6 +18,7 @@ constexpr int64_t kLines = 16;        // rows of form A, columns of form B
 constexpr int64_t kTileBytes = 1024;  // 16 lines of 32 elements, or 16 x 16 sums
 constexpr int64_t kTileSums = 256;
 constexpr int64_t kPixels = 512;         // the most that are summed at a time: 32 outputs of them fit into 32 KB
+constexpr int64_t kGroup = 4;            // tiles of grad_output that are brought into their form together
 constexpr int64_t kMaxInputTiles = 32;   // 512 KB in their form
 constexpr int64_t kMaxRegion = 1 << 20;  // elements of the packed input
 
@@ -138,32 +139,38 @@ TRADY_INLINE void transpose_tile(const char* in, int64_t line, char* out) {
   }
 }
 
-TRADY_INLINE u16_half load_channels(const bfloat16* p, uint32_t lanes) {
-  return (u16_half)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), p);
-}
-
-// Form B of `count` adjacent channels at pixels that lie at from[offsets[]]; behind the last are zeros.
+// Form B of `count` adjacent channels at pixels that lie at from[offsets[]]; behind the last are zeros. Tiles of 16
+// channels are `pitch` bytes apart.
 TRADY_INLINE void interleave_pixels(const bfloat16* from, const int64_t* offsets, int64_t pixels, int64_t steps,
-                                    int64_t count, char* out) {
-  const uint32_t lanes = first(count);
+                                    int64_t count, char* out, int64_t pitch, bool distant) {
+  constexpr int64_t ahead = 16;  // pixels
+  constexpr u16 order_low = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                             8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  constexpr u16 order_high = order_low + static_cast<uint16_t>(kLines);
+  const int64_t whole = count / kStep * kStep;
+  const int left = static_cast<int>(count - whole);
+  const auto put = [&](char* to, u16 a, u16 b, bool two) __attribute__((always_inline)) {
+    store_operand(reinterpret_cast<bfloat16*>(to), shuffle(a, b, order_low));
+    if (two) store_operand(reinterpret_cast<bfloat16*>(to + pitch), shuffle(a, b, order_high));
+  };
   int64_t p = 0;
-  if (count == kLines) {
-    for (; p + 2 <= pixels; p += 2, out += 64) {
-      const u16_half a = *reinterpret_cast<const u16_half_memory*>(from + offsets[p]);
-      const u16_half b = *reinterpret_cast<const u16_half_memory*>(from + offsets[p + 1]);
-      store(reinterpret_cast<float*>(out), interleave(a, b));
-    }
-  } else {
-    for (; p + 2 <= pixels; p += 2, out += 64)
-      store(reinterpret_cast<float*>(out),
-            interleave(load_channels(from + offsets[p], lanes), load_channels(from + offsets[p + 1], lanes)));
+  for (; p < pixels; p += 2, out += 64) {
+    const bool both = p + 1 < pixels;
+    const bfloat16 *a = from + offsets[p], *b = from + offsets[both ? p + 1 : p];
+    if (distant && p + ahead + 1 < pixels)
+      for (int64_t c = 0; c < count; c += kStep) {
+        prefetch(from + offsets[p + ahead] + c);
+        prefetch(from + offsets[p + ahead + 1] + c);
+      }
+    char* to = out;
+    int64_t c = 0;
+    for (; c < whole; c += kStep, to += 2 * pitch)
+      put(to, load_operand(a + c), both ? load_operand(b + c) : u16{}, true);
+    if (left) put(to, load_first_operand(a + c, left), load_first_operand(b + c, both ? left : 0), left > kLines);
   }
-  if (p < pixels) {
-    store(reinterpret_cast<float*>(out), interleave(load_channels(from + offsets[p], lanes), u16_half{}));
-    p += 2;
-    out += 64;
-  }
-  for (; p < steps * kStep; p += 2, out += 64) store(reinterpret_cast<float*>(out), f32{});
+  for (; p < steps * kStep; p += 2, out += 64)
+    for (int64_t c = 0; c < count; c += kLines)
+      store_operand(reinterpret_cast<bfloat16*>(out + c / kLines * pitch), u16{});
 }
 
 // The pixels of a tile of the plan. In steps go, in this order: of each image the pixels that make up whole steps; then
@@ -177,53 +184,81 @@ struct Pixels {
   int64_t steps() const { return whole_steps() + left_steps(); }
 };
 
+// Neighbouring tiles of lines out of `lines` that begin at line `base`.
+struct Lines {
+  int64_t base, lines, tile, tiles;
+};
+
 // One of the two matrices at the pixels of a tile: lines of adjacent pixels, or pixels of adjacent lines (channels).
 struct Matrix {
   bool adjacent_pixels;
   const bfloat16* from;    // at the tile's first pixel, where pixels are adjacent
   int64_t line, image;     // where they are: distances
   const int64_t* offsets;  // where they are not: of the pixels in order
+  bool distant;            // not in the caches yet
 
-  // What is left of the images behind whole steps, for `count` lines, in lines of left_steps() and one more, unused.
-  static int64_t left_line(const Pixels& p) { return (p.left_steps() + 1) * kStep; }
-  void gather_left(const Pixels& p, int64_t first_line, int64_t count, bfloat16* out) const {
-    const int64_t left = p.left();
-    for (int64_t i = 0; i < kLines; i++) {
-      bfloat16* to = out + i * left_line(p);
-      if (i >= count) {
-        for (int64_t q = 0; q < p.left_steps(); q++) store_operand(to + q * kStep, u16{});
+  // The last tile of lines of adjacent pixels reaches back over some of the one before rather than behind them.
+  int64_t begin_of(int64_t lines, int64_t tile) const {
+    return adjacent_pixels ? clamp(lines - kLines, 0, tile * kLines) : tile * kLines;
+  }
+  const bfloat16* tile_at(const Lines& l, int64_t tile) const {
+    return from + (l.base + begin_of(l.lines, tile)) * line;
+  }
+
+  // Steps of a tile of lines that are gathered from several images, or since there are less than 16 lines: all of them
+  // or those behind the whole ones. In lines of that many and one more, unused.
+  bool gathers_all(const Lines& l) const { return l.lines < kLines; }
+  int64_t gathered_steps(const Pixels& p, const Lines& l) const { return gathers_all(l) ? p.steps() : p.left_steps(); }
+  int64_t gathered_line(const Pixels& p, const Lines& l) const { return (gathered_steps(p, l) + 1) * kStep; }
+  void gather(const Pixels& p, const Lines& l, int64_t tile, bfloat16* out) const {
+    for (int64_t i = 0; i < kLines; i++, out += gathered_line(p, l)) {
+      if (i >= l.lines) {
+        for (int64_t q = 0; q < gathered_steps(p, l); q++) store_operand(out + q * kStep, u16{});
         continue;
       }
-      const bfloat16* in = from + (first_line + i) * line + p.whole;
+      const bfloat16* in = tile_at(l, tile) + i * line;
+      bfloat16* to = out;
+      if (gathers_all(l))
+        for (int64_t n = 0; n < p.images; n++)
+          for (int64_t q = 0; q < p.whole; q += kStep, to += kStep) store_operand(to, load_operand(in + n * image + q));
       // In order: what is written too far is overwritten.
-      for (int64_t n = 0; n < p.images; n++, in += image, to += left) {
-        int64_t q = 0;
-        for (; q + kStep <= left; q += kStep) store_operand(to + q, load_operand(in + q));
-        if (q < left) store_operand(to + q, load_first_operand(in + q, static_cast<int>(left - q)));
-      }
+      const int left = static_cast<int>(p.left());
+      if (left == 0) continue;
+      in += p.whole;
+      for (int64_t n = 0; n < p.images; n++, in += image, to += left) store_operand(to, load_first_operand(in, left));
       store_operand(to, u16{});
     }
   }
 
-  // Form A, as segments; `room` takes what does not lie in memory like that. Returns how many.
-  int64_t as_a(const Pixels& p, int64_t first_line, int64_t count, char* room, Segment* segments, int which) const {
-    int64_t segment = 0;
-    if (!adjacent_pixels) {
-      alignas(64) char pairs[kTileBytes];
-      for (int64_t s = 0; s < p.steps(); s++) {
-        interleave_pixels(from + first_line, offsets + s * kStep, min(kStep, p.images * p.pixels - s * kStep), 1, count,
-                          pairs);
-        transpose_tile(pairs, 64, room + s * kTileBytes);
-      }
-      return put(segments, segment, which, room, 64, kTileBytes, p.steps());
+  // What of form A does not lie in memory like that.
+  void to_a(const Pixels& p, const Lines& l, char* out, int64_t pitch) const {
+    if (adjacent_pixels) {
+      for (int64_t t = 0; t < l.tiles && gathered_steps(p, l) > 0; t++)
+        gather(p, l, l.tile + t, reinterpret_cast<bfloat16*>(out + t * pitch));
+      return;
     }
-    if (p.whole > 0)
+    constexpr int64_t most = 8, apart = kTileBytes + 64;
+    alignas(64) char pairs[most * apart];
+    for (int64_t s = 0; s < p.steps(); s++)
+      for (int64_t t = 0; t < l.tiles; t += most) {
+        const int64_t first_line = (l.tile + t) * kLines, tiles = min(most, l.tiles - t);
+        interleave_pixels(from + l.base + first_line, offsets + s * kStep, min(kStep, p.images * p.pixels - s * kStep),
+                          1, min(tiles * kLines, l.lines - first_line), pairs, apart, distant);
+        for (int64_t i = 0; i < tiles; i++)
+          transpose_tile(pairs + i * apart, 64, out + (t + i) * pitch + s * kTileBytes);
+      }
+  }
+  // A tile in form A, of which to_a() has put into `room` what it must. Returns the number of segments.
+  int64_t segments(const Pixels& p, const Lines& l, int64_t tile, const char* room, Segment* out, int which) const {
+    if (!adjacent_pixels) return put(out, 0, which, room, 64, kTileBytes, p.steps());
+    int64_t count = 0;
+    if (p.whole > 0 && !gathers_all(l))
       for (int64_t n = 0; n < p.images; n++)
-        segment = put(segments, segment, which, reinterpret_cast<const char*>(from + first_line * line + n * image),
-                      line * 2, 64, p.whole / kStep);
-    if (p.left() == 0) return segment;
-    gather_left(p, first_line, count, reinterpret_cast<bfloat16*>(room));
-    return put(segments, segment, which, room, left_line(p) * 2, 64, p.left_steps());
+        count = put(out, count, which, reinterpret_cast<const char*>(tile_at(l, tile) + n * image), line * 2, 64,
+                    p.whole / kStep);
+    if (gathered_steps(p, l) > 0)
+      count = put(out, count, which, room, gathered_line(p, l) * 2, 64, gathered_steps(p, l));
+    return count;
   }
   static int64_t put(Segment* segments, int64_t at, int which, const char* from, int64_t line, int64_t step,
                      int64_t steps) {
@@ -234,19 +269,24 @@ struct Matrix {
     return at + 1;
   }
 
-  // Form B, into `out`; `room` is for lines of left_line().
-  void as_b(const Pixels& p, int64_t first_line, int64_t count, char* out, bfloat16* room) const {
+  // Form B; `room` is for a tile of gathered lines.
+  void to_b(const Pixels& p, const Lines& l, char* out, int64_t pitch, bfloat16* room) const {
     if (!adjacent_pixels) {
-      interleave_pixels(from + first_line, offsets, p.images * p.pixels, p.steps(), count, out);
+      const int64_t first_line = l.tile * kLines;
+      interleave_pixels(from + l.base + first_line, offsets, p.images * p.pixels, p.steps(),
+                        min(l.tiles * kLines, l.lines - first_line), out, pitch, distant);
       return;
     }
-    for (int64_t n = 0; n < p.images; n++)
-      for (int64_t q = 0; q < p.whole; q += kStep, out += kTileBytes)
-        transpose_tile(reinterpret_cast<const char*>(from + first_line * line + n * image + q), line * 2, out);
-    if (p.left() == 0) return;
-    gather_left(p, first_line, count, room);
-    for (int64_t q = 0; q < p.left_steps(); q++, out += kTileBytes)
-      transpose_tile(reinterpret_cast<const char*>(room + q * kStep), left_line(p) * 2, out);
+    for (int64_t t = l.tile; t < l.tile + l.tiles; t++, out += pitch) {
+      char* to = out;
+      for (int64_t n = 0; n < p.images && !gathers_all(l); n++)
+        for (int64_t q = 0; q < p.whole; q += kStep, to += kTileBytes)
+          transpose_tile(reinterpret_cast<const char*>(tile_at(l, t) + n * image + q), line * 2, to);
+      if (gathered_steps(p, l) == 0) continue;
+      gather(p, l, t, room);
+      for (int64_t q = 0; q < gathered_steps(p, l); q++, to += kTileBytes)
+        transpose_tile(reinterpret_cast<const char*>(room + q * kStep), gathered_line(p, l) * 2, to);
+    }
   }
 };
 
@@ -292,17 +332,22 @@ struct Layout {
   int64_t tiles_in_slice() const { return ceil_div(q.tiles, q.slices); }
 };
 
+// From tile to tile of what is brought into a form: room for gathered lines too, and 64 bytes that bring neighbours
+// into different sets of the first-level cache.
+TRADY_INLINE int64_t pitch_of(int64_t steps) { return (steps + 1) * kTileBytes + 64; }
+
+// Parts of the scratch memory, in bytes.
 struct Room {
-  int64_t input_offsets, grad_offsets, grad, input, left, region, sums, bytes;
+  int64_t input_offsets, grad_offsets, grad, input, gathered, region, sums, bytes;
   explicit Room(const Layout& l) {
     const int64_t channels = l.q.range_channels, tiles = l.input_tiles(channels) + l.q.with_bias;
-    const int64_t steps = l.most_steps() + 1, offsets = steps * kStep * 8;
+    const int64_t pitch = pitch_of(l.most_steps()), offsets = l.most_steps() * kStep * 8;
     bytes = 0;
     input_offsets = take(offsets);
     grad_offsets = take(offsets);
-    grad = take(2 * steps * kTileBytes);
-    left = take(steps * kTileBytes);
-    input = take(tiles * steps * kTileBytes);
+    grad = take(kGroup * pitch);
+    gathered = take(pitch);
+    input = take(tiles * pitch);
     region = take(l.region(channels) * 2);
     sums = take((l.tiles_in_slice() > 1 ? tiles * l.grad_tiles() : 4) * kTileBytes);
   }
@@ -440,30 +485,20 @@ struct Task {
 
   // ---- tiles of lines ----
 
-  // The last tile of lines that lie in memory reaches back over some of the one before rather than behind them.
-  static int64_t line_of(const Matrix& from, int64_t lines, int64_t tile) {
-    return from.adjacent_pixels ? clamp(lines - kLines, 0, tile * kLines) : tile * kLines;
-  }
-  int64_t output_of(int64_t tile) const { return line_of(grad, q.out_per_group, tile); }
-  int64_t outputs_of(int64_t tile) const { return min(kLines, q.out_per_group - output_of(tile)); }
+  Lines grad_lines(int64_t tile, int64_t tiles) const { return {0, q.out_per_group, tile, tiles}; }
+  int64_t output_of(int64_t tile) const { return grad.begin_of(q.out_per_group, tile); }
 
-  struct Lines {
-    int64_t run, begin, count;
-  };
-  Lines lines_of(int64_t tile) const {
-    const int64_t run = tile / layout.tiles_in_run(channels), part = tile % layout.tiles_in_run(channels);
-    const int64_t lines = layout.taps_in_run() * channels, begin = line_of(input, lines, part);
-    return {run, begin, min(kLines, lines - begin)};
-  }
-  // Where a run's lines begin in the input's pixels.
-  int64_t run_offset(int64_t run, int64_t region_columns) const {
+  // A run of the input's lines begins `base` elements behind its pixels' offsets; or it is all lines in place.
+  Lines run_lines(int64_t run, int64_t region_columns) const {
     const int64_t in_row = q.kernel[1] / layout.taps_in_run();
-    return (run / in_row * q.dilation[0] * region_columns + run % in_row * q.dilation[1]) * channels;
+    const int64_t base = (run / in_row * q.dilation[0] * region_columns + run % in_row * q.dilation[1]) * channels;
+    return {base, layout.taps_in_run() * channels, 0, layout.tiles_in_run(channels)};
   }
 
-  char* input_room(int64_t tile) const { return scratch + room.input + tile * (pixels.steps() + 1) * kTileBytes; }
-  char* grad_room(int64_t i) const { return scratch + room.grad + i * (pixels.steps() + 1) * kTileBytes; }
-  bfloat16* left_room() const { return reinterpret_cast<bfloat16*>(scratch + room.left); }
+  int64_t pitch() const { return pitch_of(pixels.steps()); }
+  char* input_room(int64_t tile) const { return scratch + room.input + tile * pitch(); }
+  char* grad_room(int64_t i) const { return scratch + room.grad + i * pitch(); }
+  bfloat16* gathered_room() const { return reinterpret_cast<bfloat16*>(scratch + room.gathered); }
 
   void add_tile(int64_t tile, bool begins, bool ends) {
     const int64_t out_pixels = q.out_height * q.out_width, in_image = ceil_div(out_pixels, q.tile_pixels);
@@ -471,15 +506,14 @@ struct Task {
     pixels.images = min(q.tile_images, q.batch - pixels.image);
     pixels.begin = tile % in_image * q.tile_pixels;
     pixels.pixels = min(q.tile_pixels, out_pixels - pixels.begin);
-    const bool few = (layout.grad_planes() && q.out_per_group < kLines) || (layout.input_planes() && channels < kLines);
-    pixels.whole = few ? 0 : pixels.pixels / kStep * kStep;
+    pixels.whole = pixels.pixels / kStep * kStep;
     row = pixels.begin / q.out_width;
     rows = (pixels.begin + pixels.pixels - 1) / q.out_width - row + 1;
 
     auto* grad_offsets = reinterpret_cast<int64_t*>(scratch + room.grad_offsets);
     const bfloat16* grad_from = static_cast<const bfloat16*>(q.grad_output) + pixels.image * q.grad_stride[0] +
                                 q.runs[0].group * q.out_per_group * q.grad_stride[1];
-    grad = {layout.grad_planes(), grad_from, q.grad_stride[1], q.grad_stride[0], grad_offsets};
+    grad = {layout.grad_planes(), grad_from, q.grad_stride[1], q.grad_stride[0], grad_offsets, true};
     if (grad.adjacent_pixels) {
       grad.from += pixels.begin;
     } else {
@@ -495,10 +529,11 @@ struct Task {
       pack_region(region, region_rows, region_columns);
       const int64_t line = region_columns * channels;
       put_offsets(input_offsets, region_rows * line, layout.step(0) * line, layout.step(1) * channels);
-      input = {false, region, 0, 0, input_offsets};
+      input = {false, region, 0, 0, input_offsets, false};
     } else {
-      input = {layout.input_planes(), input_at(pixels.image, channel), q.input_stride[1], q.input_stride[0],
-               input_offsets};
+      input = {layout.input_planes(), input_at(pixels.image, channel),
+               q.input_stride[1],     q.input_stride[0],
+               input_offsets,         true};
       if (input.adjacent_pixels) {
         input.from += pixels.begin;
       } else {
@@ -507,58 +542,51 @@ struct Task {
       }
     }
 
-    // The input's tiles, as segments only where they lie in memory.
-    Segment segments[kPixels / kStep + 1], *const s = segments;
-    for (int64_t t = 0; t < input_tiles; t++) {
-      const Lines lines = lines_of(t);
-      const int64_t line = lines.begin + run_offset(lines.run, region_columns);
-      if (!input_is_a)
-        input.as_b(pixels, line, lines.count, input_room(t), left_room());
-      else if (!input.adjacent_pixels)
-        input.as_a(pixels, line, lines.count, input_room(t), s, 0);
-      else if (pixels.left() > 0)
-        input.gather_left(pixels, line, lines.count, reinterpret_cast<bfloat16*>(input_room(t)));
+    for (int64_t run = 0; run < layout.runs(); run++) {
+      const Lines lines = run_lines(run, region_columns);
+      char* to = input_room(run * lines.tiles);
+      if (input_is_a)
+        input.to_a(pixels, lines, to, pitch());
+      else
+        input.to_b(pixels, lines, to, pitch(), gathered_room());
     }
     if (bias)
       for (int64_t i = 0; i < pixels.steps() * kTileBytes; i += 64)
         store_operand(reinterpret_cast<bfloat16*>(input_room(input_tiles) + i), ones<bfloat16>());
 
-    for (int64_t u = 0; u < layout.grad_tiles(); u += 2) {
-      const int us = u + 1 < layout.grad_tiles() ? 2 : 1;
-      int64_t count = 0;
-      for (int i = 0; i < us; i++) {
-        if (input_is_a)
-          grad.as_b(pixels, output_of(u + i), outputs_of(u + i), grad_room(i), left_room());
-        else
-          count = grad.as_a(pixels, output_of(u + i), outputs_of(u + i), grad_room(i), s, i);
-      }
-      int ts = 2;
-      for (int64_t t = 0; t < all_input_tiles(); t += ts) {
-        ts = t + 1 < all_input_tiles() && (!input_is_a || t + 1 < input_tiles) ? 2 : 1;
-        if (input_is_a)
-          for (int i = 0; i < ts; i++) count = input_segments(t + i, s, i);
-        multiply_tiles(u, us, t, ts, s, count, begins, ends);
-      }
+    const int64_t grad_tiles = layout.grad_tiles();
+    for (int64_t group = 0; group < grad_tiles; group += kGroup) {
+      const Lines lines = grad_lines(group, min(kGroup, grad_tiles - group));
+      if (input_is_a)
+        grad.to_b(pixels, lines, grad_room(0), pitch(), gathered_room());
+      else
+        grad.to_a(pixels, lines, grad_room(0), pitch());
+      for (int64_t u = 0; u < lines.tiles; u += 2) multiply_all(lines, u, u + 1 < lines.tiles ? 2 : 1, begins, ends);
     }
   }
 
-  // Segments of a tile of the input in form A, which add_tile() has made.
-  int64_t input_segments(int64_t t, Segment* s, int which) const {
-    if (!input.adjacent_pixels || t == input_tiles)
-      return Matrix::put(s, 0, which, input_room(t), 64, kTileBytes, pixels.steps());
+  // One or two tiles of a group of grad_output's with all of the input's.
+  void multiply_all(const Lines& lines, int64_t u, int us, bool begins, bool ends) const {
+    Segment segments[kPixels / kStep + 1];
     int64_t count = 0;
-    const bfloat16* from = input.from + lines_of(t).begin * input.line;
-    if (pixels.whole > 0)
-      for (int64_t n = 0; n < pixels.images; n++)
-        count = Matrix::put(s, count, which, reinterpret_cast<const char*>(from + n * input.image), input.line * 2, 64,
-                            pixels.whole / kStep);
-    if (pixels.left() > 0)
-      count = Matrix::put(s, count, which, input_room(t), Matrix::left_line(pixels) * 2, 64, pixels.left_steps());
-    return count;
+    if (!input_is_a)
+      for (int i = 0; i < us; i++)
+        count = grad.segments(pixels, lines, lines.tile + u + i, grad_room(u + i), segments, i);
+    const Lines run = run_lines(0, 0);
+    for (int64_t t = 0; t < all_input_tiles();) {
+      // The tile of the bias lies elsewhere than planes do.
+      const int ts = t + 1 < (input_is_a ? input_tiles : all_input_tiles()) ? 2 : 1;
+      if (input_is_a)
+        for (int i = 0; i < ts; i++)
+          count = t == input_tiles ? Matrix::put(segments, 0, i, input_room(t), 64, kTileBytes, pixels.steps())
+                                   : input.segments(pixels, run, t + i, input_room(t + i), segments, i);
+      multiply_tiles(lines.tile + u, us, t, ts, segments, count, grad_room(u), begins, ends);
+      t += ts;
+    }
   }
 
-  void multiply_tiles(int64_t u, int us, int64_t t, int ts, const Segment* segments, int64_t count, bool begins,
-                      bool ends) const {
+  void multiply_tiles(int64_t u, int us, int64_t t, int ts, const Segment* segments, int64_t count, const char* grad_b,
+                      bool begins, bool ends) const {
     auto* all_sums = reinterpret_cast<float*>(scratch + room.sums);
     const bool kept = layout.tiles_in_slice() > 1;
     const int as = input_is_a ? ts : us, bs = input_is_a ? us : ts;
@@ -568,12 +596,11 @@ struct Task {
         const int64_t at = (u + (input_is_a ? b : a)) * all_input_tiles() + t + (input_is_a ? a : b);
         sums[2 * a + b] = all_sums + (kept ? at : 2 * a + b) * kTileSums;
       }
-    const char* b0 = input_is_a ? grad_room(0) : input_room(t);
-    const char* b1 = input_is_a ? grad_room(bs - 1) : input_room(t + bs - 1);
+    const char* b0 = input_is_a ? grad_b : input_room(t);
     const auto call = as == 2   ? bs == 2 ? &multiply<2, 2> : &multiply<2, 1>
                       : bs == 2 ? &multiply<1, 2>
                                 : &multiply<1, 1>;
-    call(segments, count, b0, b1, sums, begins ? nullptr : sums);
+    call(segments, count, b0, b0 + pitch(), sums, begins ? nullptr : sums);
     if (!ends) return;
     for (int a = 0; a < as; a++)
       for (int b = 0; b < bs; b++) put_result(u + (input_is_a ? b : a), t + (input_is_a ? a : b), sums[2 * a + b]);
@@ -586,12 +613,13 @@ struct Task {
       sums = reinterpret_cast<const float*>(turned);
     }
     const int64_t output = output_of(u);
-    const int outputs = static_cast<int>(outputs_of(u));
+    const int outputs = static_cast<int>(min(kLines, q.out_per_group - output));
     if (t == input_tiles) return store_first(bias + output, load(sums), outputs);
-    const Lines lines = lines_of(t);
-    const int64_t taps = q.kernel[0] * q.kernel[1];
-    int64_t tap = lines.run * layout.taps_in_run() + lines.begin / channels, c = lines.begin % channels;
-    for (int64_t i = 0; i < lines.count; i++) {
+    const int64_t taps = q.kernel[0] * q.kernel[1], lines = layout.taps_in_run() * channels;
+    const int64_t run = t / layout.tiles_in_run(channels);
+    const int64_t begin = input.begin_of(lines, t % layout.tiles_in_run(channels));
+    int64_t tap = run * layout.taps_in_run() + begin / channels, c = begin % channels;
+    for (int64_t i = 0; i < min(kLines, lines - begin); i++) {
       store_first(partial + ((channel + c) * taps + tap) * q.out_per_group + output, load(sums + i * kLines), outputs);
       if (++c == channels) c = 0, tap++;
     }
