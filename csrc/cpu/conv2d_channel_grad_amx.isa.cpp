@@ -17,9 +17,10 @@ constexpr int64_t kStep = 32;         // pixels of a tile
 constexpr int64_t kLines = 16;        // rows of form A, columns of form B
 constexpr int64_t kTileBytes = 1024;  // 16 lines of 32 elements, or 16 x 16 sums
 constexpr int64_t kTileSums = 256;
-constexpr int64_t kPixels = 512;         // the most that are summed at a time: 32 outputs of them fit into 32 KB
+constexpr int64_t kPixels = 256;         // the most that are summed at a time: 32 lines of both matrices fit into 32 KB
 constexpr int64_t kGroup = 4;            // tiles of grad_output that are brought into their form together
-constexpr int64_t kMaxInputTiles = 32;   // 512 KB in their form
+constexpr int64_t kMaxInputTiles = 40;   // 640 KB in their form
+constexpr int64_t kRangeTiles = 12;      // of the input, for which reading grad_output once more is worth it
 constexpr int64_t kMaxRegion = 1 << 20;  // elements of the packed input
 
 TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -196,6 +197,7 @@ struct Matrix {
   int64_t line, image;     // where they are: distances
   const int64_t* offsets;  // where they are not: of the pixels in order
   bool distant;            // not in the caches yet
+  bool read_often;
 
   // The last tile of lines of adjacent pixels reaches back over some of the one before rather than behind them.
   int64_t begin_of(int64_t lines, int64_t tile) const {
@@ -205,9 +207,10 @@ struct Matrix {
     return from + (l.base + begin_of(l.lines, tile)) * line;
   }
 
-  // Steps of a tile of lines that are gathered from several images, or since there are less than 16 lines: all of them
-  // or those behind the whole ones. In lines of that many and one more, unused.
-  bool gathers_all(const Lines& l) const { return l.lines < kLines; }
+  // Steps of a tile of lines that are gathered: those behind the whole ones, of all images together; or all, where
+  // there are less than 16 lines, or they are read often and each element of a tile would be in two cache lines. In
+  // lines of that many and one more, unused.
+  bool gathers_all(const Lines& l) const { return l.lines < kLines || (read_often && line % 16 != 0); }
   int64_t gathered_steps(const Pixels& p, const Lines& l) const { return gathers_all(l) ? p.steps() : p.left_steps(); }
   int64_t gathered_line(const Pixels& p, const Lines& l) const { return (gathered_steps(p, l) + 1) * kStep; }
   void gather(const Pixels& p, const Lines& l, int64_t tile, bfloat16* out) const {
@@ -336,18 +339,19 @@ struct Layout {
 // into different sets of the first-level cache.
 TRADY_INLINE int64_t pitch_of(int64_t steps) { return (steps + 1) * kTileBytes + 64; }
 
-// Parts of the scratch memory, in bytes.
+// Parts of the scratch memory, in bytes. The matrix with less lines is brought into its form as a whole, the other one
+// a few tiles at a time.
 struct Room {
-  int64_t input_offsets, grad_offsets, grad, input, gathered, region, sums, bytes;
+  int64_t input_offsets, grad_offsets, whole, some, gathered, region, sums, bytes;
   explicit Room(const Layout& l) {
     const int64_t channels = l.q.range_channels, tiles = l.input_tiles(channels) + l.q.with_bias;
     const int64_t pitch = pitch_of(l.most_steps()), offsets = l.most_steps() * kStep * 8;
     bytes = 0;
     input_offsets = take(offsets);
     grad_offsets = take(offsets);
-    grad = take(kGroup * pitch);
+    some = take(kGroup * pitch);
     gathered = take(pitch);
-    input = take(tiles * pitch);
+    whole = take(min(tiles, l.grad_tiles()) * pitch);
     region = take(l.region(channels) * 2);
     sums = take((l.tiles_in_slice() > 1 ? tiles * l.grad_tiles() : 4) * kTileBytes);
   }
@@ -371,7 +375,8 @@ struct Task {
   float* bias = nullptr;
   int64_t channel = 0, channels = 0;  // of this range
   int64_t input_tiles = 0;            // without that of the bias
-  bool input_is_a = false;
+  bool input_is_a = false, input_is_whole = false;
+  int64_t some_begin = 0;  // the tile of the other matrix that is first in its room
   Pixels pixels = {};
   Matrix input = {}, grad = {};
   int64_t row = 0, rows = 0;  // of the output: those that the tile's pixels lie in
@@ -485,20 +490,46 @@ struct Task {
 
   // ---- tiles of lines ----
 
-  Lines grad_lines(int64_t tile, int64_t tiles) const { return {0, q.out_per_group, tile, tiles}; }
   int64_t output_of(int64_t tile) const { return grad.begin_of(q.out_per_group, tile); }
+  Lines grad_lines(int64_t tile, int64_t tiles) const { return {0, q.out_per_group, tile, tiles}; }
 
-  // A run of the input's lines begins `base` elements behind its pixels' offsets; or it is all lines in place.
-  Lines run_lines(int64_t run, int64_t region_columns) const {
-    const int64_t in_row = q.kernel[1] / layout.taps_in_run();
-    const int64_t base = (run / in_row * q.dilation[0] * region_columns + run % in_row * q.dilation[1]) * channels;
-    return {base, layout.taps_in_run() * channels, 0, layout.tiles_in_run(channels)};
+  // Those of the input in a run. They begin `base` elements behind the pixels' offsets.
+  Lines input_lines(int64_t tile, int64_t tiles) const {
+    const int64_t in_run = layout.tiles_in_run(channels), run = tile / in_run;
+    const int64_t in_row = q.kernel[1] / layout.taps_in_run(), columns = layout.extent(1, q.out_width);
+    const int64_t base = (run / in_row * q.dilation[0] * columns + run % in_row * q.dilation[1]) * channels;
+    return {base, layout.taps_in_run() * channels, tile % in_run, min(tiles, in_run - tile % in_run)};
   }
 
   int64_t pitch() const { return pitch_of(pixels.steps()); }
-  char* input_room(int64_t tile) const { return scratch + room.input + tile * pitch(); }
-  char* grad_room(int64_t i) const { return scratch + room.grad + i * pitch(); }
-  bfloat16* gathered_room() const { return reinterpret_cast<bfloat16*>(scratch + room.gathered); }
+  char* room_of(bool whole, int64_t tile) const {
+    return scratch + (whole ? room.whole + tile * pitch() : room.some + (tile - some_begin) * pitch());
+  }
+  char* input_room(int64_t tile) const { return room_of(input_is_whole, tile); }
+  char* grad_room(int64_t tile) const { return room_of(!input_is_whole, tile); }
+
+  void shape(const Matrix& from, bool is_a, const Lines& lines, char* to) const {
+    if (is_a)
+      from.to_a(pixels, lines, to, pitch());
+    else
+      from.to_b(pixels, lines, to, pitch(), reinterpret_cast<bfloat16*>(scratch + room.gathered));
+  }
+  void shape_grad(int64_t tile, int64_t tiles) const {
+    shape(grad, !input_is_a, grad_lines(tile, tiles), grad_room(tile));
+  }
+  void shape_input(int64_t tile, int64_t tiles) const {
+    for (const int64_t end = tile + tiles; tile < end;) {
+      char* to = input_room(tile);
+      if (tile == input_tiles) {  // grad_output's sums, for the bias
+        for (int64_t i = 0; i < pixels.steps() * kTileBytes; i += 64)
+          store_operand(reinterpret_cast<bfloat16*>(to + i), ones<bfloat16>());
+        return;
+      }
+      const Lines lines = input_lines(tile, min(end, input_tiles) - tile);
+      shape(input, input_is_a, lines, to);
+      tile += lines.tiles;
+    }
+  }
 
   void add_tile(int64_t tile, bool begins, bool ends) {
     const int64_t out_pixels = q.out_height * q.out_width, in_image = ceil_div(out_pixels, q.tile_pixels);
@@ -513,7 +544,8 @@ struct Task {
     auto* grad_offsets = reinterpret_cast<int64_t*>(scratch + room.grad_offsets);
     const bfloat16* grad_from = static_cast<const bfloat16*>(q.grad_output) + pixels.image * q.grad_stride[0] +
                                 q.runs[0].group * q.out_per_group * q.grad_stride[1];
-    grad = {layout.grad_planes(), grad_from, q.grad_stride[1], q.grad_stride[0], grad_offsets, true};
+    grad = {layout.grad_planes(), grad_from, q.grad_stride[1],     q.grad_stride[0],
+            grad_offsets,         true,      all_input_tiles() > 4};
     if (grad.adjacent_pixels) {
       grad.from += pixels.begin;
     } else {
@@ -529,11 +561,12 @@ struct Task {
       pack_region(region, region_rows, region_columns);
       const int64_t line = region_columns * channels;
       put_offsets(input_offsets, region_rows * line, layout.step(0) * line, layout.step(1) * channels);
-      input = {false, region, 0, 0, input_offsets, false};
+      input = {false, region, 0, 0, input_offsets, false, false};
     } else {
-      input = {layout.input_planes(), input_at(pixels.image, channel),
-               q.input_stride[1],     q.input_stride[0],
-               input_offsets,         true};
+      input = {layout.input_planes(),  input_at(pixels.image, channel),
+               q.input_stride[1],      q.input_stride[0],
+               input_offsets,          true,
+               layout.grad_tiles() > 4};
       if (input.adjacent_pixels) {
         input.from += pixels.begin;
       } else {
@@ -542,68 +575,60 @@ struct Task {
       }
     }
 
-    for (int64_t run = 0; run < layout.runs(); run++) {
-      const Lines lines = run_lines(run, region_columns);
-      char* to = input_room(run * lines.tiles);
-      if (input_is_a)
-        input.to_a(pixels, lines, to, pitch());
-      else
-        input.to_b(pixels, lines, to, pitch(), gathered_room());
-    }
-    if (bias)
-      for (int64_t i = 0; i < pixels.steps() * kTileBytes; i += 64)
-        store_operand(reinterpret_cast<bfloat16*>(input_room(input_tiles) + i), ones<bfloat16>());
-
-    const int64_t grad_tiles = layout.grad_tiles();
-    for (int64_t group = 0; group < grad_tiles; group += kGroup) {
-      const Lines lines = grad_lines(group, min(kGroup, grad_tiles - group));
-      if (input_is_a)
-        grad.to_b(pixels, lines, grad_room(0), pitch(), gathered_room());
-      else
-        grad.to_a(pixels, lines, grad_room(0), pitch());
-      for (int64_t u = 0; u < lines.tiles; u += 2) multiply_all(lines, u, u + 1 < lines.tiles ? 2 : 1, begins, ends);
+    const int64_t whole = input_is_whole ? all_input_tiles() : layout.grad_tiles();
+    const int64_t others = input_is_whole ? layout.grad_tiles() : all_input_tiles();
+    input_is_whole ? shape_input(0, whole) : shape_grad(0, whole);
+    for (some_begin = 0; some_begin < others; some_begin += kGroup) {
+      const int64_t end = min(others, some_begin + kGroup);
+      input_is_whole ? shape_grad(some_begin, end - some_begin) : shape_input(some_begin, end - some_begin);
+      int64_t is, js;
+      for (int64_t i = some_begin; i < end; i += is) {
+        is = input_is_whole ? pair_at(i, end) : input_pair_at(i, end);
+        for (int64_t j = 0; j < whole; j += js) {
+          js = input_is_whole ? input_pair_at(j, whole) : pair_at(j, whole);
+          if (input_is_whole)
+            multiply_tiles(i, is, j, js, begins, ends);
+          else
+            multiply_tiles(j, js, i, is, begins, ends);
+        }
+      }
     }
   }
+  static int64_t pair_at(int64_t tile, int64_t end) { return min(2, end - tile); }
+  // The tile for the bias lies elsewhere than planes do.
+  int64_t input_pair_at(int64_t tile, int64_t end) const {
+    return pair_at(tile, input_is_a && tile < input_tiles ? min(end, input_tiles) : end);
+  }
 
-  // One or two tiles of a group of grad_output's with all of the input's.
-  void multiply_all(const Lines& lines, int64_t u, int us, bool begins, bool ends) const {
+  // One or two tiles of grad_output with one or two of the input.
+  void multiply_tiles(int64_t u, int64_t us, int64_t t, int64_t ts, bool begins, bool ends) const {
     Segment segments[kPixels / kStep + 1];
     int64_t count = 0;
-    if (!input_is_a)
-      for (int i = 0; i < us; i++)
-        count = grad.segments(pixels, lines, lines.tile + u + i, grad_room(u + i), segments, i);
-    const Lines run = run_lines(0, 0);
-    for (int64_t t = 0; t < all_input_tiles();) {
-      // The tile of the bias lies elsewhere than planes do.
-      const int ts = t + 1 < (input_is_a ? input_tiles : all_input_tiles()) ? 2 : 1;
-      if (input_is_a)
-        for (int i = 0; i < ts; i++)
-          count = t == input_tiles ? Matrix::put(segments, 0, i, input_room(t), 64, kTileBytes, pixels.steps())
-                                   : input.segments(pixels, run, t + i, input_room(t + i), segments, i);
-      multiply_tiles(lines.tile + u, us, t, ts, segments, count, grad_room(u), begins, ends);
-      t += ts;
+    for (int i = 0; i < (input_is_a ? ts : us); i++) {
+      if (!input_is_a)
+        count = grad.segments(pixels, grad_lines(u, us), u + i, grad_room(u + i), segments, i);
+      else if (t == input_tiles)
+        count = Matrix::put(segments, 0, i, input_room(t), 64, kTileBytes, pixels.steps());
+      else
+        count = input.segments(pixels, input_lines(t, ts), t + i, input_room(t + i), segments, i);
     }
-  }
-
-  void multiply_tiles(int64_t u, int us, int64_t t, int ts, const Segment* segments, int64_t count, const char* grad_b,
-                      bool begins, bool ends) const {
     auto* all_sums = reinterpret_cast<float*>(scratch + room.sums);
     const bool kept = layout.tiles_in_slice() > 1;
-    const int as = input_is_a ? ts : us, bs = input_is_a ? us : ts;
+    const int64_t as = input_is_a ? ts : us, bs = input_is_a ? us : ts;
     float* sums[4];
-    for (int a = 0; a < as; a++)
-      for (int b = 0; b < bs; b++) {
+    for (int64_t a = 0; a < as; a++)
+      for (int64_t b = 0; b < bs; b++) {
         const int64_t at = (u + (input_is_a ? b : a)) * all_input_tiles() + t + (input_is_a ? a : b);
         sums[2 * a + b] = all_sums + (kept ? at : 2 * a + b) * kTileSums;
       }
-    const char* b0 = input_is_a ? grad_b : input_room(t);
+    const char* b0 = input_is_a ? grad_room(u) : input_room(t);
     const auto call = as == 2   ? bs == 2 ? &multiply<2, 2> : &multiply<2, 1>
                       : bs == 2 ? &multiply<1, 2>
                                 : &multiply<1, 1>;
     call(segments, count, b0, b0 + pitch(), sums, begins ? nullptr : sums);
     if (!ends) return;
-    for (int a = 0; a < as; a++)
-      for (int b = 0; b < bs; b++) put_result(u + (input_is_a ? b : a), t + (input_is_a ? a : b), sums[2 * a + b]);
+    for (int64_t a = 0; a < as; a++)
+      for (int64_t b = 0; b < bs; b++) put_result(u + (input_is_a ? b : a), t + (input_is_a ? a : b), sums[2 * a + b]);
   }
 
   void put_result(int64_t u, int64_t t, const float* sums) const {
@@ -634,6 +659,7 @@ struct Task {
     input_tiles = layout.input_tiles(channels);
     // What lies in form A stays; otherwise the smaller matrix is transposed.
     const bool more_input = input_tiles > layout.grad_tiles();
+    input_is_whole = input_tiles + q.with_bias <= layout.grad_tiles();
     input_is_a = layout.grad_planes() ? layout.input_planes() && more_input : layout.input_planes() || !more_input;
     const int64_t begin = q.tiles * slice / q.slices, end = q.tiles * (slice + 1) / q.slices;
     for (int64_t tile = begin; tile < end; tile++) add_tile(tile, tile == begin, tile + 1 == end);
@@ -665,11 +691,15 @@ bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
                                 layout.region(ceil_div(q.selected, least)) > kMaxRegion))
     least++;
   if (layout.region(ceil_div(q.selected, least)) > kMaxRegion) return false;
-  const int64_t cycles = q.tiles * layout.most_steps() * layout.grad_tiles() * layout.input_tiles(q.selected) * 16;
+  // Of a step of a tile of grad_output: tiles of 16 cycles, and 1 KB that is read.
+  const int64_t cycles =
+      q.tiles * layout.most_steps() * layout.grad_tiles() * (layout.input_tiles(q.selected) * 16 + 100);
   const int64_t tasks = clamp(cycles / kTaskCycles, 1, kTasks);
   const int64_t elements = q.selected * q.out_per_group * q.kernel[0] * q.kernel[1];
-  q.slices = clamp(min(tasks, kPartialElements / elements), 1, q.tiles);
-  q.ranges = max(least, min(tasks / q.slices, layout.input_tiles(q.selected) / 8));
+  // A slice writes all results once more, about one a cycle; that may be a tenth of the work.
+  const int64_t most = cycles / 10 / elements;
+  q.slices = clamp(min(tasks, min(most, kPartialElements / elements)), 1, q.tiles);
+  q.ranges = max(least, min(tasks / q.slices, layout.input_tiles(q.selected) / kRangeTiles));
   q.ranges = min(q.ranges, q.selected);
   q.range_channels = ceil_div(q.selected, q.ranges);
   q.tasks = q.slices * q.ranges;
