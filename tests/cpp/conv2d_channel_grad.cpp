@@ -206,6 +206,8 @@ TRADY_TEST(conv2d_channel_grad) {
       }
     }
   }
+  if (std::string(isa_name(current_isa())) == "avx512_amx")
+    expect(loops.count(TRADY_KERNEL(conv2d_channel_grad_amx)), "expected the loop of matrix tiles to run");
   for (const Conv2dChannelGradLoop loop :
        {TRADY_KERNEL(conv2d_channel_grad), TRADY_KERNEL(conv2d_channel_grad_channels_last),
         TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last)}) {
