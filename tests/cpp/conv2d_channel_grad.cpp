@@ -215,5 +215,43 @@ TRADY_TEST(conv2d_channel_grad) {
   }
 }
 
+#if defined(__x86_64__)
+// LDTILECFG [rax] and STTILECFG [rax]: as bytes, since a compiler may not know them.
+void load_tiles(const unsigned char* from) {
+  asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" ::"a"(from) : "memory");
+}
+void store_tiles(unsigned char* to) { asm volatile(".byte 0xc4, 0xe2, 0x79, 0x49, 0x00" ::"a"(to) : "memory"); }
+
+// Others of this thread, such as oneDNN, rely on the configuration of its tiles.
+TRADY_TEST(conv2d_channel_grad_leaves_tiles_as_they_were) {
+  if (isa_name(current_isa()) != std::string("avx512_amx")) return;
+  Problem p({"", 2, 20, 20, {7, 7}, first(20)}, Dtype::bfloat16, true, 0);
+  const Array input = random_array(Dtype::bfloat16, p.in.count);
+  const Array grad_output = random_array(Dtype::bfloat16, p.out.count);
+  p.q.input = input.at(0);
+  p.q.grad_output = grad_output.at(0);
+  const auto loop = plan(p.q);
+  expect(loop == TRADY_KERNEL(conv2d_channel_grad_amx), "expected the loop of matrix tiles");
+  Array partial(Dtype::float32, p.q.slices * 20 * 20 * 9);
+  const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, (p.q.scratch * 4 + 127) / 64 * 64),
+                                                       &std::free);
+  for (const int palette : {1, 0}) {
+    // Palette 0 is no configuration; otherwise some tiles of 5 lines of 20 bytes.
+    alignas(64) unsigned char before[64] = {}, after[64] = {};
+    before[0] = static_cast<unsigned char>(palette);
+    for (int tile = 0; tile < 3 * palette; ++tile) {
+      before[16 + 2 * tile] = 20;
+      before[48 + tile] = 5;
+    }
+    load_tiles(before);
+    loop(p.q, 0, partial.at(0), scratch.get());
+    store_tiles(after);
+    for (int i = 0; i < 64; ++i)
+      expect(before[i] == after[i], "byte ", i, " of the configuration: got ", int{after[i]}, ", expected ",
+             int{before[i]});
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace trady
