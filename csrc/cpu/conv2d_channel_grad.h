@@ -36,7 +36,7 @@ struct Conv2dChannelGrad {
   int64_t tile_rows, tile_columns;  // elsewhere
   int64_t tiles;
   int64_t slices, ranges, range_outputs;
-  int64_t range_channels;  // where ranges are of channels: the most of one
+  int64_t range_channels;  // where ranges are of channels: of all but the last
   int64_t tasks;
   int64_t scratch;  // elements of the accumulation type that a task needs
   // Results lie as (slices, k, kh, kw, C'/groups), otherwise as (slices, k, C'/groups, kh, kw).

@@ -20,7 +20,7 @@ constexpr int64_t kTileSums = 256;
 constexpr int64_t kPixels = 256;         // the most that are summed at a time: 32 lines of both matrices fit into 32 KB
 constexpr int64_t kGroup = 4;            // tiles of grad_output that are brought into their form together
 constexpr int64_t kMaxInputTiles = 40;   // 640 KB in their form
-constexpr int64_t kRangeTiles = 12;      // of the input, for which reading grad_output once more is worth it
+constexpr int64_t kRangeTiles = 24;      // of the input, for which reading grad_output once more is worth it
 constexpr int64_t kMaxRegion = 1 << 20;  // elements of the packed input
 
 TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -352,7 +352,7 @@ struct Room {
     some = take(kGroup * pitch);
     gathered = take(pitch);
     whole = take(min(tiles, l.grad_tiles()) * pitch);
-    region = take(l.region(channels) * 2);
+    region = take(l.region(channels) * 2 + 64);
     sums = take((l.tiles_in_slice() > 1 ? tiles * l.grad_tiles() : 4) * kTileBytes);
   }
   int64_t take(int64_t size) {
@@ -441,12 +441,11 @@ struct Task {
       }
     }
   }
+  // Whole vectors are written, and what is too far overwritten by what comes behind.
   static void copy(bfloat16* out, const bfloat16* in, int64_t count) {
     int64_t i = 0;
     for (; i + kStep <= count; i += kStep) store_operand(out + i, load_operand(in + i));
-    if (i < count)
-      _mm512_mask_storeu_epi16(out + i, first(count - i),
-                               (__m512i)load_first_operand(in + i, static_cast<int>(count - i)));
+    if (i < count) store_operand(out + i, load_first_operand(in + i, static_cast<int>(count - i)));
   }
   // count <= kStep elements, a vector of them written.
   static void copy_step(bfloat16* out, const bfloat16* in, int64_t step, int64_t count) {
@@ -654,8 +653,8 @@ struct Task {
     const int64_t range = task % q.ranges, slice = task / q.ranges;
     partial = all_partial + slice * q.selected * q.out_per_group * q.kernel[0] * q.kernel[1];
     bias = q.with_bias && range == 0 ? static_cast<float*>(q.bias) + slice * q.out_per_group : nullptr;
-    channel = q.selected * range / q.ranges;
-    channels = q.selected * (range + 1) / q.ranges - channel;
+    channel = range * q.range_channels;
+    channels = min(q.range_channels, q.selected - channel);
     input_tiles = layout.input_tiles(channels);
     // What lies in form A stays; otherwise the smaller matrix is transposed.
     const bool more_input = input_tiles > layout.grad_tiles();
@@ -689,12 +688,17 @@ bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
 
-  // Ranges of channels, each of which reads all of grad_output.
-  int64_t least = ceil_div(layout.input_tiles(q.selected), kMaxInputTiles);
-  while (least < q.selected && (layout.input_tiles(ceil_div(q.selected, least)) > kMaxInputTiles ||
-                                layout.region(ceil_div(q.selected, least)) > kMaxRegion))
-    least++;
-  if (layout.region(ceil_div(q.selected, least)) > kMaxRegion) return false;
+  // Ranges of channels, each of which reads all of grad_output. Whole tiles of them.
+  const auto channels_of = [&](int64_t ranges) {
+    const int64_t channels = ceil_div(q.selected, ranges);
+    return min(q.selected, ceil_div(channels, kLines) * kLines);
+  };
+  const auto fits = [&](int64_t channels) {
+    return layout.input_tiles(channels) <= kMaxInputTiles && layout.region(channels) <= kMaxRegion;
+  };
+  int64_t least = 1;
+  while (channels_of(least) > kLines && !fits(channels_of(least))) least++;
+  if (layout.region(channels_of(least)) > kMaxRegion) return false;
   // Of a step of a tile of grad_output: tiles of 16 cycles, and 1 KB that is read.
   const int64_t cycles =
       q.tiles * layout.most_steps() * layout.grad_tiles() * (layout.input_tiles(q.selected) * 16 + 100);
@@ -703,10 +707,8 @@ bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
   // A slice writes all results once more, at about one a cycle: that may be a sixth of the work.
   const int64_t most = cycles / 6 / elements;
   q.slices = clamp(min(tasks, min(most, kPartialElements / elements)), 1, q.tiles);
-  q.ranges = max(least, min(tasks / q.slices, layout.input_tiles(q.selected) / kRangeTiles));
-  if (q.ranges > 1 && q.slices * q.ranges % 2 == 1) q.ranges++;  // for two threads
-  q.ranges = min(q.ranges, q.selected);
-  q.range_channels = ceil_div(q.selected, q.ranges);
+  q.range_channels = channels_of(max(least, min(tasks / q.slices, layout.input_tiles(q.selected) / kRangeTiles)));
+  q.ranges = ceil_div(q.selected, q.range_channels);
   q.tasks = q.slices * q.ranges;
   q.outputs_last = true;
   q.scratch = ceil_div(Room(layout).bytes, 4);
