@@ -376,6 +376,8 @@ struct Task {
   int64_t channel = 0, channels = 0;  // of this range
   int64_t input_tiles = 0;            // without that of the bias
   bool input_is_a = false, input_is_whole = false;
+  bool keeps_sums = false;  // from tile to tile of pixels
+  int64_t pitch = 0;
   int64_t some_begin = 0;  // the tile of the other matrix that is first in its room
   Pixels pixels = {};
   Matrix input = {}, grad = {};
@@ -500,18 +502,17 @@ struct Task {
     return {base, layout.taps_in_run() * channels, tile % in_run, min(tiles, in_run - tile % in_run)};
   }
 
-  int64_t pitch() const { return pitch_of(pixels.steps()); }
   char* room_of(bool whole, int64_t tile) const {
-    return scratch + (whole ? room.whole + tile * pitch() : room.some + (tile - some_begin) * pitch());
+    return scratch + (whole ? room.whole + tile * pitch : room.some + (tile - some_begin) * pitch);
   }
   char* input_room(int64_t tile) const { return room_of(input_is_whole, tile); }
   char* grad_room(int64_t tile) const { return room_of(!input_is_whole, tile); }
 
   void shape(const Matrix& from, bool is_a, const Lines& lines, char* to) const {
     if (is_a)
-      from.to_a(pixels, lines, to, pitch());
+      from.to_a(pixels, lines, to, pitch);
     else
-      from.to_b(pixels, lines, to, pitch(), reinterpret_cast<bfloat16*>(scratch + room.gathered));
+      from.to_b(pixels, lines, to, pitch, reinterpret_cast<bfloat16*>(scratch + room.gathered));
   }
   void shape_grad(int64_t tile, int64_t tiles) const {
     shape(grad, !input_is_a, grad_lines(tile, tiles), grad_room(tile));
@@ -537,6 +538,7 @@ struct Task {
     pixels.begin = tile % in_image * q.tile_pixels;
     pixels.pixels = min(q.tile_pixels, out_pixels - pixels.begin);
     pixels.whole = pixels.pixels / kStep * kStep;
+    pitch = pitch_of(pixels.steps());
     row = pixels.begin / q.out_width;
     rows = (pixels.begin + pixels.pixels - 1) / q.out_width - row + 1;
 
@@ -612,19 +614,18 @@ struct Task {
         count = input.segments(pixels, input_lines(t, ts), t + i, input_room(t + i), segments, i);
     }
     auto* all_sums = reinterpret_cast<float*>(scratch + room.sums);
-    const bool kept = layout.tiles_in_slice() > 1;
     const int64_t as = input_is_a ? ts : us, bs = input_is_a ? us : ts;
     float* sums[4];
     for (int64_t a = 0; a < as; a++)
       for (int64_t b = 0; b < bs; b++) {
         const int64_t at = (u + (input_is_a ? b : a)) * all_input_tiles() + t + (input_is_a ? a : b);
-        sums[2 * a + b] = all_sums + (kept ? at : 2 * a + b) * kTileSums;
+        sums[2 * a + b] = all_sums + (keeps_sums ? at : 2 * a + b) * kTileSums;
       }
     const char* b0 = input_is_a ? grad_room(u) : input_room(t);
     const auto call = as == 2   ? bs == 2 ? &multiply<2, 2> : &multiply<2, 1>
                       : bs == 2 ? &multiply<1, 2>
                                 : &multiply<1, 1>;
-    call(segments, count, b0, b0 + pitch(), sums, begins ? nullptr : sums);
+    call(segments, count, b0, b0 + pitch, sums, begins ? nullptr : sums);
     if (!ends) return;
     for (int64_t a = 0; a < as; a++)
       for (int64_t b = 0; b < bs; b++) put_result(u + (input_is_a ? b : a), t + (input_is_a ? a : b), sums[2 * a + b]);
@@ -656,6 +657,7 @@ struct Task {
     channel = range * q.range_channels;
     channels = min(q.range_channels, q.selected - channel);
     input_tiles = layout.input_tiles(channels);
+    keeps_sums = layout.tiles_in_slice() > 1;
     // What lies in form A stays; otherwise the smaller matrix is transposed.
     const bool more_input = input_tiles > layout.grad_tiles();
     input_is_whole = input_tiles + q.with_bias <= layout.grad_tiles();
