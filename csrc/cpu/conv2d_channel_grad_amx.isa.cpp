@@ -17,7 +17,9 @@ constexpr int64_t kStep = 32;         // pixels of a tile
 constexpr int64_t kLines = 16;        // rows of form A, columns of form B
 constexpr int64_t kTileBytes = 1024;  // 16 lines of 32 elements, or 16 x 16 sums
 constexpr int64_t kTileSums = 256;
-constexpr int64_t kPixels = 256;         // the most that are summed at a time: 32 lines of both matrices fit into 32 KB
+// The most pixels that are summed at a time: 32 lines of both matrices fit into 32 KB. Where the sums themselves are
+// more than the second-level cache holds, they should be read and written less often.
+constexpr int64_t kPixels = 256, kPixelsOfMany = 512, kManySums = 1536 * kTileSums;
 constexpr int64_t kGroup = 4;            // tiles of grad_output that are brought into their form together
 constexpr int64_t kMaxInputTiles = 40;   // 640 KB in their form
 constexpr int64_t kRangeTiles = 24;      // of the input, for which reading grad_output once more is worth it
@@ -603,7 +605,7 @@ struct Task {
 
   // One or two tiles of grad_output with one or two of the input.
   void multiply_tiles(int64_t u, int64_t us, int64_t t, int64_t ts, bool begins, bool ends) const {
-    Segment segments[kPixels / kStep + 1];
+    Segment segments[kPixelsOfMany / kStep + 1];
     int64_t count = 0;
     for (int i = 0; i < (input_is_a ? ts : us); i++) {
       if (!input_is_a)
@@ -680,13 +682,16 @@ bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
   const int64_t least_lines = !layout.is_point() ? 18 : layout.grad_planes() ? 5 : 10;
   if (q.selected * q.kernel[0] * q.kernel[1] < least_lines) return false;
   const int64_t pixels = q.out_height * q.out_width;
-  if (pixels <= kPixels) {
-    const int64_t images = clamp(kPixels / pixels, 1, q.batch);
+  if (q.batch * pixels < kStep) return false;
+  const int64_t sums = layout.grad_tiles() * min(layout.input_tiles(q.selected), kMaxInputTiles) * kTileSums;
+  const int64_t most_pixels = sums > kManySums ? kPixelsOfMany : kPixels;
+  if (pixels <= most_pixels) {
+    const int64_t images = clamp(most_pixels / pixels, 1, q.batch);
     q.tile_images = ceil_div(q.batch, ceil_div(q.batch, images));
     q.tile_pixels = pixels;
   } else {
     q.tile_images = 1;
-    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, kPixels)), kStep) * kStep;
+    q.tile_pixels = ceil_div(ceil_div(pixels, ceil_div(pixels, most_pixels)), kStep) * kStep;
   }
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
 
