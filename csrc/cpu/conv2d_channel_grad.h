@@ -79,7 +79,7 @@ TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise, const trady::Conv2dCha
                      void* partial, void* scratch)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise_channels_last, const trady::Conv2dChannelGrad& problem,
                      int64_t task, void* partial, void* scratch)
-// bfloat16 on CPUs with AMX: whether that loop takes the problem; if so the plan is made.
+// bfloat16 on CPUs with AMX: whether that loop takes the problem; if so the plan is made. (linear_channel_grad too.)
 TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_amx_plan, trady::Conv2dChannelGrad& problem)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_amx, const trady::Conv2dChannelGrad& problem, int64_t task,
                      void* partial, void* scratch)

@@ -677,10 +677,6 @@ bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
   constexpr int64_t kTasks = 16, kTaskCycles = 25000, kPartialElements = 1 << 20;
   const Layout layout{q};
   if (q.dtype != Dtype::bfloat16 || q.run_count != 1 || q.out_per_group < 8 || !layout.readable()) return false;
-  // With few lines the tiles are mostly empty, and what counts is how fast grad_output is read: the other loops', which
-  // need not bring it into any form. Measured on the layers of ResNet-50 and MobileNetV2 at batch 8.
-  const int64_t least_lines = !layout.is_point() ? 18 : layout.grad_planes() ? 5 : 10;
-  if (q.selected * q.kernel[0] * q.kernel[1] < least_lines) return false;
   const int64_t pixels = q.out_height * q.out_width;
   if (q.batch * pixels < kStep) return false;
   const int64_t sums = layout.grad_tiles() * min(layout.input_tiles(q.selected), kMaxInputTiles) * kTileSums;
