@@ -20,7 +20,6 @@ constexpr int64_t kTileSums = 256;
 // The most pixels that are summed at a time: 32 lines of both matrices fit into 32 KB. Where the sums themselves are
 // more than the second-level cache holds, they should be read and written less often.
 constexpr int64_t kPixels = 256, kPixelsOfMany = 512, kManySums = 1536 * kTileSums;
-constexpr int64_t kGroup = 4;            // tiles of grad_output that are brought into their form together
 constexpr int64_t kMaxInputTiles = 40;   // 640 KB in their form
 constexpr int64_t kRangeTiles = 24;      // of the input, for which reading grad_output once more is worth it
 constexpr int64_t kMaxRegion = 1 << 20;  // elements of the packed input
@@ -323,6 +322,17 @@ struct Layout {
   int64_t tiles_in_run(int64_t channels) const { return ceil_div(taps_in_run() * channels, kLines); }
   int64_t input_tiles(int64_t channels) const { return runs() * tiles_in_run(channels); }
   int64_t grad_tiles() const { return ceil_div(q.out_per_group, kLines); }
+  // Tiles that are brought into their form together where not all are: of grad_output, and two a run of the input.
+  int64_t group(bool of_input) const { return of_input && runs() > 1 ? 2 * runs() : 4; }
+
+  // At stride 1 what a kernel row meets at a pixel the next one meets a row of pixels before: in form B their lines are
+  // the same, so many bytes apart, if pairs of pixels stay pairs.
+  bool rows_alike() const {
+    return packs() && q.stride[0] == 1 && q.dilation[1] == 1 && q.kernel[0] > 1 && q.tile_images == 1 &&
+           down() % 2 == 0 && down() <= q.tile_pixels;  // they share the room of as many tiles
+  }
+  int64_t down() const { return q.dilation[0] * q.out_width; }
+  int64_t pixels_below() const { return rows_alike() ? (q.kernel[0] - 1) * down() : 0; }
 
   // Packed input: of an axis with one tap, only what it meets.
   int64_t step(int axis) const { return q.kernel[axis] == 1 ? 1 : q.stride[axis]; }
@@ -348,10 +358,11 @@ struct Room {
   explicit Room(const Layout& l) {
     const int64_t channels = l.q.range_channels, tiles = l.input_tiles(channels) + l.q.with_bias;
     const int64_t pitch = pitch_of(l.most_steps()), offsets = l.most_steps() * kStep * 8;
+    const bool input_is_whole = tiles <= l.grad_tiles();
     bytes = 0;
-    input_offsets = take(offsets);
+    input_offsets = take(offsets + l.pixels_below() * 8);
     grad_offsets = take(offsets);
-    some = take(kGroup * pitch);
+    some = take(l.group(!input_is_whole) * pitch);
     gathered = take(pitch);
     whole = take(min(tiles, l.grad_tiles()) * pitch);
     region = take(l.region(channels) * 2 + 64);
@@ -378,7 +389,8 @@ struct Task {
   int64_t channel = 0, channels = 0;  // of this range
   int64_t input_tiles = 0;            // without that of the bias
   bool input_is_a = false, input_is_whole = false;
-  bool keeps_sums = false;  // from tile to tile of pixels
+  bool rows_are_alike = false;  // at this tile's pixels
+  bool keeps_sums = false;      // from tile to tile of pixels
   int64_t pitch = 0;
   int64_t some_begin = 0;  // the tile of the other matrix that is first in its room
   Pixels pixels = {};
@@ -394,7 +406,7 @@ struct Task {
 
   // Offsets of the tile's pixels, in order, for distances of an image, a row and a column; the tile's first row is at
   // zero.
-  void put_offsets(int64_t* out, int64_t image, int64_t down, int64_t across) const {
+  void put_offsets(int64_t* out, int64_t image, int64_t down, int64_t across, int64_t below = 0) const {
     const auto put = [&](int64_t n, int64_t begin, int64_t end) {
       int64_t h = (pixels.begin + begin) / q.out_width, w = (pixels.begin + begin) % q.out_width;
       for (int64_t p = begin; p < end; h++, w = 0) {
@@ -403,7 +415,7 @@ struct Task {
         for (; p < stop; p++, at += across) *out++ = at;
       }
     };
-    for (int64_t n = 0; n < pixels.images; n++) put(n, 0, pixels.whole);
+    for (int64_t n = 0; n < pixels.images; n++) put(n, 0, pixels.whole + below);
     for (int64_t n = 0; n < pixels.images; n++) put(n, pixels.whole, pixels.pixels);
   }
 
@@ -496,41 +508,49 @@ struct Task {
   int64_t output_of(int64_t tile) const { return grad.begin_of(q.out_per_group, tile); }
   Lines grad_lines(int64_t tile, int64_t tiles) const { return {0, q.out_per_group, tile, tiles}; }
 
-  // Those of the input in a run. They begin `base` elements behind the pixels' offsets.
-  Lines input_lines(int64_t tile, int64_t tiles) const {
-    const int64_t in_run = layout.tiles_in_run(channels), run = tile / in_run;
+  // Tiles of the input: the first of all runs, then the second of all ...; here neighbours in a run. They begin `base`
+  // elements behind the pixels' offsets.
+  Lines input_lines(int64_t run, int64_t part, int64_t parts) const {
     const int64_t in_row = q.kernel[1] / layout.taps_in_run(), columns = layout.extent(1, q.out_width);
     const int64_t base = (run / in_row * q.dilation[0] * columns + run % in_row * q.dilation[1]) * channels;
-    return {base, layout.taps_in_run() * channels, tile % in_run, min(tiles, in_run - tile % in_run)};
+    return {base, layout.taps_in_run() * channels, part, parts};
   }
 
   char* room_of(bool whole, int64_t tile) const {
     return scratch + (whole ? room.whole + tile * pitch : room.some + (tile - some_begin) * pitch);
   }
-  char* input_room(int64_t tile) const { return room_of(input_is_whole, tile); }
+  char* input_room(int64_t tile) const {
+    const int64_t run = tile % layout.runs();
+    return rows_are_alike ? room_of(input_is_whole, tile - run) + run * layout.down() / 2 * 64
+                          : room_of(input_is_whole, tile);
+  }
   char* grad_room(int64_t tile) const { return room_of(!input_is_whole, tile); }
 
-  void shape(const Matrix& from, bool is_a, const Lines& lines, char* to) const {
+  void shape(const Matrix& from, bool is_a, const Lines& lines, char* to, int64_t distance) const {
     if (is_a)
-      from.to_a(pixels, lines, to, pitch);
+      from.to_a(pixels, lines, to, distance);
     else
-      from.to_b(pixels, lines, to, pitch, reinterpret_cast<bfloat16*>(scratch + room.gathered));
+      from.to_b(pixels, lines, to, distance, reinterpret_cast<bfloat16*>(scratch + room.gathered));
   }
   void shape_grad(int64_t tile, int64_t tiles) const {
-    shape(grad, !input_is_a, grad_lines(tile, tiles), grad_room(tile));
+    shape(grad, !input_is_a, grad_lines(tile, tiles), grad_room(tile), pitch);
   }
+  // `tile` is a multiple of the runs.
   void shape_input(int64_t tile, int64_t tiles) const {
-    for (const int64_t end = tile + tiles; tile < end;) {
-      char* to = input_room(tile);
-      if (tile == input_tiles) {  // grad_output's sums, for the bias
-        for (int64_t i = 0; i < pixels.steps() * kTileBytes; i += 64)
-          store_operand(reinterpret_cast<bfloat16*>(to + i), ones<bfloat16>());
-        return;
-      }
-      const Lines lines = input_lines(tile, min(end, input_tiles) - tile);
-      shape(input, input_is_a, lines, to);
-      tile += lines.tiles;
+    const int64_t runs = layout.runs(), part = tile / runs, end = min(tile + tiles, input_tiles);
+    const int64_t parts = ceil_div(end - tile, runs);
+    if (rows_are_alike && parts > 0) {
+      const Lines lines = input_lines(0, part, parts);
+      const int64_t first_line = part * kLines;
+      interleave_pixels(input.from + first_line, input.offsets, pixels.pixels + layout.pixels_below(), 0,
+                        min(parts * kLines, lines.lines - first_line), input_room(tile), runs * pitch, false);
+    } else if (parts > 0) {
+      for (int64_t run = 0; run < runs; run++)
+        shape(input, input_is_a, input_lines(run, part, parts), input_room(tile + run), runs * pitch);
     }
+    if (tile + tiles > input_tiles)  // the sums of grad_output, for the bias
+      for (int64_t i = 0; i < pixels.steps() * kTileBytes; i += 64)
+        store_operand(reinterpret_cast<bfloat16*>(room_of(input_is_whole, input_tiles) + i), ones<bfloat16>());
   }
 
   void add_tile(int64_t tile, bool begins, bool ends) {
@@ -563,7 +583,9 @@ struct Task {
       auto* region = reinterpret_cast<bfloat16*>(scratch + room.region);
       pack_region(region, region_rows, region_columns);
       const int64_t line = region_columns * channels;
-      put_offsets(input_offsets, region_rows * line, layout.step(0) * line, layout.step(1) * channels);
+      rows_are_alike = !input_is_a && layout.rows_alike() && pixels.left() == 0 && layout.down() <= pixels.pixels;
+      put_offsets(input_offsets, region_rows * line, layout.step(0) * line, layout.step(1) * channels,
+                  rows_are_alike ? layout.pixels_below() : 0);
       input = {false, region, 0, 0, input_offsets, false, false};
     } else {
       input = {layout.input_planes(),  input_at(pixels.image, channel),
@@ -581,8 +603,9 @@ struct Task {
     const int64_t whole = input_is_whole ? all_input_tiles() : layout.grad_tiles();
     const int64_t others = input_is_whole ? layout.grad_tiles() : all_input_tiles();
     input_is_whole ? shape_input(0, whole) : shape_grad(0, whole);
-    for (some_begin = 0; some_begin < others; some_begin += kGroup) {
-      const int64_t end = min(others, some_begin + kGroup);
+    const int64_t group = layout.group(!input_is_whole);
+    for (some_begin = 0; some_begin < others; some_begin += group) {
+      const int64_t end = min(others, some_begin + group);
       input_is_whole ? shape_grad(some_begin, end - some_begin) : shape_input(some_begin, end - some_begin);
       int64_t is, js;
       for (int64_t i = some_begin; i < end; i += is) {
@@ -611,9 +634,9 @@ struct Task {
       if (!input_is_a)
         count = grad.segments(pixels, grad_lines(u, us), u + i, grad_room(u + i), segments, i);
       else if (t == input_tiles)
-        count = Matrix::put(segments, 0, i, input_room(t), 64, kTileBytes, pixels.steps());
+        count = Matrix::put(segments, 0, i, room_of(input_is_whole, t), 64, kTileBytes, pixels.steps());
       else
-        count = input.segments(pixels, input_lines(t, ts), t + i, input_room(t + i), segments, i);
+        count = input.segments(pixels, input_lines(0, t, ts), t + i, input_room(t + i), segments, i);
     }
     auto* all_sums = reinterpret_cast<float*>(scratch + room.sums);
     const int64_t as = input_is_a ? ts : us, bs = input_is_a ? us : ts;
@@ -623,11 +646,13 @@ struct Task {
         const int64_t at = (u + (input_is_a ? b : a)) * all_input_tiles() + t + (input_is_a ? a : b);
         sums[2 * a + b] = all_sums + (keeps_sums ? at : 2 * a + b) * kTileSums;
       }
-    const char* b0 = input_is_a ? grad_room(u) : input_room(t);
+    const auto b_at = [&](int64_t b) {
+      return input_is_a ? grad_room(u + b) : t + b == input_tiles ? room_of(input_is_whole, t + b) : input_room(t + b);
+    };
     const auto call = as == 2   ? bs == 2 ? &multiply<2, 2> : &multiply<2, 1>
                       : bs == 2 ? &multiply<1, 2>
                                 : &multiply<1, 1>;
-    call(segments, count, b0, b0 + pitch, sums, begins ? nullptr : sums);
+    call(segments, count, b_at(0), b_at(bs - 1), sums, begins ? nullptr : sums);
     if (!ends) return;
     for (int64_t a = 0; a < as; a++)
       for (int64_t b = 0; b < bs; b++) put_result(u + (input_is_a ? b : a), t + (input_is_a ? a : b), sums[2 * a + b]);
@@ -643,8 +668,7 @@ struct Task {
     const int outputs = static_cast<int>(min(kLines, q.out_per_group - output));
     if (t == input_tiles) return store_first(bias + output, load(sums), outputs);
     const int64_t taps = q.kernel[0] * q.kernel[1], lines = layout.taps_in_run() * channels;
-    const int64_t run = t / layout.tiles_in_run(channels);
-    const int64_t begin = input.begin_of(lines, t % layout.tiles_in_run(channels));
+    const int64_t run = t % layout.runs(), begin = input.begin_of(lines, t / layout.runs());
     int64_t tap = run * layout.taps_in_run() + begin / channels, c = begin % channels;
     for (int64_t i = 0; i < min(kLines, lines - begin); i++) {
       store_first(partial + ((channel + c) * taps + tap) * q.out_per_group + output, load(sums + i * kLines), outputs);
@@ -662,7 +686,7 @@ struct Task {
     keeps_sums = layout.tiles_in_slice() > 1;
     // What lies in form A stays; otherwise the smaller matrix is transposed.
     const bool more_input = input_tiles > layout.grad_tiles();
-    input_is_whole = input_tiles + q.with_bias <= layout.grad_tiles();
+    input_is_whole = layout.input_tiles(q.range_channels) + q.with_bias <= layout.grad_tiles();
     input_is_a = layout.grad_planes() ? layout.input_planes() && more_input : layout.input_planes() || !more_input;
     const int64_t begin = q.tiles * slice / q.slices, end = q.tiles * (slice + 1) / q.slices;
     for (int64_t tile = begin; tile < end; tile++) add_tile(tile, tile == begin, tile + 1 == end);

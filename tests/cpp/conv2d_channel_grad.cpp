@@ -60,6 +60,10 @@ const Shape SHAPES[] = {
     {"depthwise 5x5", 2, 10, 10, {14, 13}, {0, 1, 4, 9}, {5, 5}, {1, 1}, {2, 2}, {1, 1}, 10},
     {"depthwise 5x5, stride 2", 2, 10, 10, {14, 13}, {2, 3, 9}, {5, 5}, {2, 2}, {2, 2}, {1, 1}, 10},
     {"depthwise, multiplier 2", 2, 8, 16, {10, 11}, {0, 1, 2, 6, 7}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 8},
+    {"3x3, many inputs, even rows", 2, 40, 24, {16, 24}, first(40)},
+    {"3x3, many inputs, one long row a tile", 1, 20, 19, {4, 200}, first(20)},
+    {"5x3, many inputs, even rows", 2, 21, 9, {17, 22}, first(21), {5, 3}, {1, 2}, {4, 1}, {2, 1}},
+    {"3x3, many outputs, even rows", 2, 7, 150, {16, 32}, first(7)},
 };
 
 // Where element (n, c, h, w) lies, and how many elements there are to the last one.
