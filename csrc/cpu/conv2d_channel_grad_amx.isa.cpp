@@ -21,7 +21,6 @@ constexpr int64_t kTileSums = 256;
 // more than the second-level cache holds, they should be read and written less often.
 constexpr int64_t kPixels = 256, kPixelsOfMany = 512, kManySums = 1536 * kTileSums;
 constexpr int64_t kMaxInputTiles = 40;   // 640 KB in their form
-constexpr int64_t kRangeTiles = 24;      // of the input, for which reading grad_output once more is worth it
 constexpr int64_t kMaxRegion = 1 << 20;  // elements of the packed input
 
 TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -734,7 +733,12 @@ bool conv2d_channel_grad_amx_plan([[maybe_unused]] Conv2dChannelGrad& q) {
   // A slice writes all results once more, at about one a cycle: that may be a sixth of the work.
   const int64_t most = cycles / 6 / elements;
   q.slices = clamp(min(tasks, min(most, kPartialElements / elements)), 1, q.tiles);
-  q.range_channels = channels_of(max(least, min(tasks / q.slices, layout.input_tiles(q.selected) / kRangeTiles)));
+  // Reading grad_output once more is worth it for so many tiles of the input; for less up to 4 tasks, for their
+  // threads.
+  constexpr int64_t kRangeTiles = 24, kLeastRangeTiles = 8;
+  const int64_t input_tiles = layout.input_tiles(q.selected);
+  const int64_t ranges = max(input_tiles / kRangeTiles, min(4 / q.slices, input_tiles / kLeastRangeTiles));
+  q.range_channels = channels_of(max(least, min(tasks / q.slices, max(ranges, 1))));
   q.ranges = ceil_div(q.selected, q.range_channels);
   q.tasks = q.slices * q.ranges;
   q.outputs_last = true;
