@@ -105,6 +105,7 @@ X86_FLAGS = {
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
 }
+X86_FLAGS["avx512_amx"] = X86_FLAGS["avx512_bf16"] | {"amx_tile", "amx_bf16"}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")

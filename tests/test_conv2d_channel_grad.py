@@ -109,6 +109,8 @@ LARGE = (
     ConvCase("3x3", 4, 16, 70, (30, 31), 3, padding=(1, 1)),
     ConvCase("7x7 map", 8, 16, 300, (7, 7), 12, kernel_size=(1, 1)),
     ConvCase("7x7 map under 3x3", 8, 16, 300, (7, 7), 12, padding=(1, 1)),
+    ConvCase("many channels", 4, 100, 150, (30, 31), 100, padding=(1, 1), stride=(2, 2)),
+    ConvCase("many channels of a point", 4, 200, 60, (29, 28), 200, kernel_size=(1, 1)),
     ConvCase("depthwise", 4, 32, 32, (56, 56), 2, padding=(1, 1), groups=32),
 )
 
@@ -137,11 +139,12 @@ def test_bits_do_not_depend_on_threads(
     assert all(torch.equal(a, b) for a, b in zip(many, one, strict=True))
 
 
-def test_values_beyond_the_map_do_not_reach_the_sum() -> None:
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_values_beyond_the_map_do_not_reach_the_sum(dtype: torch.dtype, isa: str) -> None:
     """An infinite pixel belongs to the taps that touch it and to no other, at vector tails too."""
     case = ConvCase("3x3", 2, 4, 17, (7, 7), 2, padding=(1, 1))
     for layout in ("contiguous", "channels_last"):
-        x, dy, *rest = arguments(case, torch.float32)
+        x, dy, *rest = arguments(case, dtype)
         x[0, 0, 0, 0] = torch.inf
         dy[1, 3, 0, 0] = torch.inf
         expected = reference(x, dy, *rest).isfinite()
@@ -149,6 +152,47 @@ def test_values_beyond_the_map_do_not_reach_the_sum() -> None:
         with backend("cpp"):
             actual = conv2d_channel_grad(*LAYOUTS[layout](x, dy), *rest)
         assert torch.equal(actual.isfinite(), expected)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("kernel", (1, 3))
+def test_values_of_a_channel_stay_in_it(kernel: int, layout: str, isa: str) -> None:
+    """A channel that is NaN, of the input or of grad_output, is NaN in its own results alone: in bfloat16 many
+    channels share a matrix tile."""
+    case = ConvCase(
+        "", 3, 24, 21, (9, 7), 18, kernel_size=(kernel, kernel), padding=(kernel // 2, kernel // 2)
+    )
+    x, dy, *rest = arguments(case, torch.bfloat16)
+    x[:, 3] = torch.nan
+    dy[:, 20] = torch.nan
+    with backend("cpp"):
+        actual, bias = conv2d_channel_grad_with_bias(*LAYOUTS[layout](x, dy), *rest)
+    expected = torch.zeros(actual.shape, dtype=torch.bool)
+    expected[3] = expected[:, 20] = True
+    assert torch.equal(actual.isnan(), expected)
+    assert torch.equal(bias.isnan(), expected[0, :, 0, 0])
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_matrix_tiles_of_others_stay_as_they_were(layout: str, isa: str) -> None:
+    """oneDNN configures a thread's tiles once and then takes them for granted."""
+    case = ConvCase("", 4, 40, 40, (14, 14), 40, padding=(1, 1))
+    x, dy, *rest = arguments(case, torch.bfloat16)
+    x, dy = LAYOUTS[layout](x, dy)
+    weight = torch.randn(24, 40, 3, 3).bfloat16()
+    rows = torch.randn(70, 50).bfloat16()
+
+    def others() -> list[torch.Tensor]:
+        return [torch.nn.functional.conv2d(x, weight), rows @ rows.T]
+
+    def ours() -> torch.Tensor:
+        with backend("cpp"):
+            return conv2d_channel_grad(x, dy, *rest)
+
+    first, before = ours(), others()
+    for _ in range(3):
+        assert torch.equal(ours(), first)
+        assert all(torch.equal(a, b) for a, b in zip(others(), before, strict=True))
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))

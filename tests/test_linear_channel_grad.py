@@ -91,11 +91,11 @@ def test_bits_do_not_depend_on_threads(
 def test_every_value_of_a_half_type(dtype: torch.dtype, isa: str) -> None:
     """All 65536 patterns, denormals and infinities included, as grad_output of one row: widened exactly.
 
-    The dot product of AVX512_BF16 takes denormals as zero, whatever the CPU is told to do with them.
+    The dot products of AVX512_BF16 and AMX take denormals as zero, whatever the CPU is told to do with them.
     """
     dy = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     expected = dy.float()
-    if isa == "avx512_bf16" and dtype == torch.bfloat16:
+    if isa in ("avx512_bf16", "avx512_amx") and dtype == torch.bfloat16:
         expected[expected.abs() < torch.finfo(dtype).tiny] = 0
     with backend("cpp"):
         actual = linear_channel_grad(torch.ones(1, 1, dtype=dtype), dy)

@@ -16,8 +16,8 @@ def isa() -> str:
 def available_isas() -> list[str]:
     """Instruction sets compiled in that this CPU has, in order of preference, the best last.
 
-    x86-64: ``baseline`` (SSE2), ``avx2``, ``avx512``, ``avx512_bf16``. 64-bit Arm: ``baseline`` (NEON),
-    ``neon_bf16``, ``sve256`` (SVE with vectors of exactly 256 bits).
+    x86-64: ``baseline`` (SSE2), ``avx2``, ``avx512``, ``avx512_bf16``, ``avx512_amx``. 64-bit Arm:
+    ``baseline`` (NEON), ``neon_bf16``, ``sve256`` (SVE with vectors of exactly 256 bits).
     """
 
 def set_isa(name: str) -> None:

@@ -36,6 +36,7 @@ struct Conv2dChannelGrad {
   int64_t tile_rows, tile_columns;  // likewise, of a depthwise strip
   int64_t tiles;
   int64_t slices, ranges, range_outputs;
+  int64_t range_channels;  // where ranges are of channels: of all but the last
   int64_t tasks;
   int64_t scratch;  // elements of the accumulation type that a task needs
   bool pairs;       // of bfloat16 are multiplied where lanes are outputs and the set can, otherwise floats
@@ -89,3 +90,7 @@ TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise, const trady::Conv2dCha
                      void* partial, void* scratch)
 TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_depthwise_channels_last, const trady::Conv2dChannelGrad& problem,
                      int64_t task, void* partial, void* scratch)
+// bfloat16 on CPUs with AMX: whether that loop takes the problem; if so the plan is made. (linear_channel_grad too.)
+TRADY_DECLARE_KERNEL(bool, conv2d_channel_grad_amx_plan, trady::Conv2dChannelGrad& problem)
+TRADY_DECLARE_KERNEL(void, conv2d_channel_grad_amx, const trady::Conv2dChannelGrad& problem, int64_t task,
+                     void* partial, void* scratch)

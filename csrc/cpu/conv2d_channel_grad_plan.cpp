@@ -189,6 +189,15 @@ bool turning_over_pays(const Conv2dChannelGrad& q) {
          taps >= least;
 }
 
+// Whether there are enough taps for matrix tiles. With few the tiles are mostly empty, and what counts is how fast
+// grad_output is read: the other loops read it as it is.
+bool tiles_pay(const Conv2dChannelGrad& q) {
+  const int64_t taps = q.kernel[0] * q.kernel[1];
+  // Chosen on a Xeon with AMX at batch 8 by trial runs that are not kept.
+  const int64_t least = taps > 1 ? 18 : q.grad_stride[3] == 1 ? 5 : 10;
+  return q.selected * taps >= least;
+}
+
 }  // namespace
 
 Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
@@ -206,6 +215,8 @@ Conv2dChannelGradLoop plan(Conv2dChannelGrad& q) {
     if (!pixels_adjacent || q.input_stride[3] != 1) return plan_depthwise_channels_last(q);
   } else if (pixels_adjacent && many_channels_pays(q)) {
     return plan_many_channels(q);
+  } else if (tiles_pay(q) && TRADY_KERNEL(conv2d_channel_grad_amx_plan)(q)) {
+    return TRADY_KERNEL(conv2d_channel_grad_amx);
   } else if ((q.grad_stride[1] == 1 && !pixels_adjacent) || turning_over_pays(q)) {
     return plan_channels_last(q);
   }

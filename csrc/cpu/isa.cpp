@@ -5,6 +5,12 @@
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #include <sys/prctl.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace trady {
@@ -23,6 +29,21 @@ namespace {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 [[maybe_unused]] bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+// Linux saves tile registers only for processes that ask for them, once for all of their threads.
+[[maybe_unused]] bool may_use_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+[[maybe_unused]] bool runs_avx512_amx() {
+  constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return runs_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & bfloat16) != 0 &&
+         (d & tiles) != 0 && may_use_tiles();
+}
 #elif defined(__aarch64__)
 // Bits of AT_HWCAP and AT_HWCAP2, which older C libraries do not name.
 constexpr unsigned long ATOMICS = 1UL << 8, HALF = 1UL << 10, RDM = 1UL << 12, SVE = 1UL << 22, BF16 = 1UL << 14;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "conv2d_channel_grad.h"
 #include "dtype.h"
 #include "layout.h"
 #include "parallel.h"
@@ -41,6 +42,42 @@ Cut cut(const LinearChannelGrad& a, int64_t cycles_per_row) {
   return result;
 }
 
+// By matrix tiles, on CPUs that have them and where they pay: a 1x1 convolution of one image whose pixels are the rows.
+bool by_tiles(const LinearChannelGrad& a, const Tensor& grad) {
+  Conv2dChannelGrad q{};
+  const ChannelRun all{0, a.k, 0};
+  q.input = a.x;
+  q.grad_output = a.dy;
+  q.dtype = a.dtype;
+  q.batch = q.height = q.out_height = 1;
+  q.width = q.out_width = a.rows;
+  q.selected = a.k;
+  q.out_per_group = a.out_features;
+  for (int axis = 0; axis < 4; axis++) {
+    q.input_stride[axis] = axis == 1 ? 1 : axis == 3 ? a.x_stride : a.rows * a.x_stride;
+    q.grad_stride[axis] = axis == 1 ? 1 : axis == 3 ? a.dy_stride : a.rows * a.dy_stride;
+  }
+  for (int axis = 0; axis < 2; axis++) q.kernel[axis] = q.stride[axis] = q.dilation[axis] = 1;
+  q.runs = &all;
+  q.run_count = 1;
+  if (!TRADY_KERNEL(conv2d_channel_grad_amx_plan)(q)) return false;
+  const int64_t size = a.k * a.out_features;
+  const Tensor parts = q.slices == 1 ? grad : new_empty(grad, {q.slices, size}, torch::headeronly::ScalarType::Float);
+  void* target = parts.mutable_data_ptr();
+  const auto loop = TRADY_KERNEL(conv2d_channel_grad_amx);
+  parallel_for(q.tasks, a.rows * size / 64 / q.tasks, [&](int64_t begin, int64_t end) {
+    void* room = scratch(q.scratch * sizeof(float));
+    for (int64_t task = begin; task < end; task++) loop(q, task, target, room);
+  });
+  if (q.slices > 1) {
+    const auto add = TRADY_KERNEL(sum_parts);
+    parallel_for(size, q.slices, [&](int64_t begin, int64_t end) {
+      add(target, q.slices, size, grad.mutable_data_ptr(), begin, end, false);
+    });
+  }
+  return true;
+}
+
 Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_output) {
   STD_TORCH_CHECK(input_selected.dim() >= 2 && grad_output.dim() == input_selected.dim(), "grad_output: got ",
                   grad_output.dim(), " dimensions, expected those of input_selected, at least 2");
@@ -70,6 +107,7 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
                       dtype,
                       k > 12 && rows > 16,
                       1};
+  if (by_tiles(a, grad)) return grad;
   if (a.packs) a.groups = (k + GROUP_FEATURES - 1) / GROUP_FEATURES;
   const int64_t cycles_per_row = out_features * (k + 2) / 16;
   const Cut c = cut(a, cycles_per_row);

@@ -18,20 +18,26 @@ struct Shape {
   int64_t kernel[2] = {3, 3}, stride[2] = {1, 1}, padding[2] = {1, 1}, dilation[2] = {1, 1};
   int64_t groups = 1;
 };
+std::vector<int64_t> first(int64_t count) {
+  std::vector<int64_t> channels(count);
+  for (int64_t i = 0; i < count; ++i) channels[i] = i;
+  return channels;
+}
 const Shape SHAPES[] = {
     {"1x1 map", 3, 16, 24, {1, 1}, {0, 3, 7, 9, 15}, {1, 1}, {1, 1}, {0, 0}},
     {"1x1, 7x7 map", 3, 16, 24, {7, 7}, {0, 1, 2, 3, 4}, {1, 1}, {1, 1}, {0, 0}},
     {"1x1, many outputs", 2, 9, 150, {6, 5}, {4}, {1, 1}, {1, 1}, {0, 0}},
     {"1x1, stride 2", 2, 8, 16, {14, 13}, {1, 3, 5, 6}, {1, 1}, {2, 2}, {0, 0}},
-    {"1x1, all channels",
-     1,
-     26,
-     16,
-     {12, 13},
-     {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25},
-     {1, 1},
-     {1, 1},
-     {0, 0}},
+    {"1x1, all channels", 1, 26, 16, {12, 13}, first(26), {1, 1}, {1, 1}, {0, 0}},
+    {"1x1, more inputs than outputs", 3, 84, 20, {9, 11}, first(84), {1, 1}, {1, 1}, {0, 0}},
+    {"1x1, many of both, several tiles", 2, 40, 53, {29, 31}, first(40), {1, 1}, {1, 1}, {0, 0}},
+    {"3x3, many inputs", 3, 45, 34, {9, 8}, first(45)},
+    {"3x3, many inputs, several tiles", 2, 33, 18, {25, 31}, first(33)},
+    {"3x3, many inputs, stride 2", 3, 24, 33, {13, 15}, first(24), {3, 3}, {2, 2}},
+    {"3x3, many inputs, dilation 2", 2, 35, 24, {13, 14}, first(35), {3, 3}, {1, 1}, {2, 2}, {2, 2}},
+    {"1x1, many inputs, stride 2", 3, 36, 40, {15, 14}, first(36), {1, 1}, {2, 2}, {0, 0}},
+    {"1x1, many inputs, padding", 3, 20, 40, {6, 7}, first(20), {1, 1}, {1, 1}, {1, 1}},
+    {"1x1 map, many inputs", 35, 40, 24, {1, 1}, first(40), {1, 1}, {1, 1}, {0, 0}},
     {"1x1, slices", 4, 16, 200, {28, 28}, {0, 2, 3, 9, 11, 12}, {1, 1}, {1, 1}, {0, 0}},
     {"one column", 2, 4, 9, {9, 8}, {2}, {3, 1}, {1, 1}, {1, 0}},
     {"3x3, two outputs", 2, 5, 2, {9, 8}, {1, 4}},
@@ -90,6 +96,10 @@ const Shape SHAPES[] = {
     {"depthwise 5x5", 2, 10, 10, {14, 13}, {0, 1, 4, 9}, {5, 5}, {1, 1}, {2, 2}, {1, 1}, 10},
     {"depthwise 5x5, stride 2", 2, 10, 10, {14, 13}, {2, 3, 9}, {5, 5}, {2, 2}, {2, 2}, {1, 1}, 10},
     {"depthwise, multiplier 2", 2, 8, 16, {10, 11}, {0, 1, 2, 6, 7}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 8},
+    {"3x3, many inputs, even rows", 2, 40, 24, {16, 24}, first(40)},
+    {"3x3, many inputs, one long row a tile", 1, 20, 19, {4, 200}, first(20)},
+    {"5x3, many inputs, even rows", 2, 21, 9, {17, 22}, first(21), {5, 3}, {1, 2}, {4, 1}, {2, 1}},
+    {"3x3, many outputs, even rows", 2, 7, 150, {16, 32}, first(7)},
 };
 
 // Dtypes, and whether pairs of bfloat16 are multiplied, whatever this CPU does faster.
@@ -248,12 +258,52 @@ TRADY_TEST(conv2d_channel_grad) {
       }
     }
   }
+  if (std::string(isa_name(current_isa())) == "avx512_amx")
+    expect(loops.count(TRADY_KERNEL(conv2d_channel_grad_amx)), "expected the loop of matrix tiles to run");
   for (const Conv2dChannelGradLoop loop :
        {TRADY_KERNEL(conv2d_channel_grad), TRADY_KERNEL(conv2d_channel_grad_channels_last),
         TRADY_KERNEL(conv2d_channel_grad_many_channels), TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last)}) {
     expect(loops.count(loop), "expected every loop to run for some shape");
   }
 }
+
+#if defined(__x86_64__)
+// LDTILECFG [rax] and STTILECFG [rax]: as bytes, since a compiler may not know them.
+void load_tiles(const unsigned char* from) {
+  asm volatile(".byte 0xc4, 0xe2, 0x78, 0x49, 0x00" ::"a"(from) : "memory");
+}
+void store_tiles(unsigned char* to) { asm volatile(".byte 0xc4, 0xe2, 0x79, 0x49, 0x00" ::"a"(to) : "memory"); }
+
+// Others of this thread, such as oneDNN, rely on the configuration of its tiles.
+TRADY_TEST(conv2d_channel_grad_leaves_tiles_as_they_were) {
+  if (isa_name(current_isa()) != std::string("avx512_amx")) return;
+  Problem p({"", 2, 20, 20, {7, 7}, first(20)}, Dtype::bfloat16, true, 0);
+  const Array input = random_array(Dtype::bfloat16, p.in.count);
+  const Array grad_output = random_array(Dtype::bfloat16, p.out.count);
+  p.q.input = input.at(0);
+  p.q.grad_output = grad_output.at(0);
+  const auto loop = plan(p.q);
+  expect(loop == TRADY_KERNEL(conv2d_channel_grad_amx), "expected the loop of matrix tiles");
+  Array partial(Dtype::float32, p.q.slices * 20 * 20 * 9);
+  const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, (p.q.scratch * 4 + 127) / 64 * 64),
+                                                       &std::free);
+  for (const int palette : {1, 0}) {
+    // Palette 0 is no configuration; otherwise some tiles of 5 lines of 20 bytes.
+    alignas(64) unsigned char before[64] = {}, after[64] = {};
+    before[0] = static_cast<unsigned char>(palette);
+    for (int tile = 0; tile < 3 * palette; ++tile) {
+      before[16 + 2 * tile] = 20;
+      before[48 + tile] = 5;
+    }
+    load_tiles(before);
+    loop(p.q, 0, partial.at(0), scratch.get());
+    store_tiles(after);
+    for (int i = 0; i < 64; ++i)
+      expect(before[i] == after[i], "byte ", i, " of the configuration: got ", int{after[i]}, ", expected ",
+             int{before[i]});
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace trady
