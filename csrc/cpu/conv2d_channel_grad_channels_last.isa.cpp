@@ -343,8 +343,10 @@ struct Task : Planes<P, S, kShortPlane> {
     for (int64_t i = taps.row; i < taps.row_end; i++) from[i - taps.row] = point ? 0 : row_start(i);
 
     const int64_t rows = taps.row_end - taps.row, calls = blocks() * (fused() ? 1 : rows);
-    // Where several blocks read them, pairs are made once.
-    const bool copies = turns_over() || !grad_is_flat() || (STEP<P> > 1 && calls > 1);
+    // Where several blocks read them, pairs are made once; and pixels a page apart, which all fall into the same few
+    // sets of the caches, are brought together.
+    const bool page_apart = q.grad_stride[3] * static_cast<int64_t>(sizeof(S)) % 4096 == 0;
+    const bool copies = turns_over() || !grad_is_flat() || (STEP<P> > 1 && calls > 1) || (page_apart && calls >= 4);
     const int64_t most = kVectorsByTaps[fused() ? 9 : ceil_div(row_taps(), blocks())];
     int64_t vectors;
     for (int64_t output = first_output; output < last_output; output += vectors * VL) {
@@ -399,7 +401,8 @@ struct Task : Planes<P, S, kShortPlane> {
 
   void operator()(int64_t task, A* all_partial) {
     const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
-    run = q.runs[task / q.ranges / q.slices];
+    // Channels exchanged with outputs are not in q.runs.
+    run = q.run_count == 1 ? ChannelRun{0, q.selected, q.runs[0].group} : q.runs[task / q.ranges / q.slices];
     first_output = range * q.range_outputs;
     last_output = min(q.out_per_group, first_output + q.range_outputs);
     const int64_t all_taps = q.kernel[0] * q.kernel[1];

@@ -23,6 +23,19 @@ void lay_out_sums(Conv2dChannelGrad& q, int64_t channel, int64_t output, int64_t
   q.sum_stride[3] = column;
 }
 
+// Of a 1x1 kernel whose pixels are those of the input, input and grad_output mean the same.
+bool may_exchange(const Conv2dChannelGrad& q) {
+  return q.kernel[0] * q.kernel[1] * q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0 &&
+         q.run_count == 1 && q.runs[0].group == 0 && !q.with_bias;
+}
+// Exchanges them; the strides are of the result's channels and outputs as they were before.
+void exchange(Conv2dChannelGrad& q, int64_t channel_stride, int64_t output_stride) {
+  std::swap(q.input, q.grad_output);
+  std::swap(q.input_stride, q.grad_stride);
+  std::swap(q.selected, q.out_per_group);
+  lay_out_sums(q, channel_stride, output_stride, 1, 1);
+}
+
 // Cuts into slices of tiles where each result has many pixels, and into ranges of outputs, of which every one packs the
 // input again, of no fewer than `least_outputs`; a small map into no more than `few` slices.
 void cut_tasks(Conv2dChannelGrad& q, int64_t least_outputs, int64_t few = 1) {
@@ -102,25 +115,14 @@ bool many_channels_pays(const Conv2dChannelGrad& q) {
          turns_planes_over(q);
 }
 
-// Of a 1x1 kernel whose pixels are those of the input, input and grad_output mean the same: the lanes may be channels
-// of either, those of the smaller or those that fill vectors.
-bool exchanges(Conv2dChannelGrad& q) {
-  const bool plain = q.kernel[0] * q.kernel[1] * q.stride[0] * q.stride[1] == 1 && q.padding[0] + q.padding[1] == 0;
-  if (!plain || q.run_count > 1 || q.runs[0].group != 0 || q.with_bias || q.input_stride[3] != 1 ||
-      q.input_stride[2] != q.width)
-    return false;
-  // Cycles of a pixel: two vectors multiplied, and half an element turned over.
-  const auto cost = [](int64_t lanes, int64_t outputs) { return padded_lanes(lanes) * outputs + 16 * lanes; };
-  if (cost(q.selected, q.out_per_group) <= cost(q.out_per_group, q.selected)) return false;
-  std::swap(q.input, q.grad_output);
-  std::swap(q.input_stride, q.grad_stride);
-  std::swap(q.selected, q.out_per_group);
-  return true;
-}
+// Cycles of a pixel where lanes are channels: two vectors multiplied, and half an element turned over.
+int64_t cost_of_lanes(int64_t lanes, int64_t outputs) { return padded_lanes(lanes) * outputs + 16 * lanes; }
 
 Conv2dChannelGradLoop plan_many_channels(Conv2dChannelGrad& q) {
-  if (exchanges(q))
-    lay_out_sums(q, q.selected, 1, 1, 1);
+  // Lanes of the smaller of the two, or of those that fill vectors.
+  if (may_exchange(q) && q.input_stride[3] == 1 && q.input_stride[2] == q.width &&
+      cost_of_lanes(q.out_per_group, q.selected) < cost_of_lanes(q.selected, q.out_per_group))
+    exchange(q, q.out_per_group, 1);
   else
     lay_out_sums(q, q.kernel[1], q.kernel[0] * q.selected * q.kernel[1], q.selected * q.kernel[1], 1);
   cut_pixels(q, tile_of_many_channels(q), kPlane, 16);
@@ -148,7 +150,12 @@ Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
   const int64_t target = taps * channels > 9 || q.grad_stride[1] != 1 ? kTilePixels / 2 : kTilePixels;
   // Whole rows, so that the rows of the input are taken apart once.
   cut_pixels(q, target, kShortPlane, q.out_width <= target / 2 ? q.out_width : 16);
-  lay_out_sums(q, taps * q.out_per_group, 1, q.kernel[1] * q.out_per_group, q.out_per_group);
+  // Few outputs make few vectors, which may not be full; the selected channels, if they are more, make others.
+  if (may_exchange(q) && q.input_stride[1] == 1 && q.grad_stride[1] == 1 && q.out_per_group <= 128 &&
+      q.selected > q.out_per_group)
+    exchange(q, 1, q.selected);
+  else
+    lay_out_sums(q, taps * q.out_per_group, 1, q.kernel[1] * q.out_per_group, q.out_per_group);
   q.pairs = pairs_pay();
   cut_tasks(q, kLeastOutputs[q.kernel[0] * q.kernel[1] > 1]);
   q.scratch = kScratch + kTurnedSlack + (kTilePixels + 16) * kTurnedOutputs;
