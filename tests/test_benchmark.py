@@ -250,6 +250,7 @@ def test_limit_is_the_figure_at_the_roofline_and_one_call() -> None:
     rows = [row(1, 0, 0, microseconds=times), row(2, 30, 60)]
     assert limit_of(worst, rows) == pytest.approx(24 / (10 + 5))
     assert limit_of(worst, [*rows, row(4, 30, 60, roofline=None)]) is None
+    assert limit_of("C/16 to C: times ATen, worst", [row(4, 30, 60, dtype="bfloat16")]) is None
     growth = "time(k) / time(C) - 1.3 k/C, C >= 64, k >= 16, worst"
     assert limit_of(
         growth, [row(16, 34, 40, roofline=20.0), row(64, 100, 100, roofline=80.0)]

@@ -56,11 +56,11 @@ Key = tuple[str, str, torch.memory_format, torch.dtype]
 _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 _F32, _F64 = torch.float32, torch.float64
 
-#: What ``trady bench --tune --threads 1`` found on a Zen 4 against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on
-#: the layers of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels.
-#: With AVX-512 a call takes 0.2 to 2.4% longer (root mean square) than the faster of the two kernels; with AVX2, whose 16
-#: registers hold smaller blocks (``TRADY_ISA=avx2`` before the command), 1.6 to 8.3%. For linear layers ``trady bench`` is
-#: the measure (benchmarks/results/operators.json): C++ is ahead of torch.mm or beside it but for batches of 8 rows.
+#: What ``trady bench --tune --threads 1`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers
+#: of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels: with AMX on
+#: a Xeon that has it, where a call takes 1.0 to 5.3% longer (root mean square) than the faster of the two kernels; others,
+#: from before the last changes to the kernels, on a Zen 4: with AVX-512 0.2 to 2.4%; with AVX2, whose 16 registers hold
+#: smaller blocks (``TRADY_ISA=avx2`` before the command), 1.6 to 8.3%.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
@@ -73,6 +73,19 @@ _AVX512 = (
     Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY),
     *_LINEAR,
 )
+_AMX = (
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, ANY, 512),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 123),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY, 512),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 13),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 221, 64),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 24),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 156, 64),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 24),
+)
 _OTHERS = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 15),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 44),
@@ -84,13 +97,15 @@ _OTHERS = (
 # Families without a limit above are where oneDNN is not to be trusted, and no table may have one for them: strided 1x1
 # with few channels in channels_last (oneDNN#6035), strided and padded depthwise (pytorch#50042).
 
+_SHIPPED = {"avx512": _AVX512, "avx512_bf16": _AVX512, "avx512_amx": _AMX}
+
 #: What a table may have limits for.
 KEYS: tuple[Key, ...] = tuple(dict.fromkeys(limit.key for limit in _AVX512))
 
 
 def shipped() -> tuple[Limit, ...]:
     """The limits that come with the package for the instruction set that the C++ kernels run on."""
-    return _AVX512 if (instruction_set() or "").startswith("avx512") else _OTHERS
+    return _SHIPPED.get(instruction_set() or "", _OTHERS)
 
 
 def cpp_or_aten(
