@@ -37,7 +37,8 @@ void exchange(Conv2dChannelGrad& q, int64_t channel_stride, int64_t output_strid
 }
 
 // Cuts into slices of tiles where each result has many pixels, and into ranges of outputs, of which every one packs the
-// input again, of no fewer than `least_outputs`; a small map into no more than `few` slices.
+// input again, of no fewer than `least_outputs`, or where there is one slice, a `few`th of them; a small map into no
+// more than `few` slices.
 void cut_tasks(Conv2dChannelGrad& q, int64_t least_outputs, int64_t few = 1) {
   constexpr int64_t kTaskCost = 200000, kPartialElements = 1 << 20, kSlicePixels = 512, kFewPixels = 192;
   const int64_t pixels = q.batch * q.out_height * q.out_width, taps = q.kernel[0] * q.kernel[1];
@@ -47,7 +48,8 @@ void cut_tasks(Conv2dChannelGrad& q, int64_t least_outputs, int64_t few = 1) {
   const int64_t most =
       std::min(kPartialElements / elements, std::max(pixels / kSlicePixels, std::min(few, pixels / kFewPixels)));
   q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
-  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1, std::max<int64_t>(1, q.out_per_group / least_outputs));
+  q.ranges = std::clamp<int64_t>(tasks / q.slices, 1,
+                                 std::max<int64_t>(1, q.out_per_group * (q.slices == 1 ? few : 1) / least_outputs));
   q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
   q.ranges = ceil_div(q.out_per_group, q.range_outputs);
   q.tasks = q.run_count * q.slices * q.ranges;
