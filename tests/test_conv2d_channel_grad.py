@@ -80,6 +80,17 @@ def test_cpp_matches_reference(case: ConvCase, dtype: torch.dtype, isa: str) -> 
         exact.check(actual)
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_aten_gives_many_results_in_their_order(layout: str, stride: int) -> None:
+    case = ConvCase("", 2, 260, 270, (5, 4), 250, kernel_size=(1, 1), stride=(stride, stride))
+    args = arguments(case, torch.float32)
+    with backend("aten"):
+        actual = conv2d_channel_grad(*LAYOUTS[layout](*args[:2]), *args[2:])
+    assert last_kernel("conv2d_channel_grad") == "aten"
+    Exact(case, args).check(actual)
+
+
 @pytest.mark.parametrize("case", CONV_CASES, ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_chosen_kernel_matches_reference(case: ConvCase, layout: str) -> None:

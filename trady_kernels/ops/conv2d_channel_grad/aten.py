@@ -33,6 +33,13 @@ def conv2d_channel_grad(
             input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
         input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
         stride, padding = (1, 1), (0, 0)
+    # Of pixels that are each other's, the gradient's transpose is that of input and grad_output exchanged. Many results
+    # are better had in their order: to transpose them takes up to the time of the call itself.
+    point = groups == 1 and tuple(kernel_size) == (1, 1) and tuple(padding) == (0, 0)
+    exchanged = point and k * out_per_group >= 1 << 16
+    if exchanged:
+        input_selected, grad_output = grad_output, input_selected
+        out_per_group, k = k, out_per_group
     if groups > 1:
         outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
         outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()
@@ -56,6 +63,8 @@ def conv2d_channel_grad(
     grad = grad.to(accumulate)
     if groups > 1:
         return grad.reshape(k, out_per_group, *kernel_size)
+    if exchanged:
+        return grad.contiguous()
     return grad.transpose(0, 1).contiguous()
 
 
