@@ -1,7 +1,6 @@
 #include "cpu/conv2d_channel_grad.h"
 
 #include <cstdlib>
-#include <iterator>
 #include <memory>
 #include <set>
 #include <utility>
@@ -108,7 +107,6 @@ constexpr std::pair<Dtype, bool> KINDS[] = {{Dtype::float32, false},
                                             {Dtype::bfloat16, false},
                                             {Dtype::bfloat16, true},
                                             {Dtype::float16, false}};
-constexpr int KIND_COUNT = static_cast<int>(std::size(KINDS));
 
 // Where element (n, c, h, w) lies, and how many elements there are to the last one.
 struct Layout {
@@ -172,11 +170,14 @@ void for_each_result(const Problem& p, const Array& input, const Array& grad_out
   const Conv2dChannelGrad& q = p.q;
   const int64_t selected = static_cast<int64_t>(p.shape.channels.size());  // those of q may be exchanged
   const int64_t out_per_group = p.shape.out_channels / p.shape.groups;
+  // Of thousands of results, others in every case, about a thousand: each takes as long as all that is tested.
+  const int64_t one_of = 1 + selected * out_per_group * q.kernel[0] * q.kernel[1] / 1000;
   for (int64_t c = 0; c < selected; ++c) {
     const int64_t group = p.shape.channels[c] / (p.shape.in_channels / p.shape.groups);
     for (int64_t o = 0; o < out_per_group; ++o) {
       for (int64_t ky = 0; ky < q.kernel[0]; ++ky) {
         for (int64_t kx = 0; kx < q.kernel[1]; ++kx) {
+          if (random_integer(1, one_of) > 1) continue;
           long double sum = 0;  // exact beside what is tested, float64 too
           double magnitude = 0;
           for (int64_t n = 0; n < q.batch; ++n) {
@@ -208,10 +209,11 @@ TRADY_TEST(conv2d_channel_grad) {
   for (const Shape& shape : SHAPES) {
     for (const bool channels_last : {false, true}) {
       for (const int64_t gap : {0, 3}) {
-        for (int variant = 0; variant < (shape.groups == 1 ? 2 : 1) * KIND_COUNT; ++variant) {
-          const Dtype dtype = KINDS[variant % KIND_COUNT].first;
-          const bool pairs = KINDS[variant % KIND_COUNT].second;
-          const bool with_bias = variant >= KIND_COUNT;
+        for (const auto& kind : KINDS) {
+          const Dtype dtype = kind.first;
+          const bool pairs = kind.second;
+          // Not everywhere, for the sake of emulators; the Python tests have it everywhere.
+          const bool with_bias = shape.groups == 1 && gap > 0;
           const Case words(shape.name, ", ", name_of(dtype), pairs ? " in pairs" : "",
                            channels_last ? ", channels_last" : "", gap ? ", gaps" : "", with_bias ? ", with bias" : "");
           Problem p(shape, dtype, channels_last, gap);
