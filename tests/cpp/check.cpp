@@ -106,9 +106,7 @@ void expect_identical(const char* what, int64_t index, double got, double expect
 void expect_sum(const char* what, int64_t index, Dtype dtype, double got, double expected, double magnitude,
                 int64_t length) {
   const double roundoff = dtype == Dtype::float64 ? 0x1p-53 : 0x1p-24;
-  // Each addition rounds the sum so far, as a rule to less than a quarter of `magnitude`, up or down: over the millions
-  // of sums that the tests look at, seven standard deviations of that. A term left out would be off by thousands of it.
-  const double bound = roundoff * (4 + std::sqrt(static_cast<double>(length)) / 4) * magnitude;
+  const double bound = roundoff * (4 + std::sqrt(static_cast<double>(length)) / 8) * magnitude;
   expect(std::abs(got - expected) <= bound, what, "[", index, "]: got ", got, ", off by ", got - expected,
          ", expected ", expected, " within ", bound);
 }
