@@ -159,17 +159,16 @@ template <class P, class S>
 struct Task : Planes<P, S, kPlane> {
   using Base = Planes<P, S, kPlane>;
   using A = scalar_of<P>;
+  using Base::bias, Base::first_output, Base::last_output;
   using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
   using Base::is_point, Base::is_plain_point, Base::pack_input;
   using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels, Base::taps;
   A* partial = nullptr;  // this slice's
-  A* bias = nullptr;     // likewise, while a tile's first packing is added
   P* packed_grad;
   P* gathered_grad;
-  int64_t first_output = 0, last_output = 0;  // of the group
-  int64_t from[kMaxPlanes];                   // where a kernel row's planes begin, or a point's channel
-  int64_t gathered[kMaxPlanes];               // and where the gathered pixels of those do
-  int64_t tap_places[kMaxPlanes];             // where the sum of (channel, column) goes, in a kernel row of an output's
+  int64_t from[kMaxPlanes];        // where a kernel row's planes begin, or a point's channel
+  int64_t gathered[kMaxPlanes];    // and where the gathered pixels of those do
+  int64_t tap_places[kMaxPlanes];  // where the sum of (channel, column) goes, in a kernel row of an output's
 
   Task(const Conv2dChannelGrad& problem, void* scratch)
       : Base(problem, scratch),
@@ -315,27 +314,14 @@ struct Task : Planes<P, S, kPlane> {
   }
 
   void operator()(int64_t task, A* all_partial) {
-    const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
-    run = q.runs[task / q.ranges / q.slices];
-    first_output = range * q.range_outputs;
-    last_output = min(q.out_per_group, first_output + q.range_outputs);
+    const int64_t slice = Base::begin_task(task);
     const int64_t all_taps = q.kernel[0] * q.kernel[1];
     partial = all_partial + slice * q.selected * q.out_per_group * all_taps;
     for (int64_t c = run.begin; c < run.end; c++) {
       A* to = partial + (c * q.out_per_group + first_output) * all_taps;
       for (int64_t i = 0; i < (last_output - first_output) * all_taps; i++) to[i] = 0;
     }
-    A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
-    if (sums)
-      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
-    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
-      bias = sums;
-      this->begin_tile(tile);
-      this->for_each_packing([&] {
-        add_packing();
-        bias = nullptr;
-      });
-    }
+    Base::for_each_tile(slice, [&] { Base::for_each_packing([&] { add_packing(); }); });
   }
 };
 

@@ -200,15 +200,14 @@ template <class P, class S>
 struct Task : Planes<P, S, kShortPlane> {
   using Base = Planes<P, S, kShortPlane>;
   using A = scalar_of<P>;
+  using Base::bias, Base::first_output, Base::last_output;
   using Base::channel, Base::channels, Base::segment, Base::alone, Base::columns, Base::row_start;
   using Base::is_point, Base::is_plain_point, Base::pack_input;
   using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels, Base::taps;
   static constexpr int64_t VL = LANES<P>;
-  A* partial = nullptr;                       // this slice's, (k, kh, kw, C'/groups)
-  A* bias = nullptr;                          // likewise, while a tile's first packing is added
-  A* copied;                                  // grad_output of a tile, a piece of outputs, an operand a step and vector
-  int64_t first_output = 0, last_output = 0;  // of the group
-  int64_t from[kMaxRows] = {};                // where a kernel row's planes begin
+  A* partial = nullptr;         // this slice's, (k, kh, kw, C'/groups)
+  A* copied;                    // grad_output of a tile, a piece of outputs, an operand a step and vector
+  int64_t from[kMaxRows] = {};  // where a kernel row's planes begin
 
   Task(const Conv2dChannelGrad& problem, void* scratch)
       : Base(problem, scratch), copied(static_cast<A*>(scratch) + kScratch + kTurnedSlack) {}
@@ -400,29 +399,17 @@ struct Task : Planes<P, S, kShortPlane> {
   }
 
   void operator()(int64_t task, A* all_partial) {
-    const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
-    // Channels exchanged with outputs are not in q.runs.
-    run = q.run_count == 1 ? ChannelRun{0, q.selected, q.runs[0].group} : q.runs[task / q.ranges / q.slices];
-    first_output = range * q.range_outputs;
-    last_output = min(q.out_per_group, first_output + q.range_outputs);
+    const int64_t slice = Base::begin_task(task);
     const int64_t all_taps = q.kernel[0] * q.kernel[1];
     partial = all_partial + slice * q.selected * q.out_per_group * all_taps;
     for (int64_t i = run.begin * all_taps; i < run.end * all_taps; i++)
       for (int64_t o = first_output; o < last_output; o++) partial[i * q.out_per_group + o] = 0;
-    A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
-    if (sums)
-      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
-    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
-      bias = sums;
-      this->begin_tile(tile);
+    Base::for_each_tile(slice, [&] {
       if (is_point())
         add_point();
       else
-        this->for_each_packing([&] {
-          add_packing();
-          bias = nullptr;
-        });
-    }
+        Base::for_each_packing([&] { add_packing(); });
+    });
   }
 };
 

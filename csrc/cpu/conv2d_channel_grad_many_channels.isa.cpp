@@ -94,14 +94,12 @@ Block<A> block_of(int64_t outputs, int64_t vectors) {
 template <class A>
 struct Task : Planes<A, A, kPlane> {
   using Base = Planes<A, A, kPlane>;
+  using Base::bias, Base::first_output, Base::last_output;
   using Base::channel, Base::channels, Base::first_row, Base::first_column, Base::segment, Base::shift, Base::residue;
   using Base::q, Base::planes, Base::run, Base::image, Base::images, Base::pixel, Base::pixels;
   static constexpr int VL = LANES<A>;
   A* turned;             // (slot, image, pixel, lane)
   A* partial = nullptr;  // this slice's, (C'/groups, kh, k, kw)
-  A* bias = nullptr;     // likewise, while a tile's first packing is added
-  // This task.
-  int64_t first_output = 0, last_output = 0;  // of the group
   // This packing.
   int64_t pitch = 0;  // from pixel to pixel
 
@@ -168,8 +166,7 @@ struct Task : Planes<A, A, kPlane> {
     }
   }
 
-  void add_tile(int64_t tile) {
-    Base::begin_tile(tile);
+  void add_tile() {
     first_row = pixel / q.out_width;
     first_column = pixel % q.out_width;
     segment = pixels + shift(q.kernel[0] - 1) * q.out_width;
@@ -185,22 +182,12 @@ struct Task : Planes<A, A, kPlane> {
   }
 
   void operator()(int64_t task, A* all_partial) {
-    const int64_t range = task % q.ranges, slice = task / q.ranges % q.slices;
-    // Channels exchanged with outputs are not in q.runs.
-    run = q.run_count == 1 ? ChannelRun{0, q.selected, q.runs[0].group} : q.runs[task / q.ranges / q.slices];
-    first_output = range * q.range_outputs;
-    last_output = min(q.out_per_group, first_output + q.range_outputs);
+    const int64_t slice = Base::begin_task(task);
     const int64_t row_sums = q.selected * q.kernel[1];
     partial = all_partial + slice * q.out_per_group * q.kernel[0] * row_sums;
     for (int64_t row = first_output * q.kernel[0]; row < last_output * q.kernel[0]; row++)
       for (int64_t i = run.begin * q.kernel[1]; i < run.end * q.kernel[1]; i++) partial[row * row_sums + i] = 0;
-    A* sums = q.bias ? static_cast<A*>(q.bias) + slice * q.out_per_group : nullptr;
-    if (sums)
-      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
-    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
-      bias = sums;
-      add_tile(tile);
-    }
+    Base::for_each_tile(slice, [&] { add_tile(); });
   }
 };
 

@@ -89,7 +89,10 @@ struct Planes {
   const Conv2dChannelGrad& q;
   P* planes;
   P* gathered_input;  // lies behind the planes, where there is room until they are packed
+  // This task.
   ChannelRun run = {};
+  int64_t first_output = 0, last_output = 0;  // of the group
+  scalar_of<P>* bias = nullptr;               // this slice's, while a tile's first packing is added
   // This tile.
   int64_t image = 0, images = 0, pixel = 0, pixels = 0;
   // This packing: planes for (slot, channel, kernel column).
@@ -271,6 +274,29 @@ struct Planes {
     }
   }
 
+  // Its channels and outputs; returns its slice.
+  int64_t begin_task(int64_t task) {
+    const int64_t range = task % q.ranges;
+    // Of one run all channels: those that were exchanged with outputs are not in q.runs.
+    run = q.run_count == 1 ? ChannelRun{0, q.selected, q.runs[0].group} : q.runs[task / q.ranges / q.slices];
+    first_output = range * q.range_outputs;
+    last_output = min(q.out_per_group, first_output + q.range_outputs);
+    return task / q.ranges % q.slices;
+  }
+
+  // Calls add() for every tile of the slice.
+  template <class F>
+  void for_each_tile(int64_t slice, F add) {
+    scalar_of<P>* sums = q.bias ? static_cast<scalar_of<P>*>(q.bias) + slice * q.out_per_group : nullptr;
+    if (sums)
+      for (int64_t o = first_output; o < last_output; o++) sums[o] = 0;
+    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++) {
+      bias = sums;
+      begin_tile(tile);
+      add();
+    }
+  }
+
   void begin_tile(int64_t tile) {
     const int64_t out_pixels = q.out_height * q.out_width;
     const int64_t tiles_per_image = ceil_div(out_pixels, q.tile_pixels);
@@ -303,6 +329,7 @@ struct Planes {
           channel = run.begin + (run.end - run.begin) * p / packings;
           channels = run.begin + (run.end - run.begin) * (p + 1) / packings - channel;
           add();
+          bias = nullptr;
         }
       }
     }
