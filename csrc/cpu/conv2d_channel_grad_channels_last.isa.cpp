@@ -68,6 +68,7 @@ void block(const P* input, const int64_t* rows, const E* grad, const Stretches& 
       const int64_t grad_step = stretches.grad_step, ahead = AHEAD * grad_step;
       const int64_t input_step = PITCH == kShortPlane ? STEP<P> : stretches.input_step;
       auto step = [&](V* sums, auto whole) INLINED {
+        if constexpr (PITCH != kShortPlane) prefetch(x[0] + AHEAD * input_step);
         auto load_grad = [&](int v) INLINED {
           if constexpr (PREFETCHES) {
             prefetch(g + v * VL + ahead);

@@ -51,7 +51,7 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
     };
     for (int64_t line = 0; line < images.pixels; line += LINE) {
 #pragma GCC unroll 8
-      for (int o = 0; o < OUTPUTS; o++) prefetch_later(g[o] + line + ahead);
+      for (int o = 0; o < OUTPUTS; o++) prefetch(g[o] + line + ahead);
       const int64_t stop = min(line + LINE, images.pixels);
       int64_t p = line;
       // Four at a time: moving as many pointers on as there are outputs takes units that multiply-adds need.
@@ -81,14 +81,22 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
 template <class A>
 using Block = void (*)(const A*, int64_t, const A*, int64_t, const Images&, int64_t, int, A*, int64_t);
 
-// Register blocks: as many as leave registers for the operands.
-constexpr int kMostVectors = 3;
-constexpr int kMostTogether = VECTOR_REGISTERS >= 32 ? 8 : 4;  // outputs
-template <class A, int OUTPUTS = kMostTogether>
-Block<A> block_of(int64_t outputs, int64_t vectors) {
+// Register blocks: as many outputs as leave registers for the operands, 8, or 6 of four vectors, and fewer where fewer are
+// left.
+constexpr int kMostVectors = VECTOR_REGISTERS >= 32 ? 4 : 3;
+constexpr int most_together(int64_t vectors) { return VECTOR_REGISTERS < 32 ? 4 : vectors == 4 ? 6 : 8; }
+constexpr int fewer(int outputs) { return outputs > 4 ? outputs - 2 : outputs / 2; }
+template <class A, int VECTORS, int OUTPUTS = most_together(VECTORS)>
+Block<A> block_of_outputs(int64_t outputs) {
   if constexpr (OUTPUTS > 1)
-    if (outputs < OUTPUTS) return block_of<A, OUTPUTS / 2>(outputs, vectors);
-  return vectors == 1 ? block<A, 1, OUTPUTS> : vectors == 2 ? block<A, 2, OUTPUTS> : block<A, 3, OUTPUTS>;
+    if (outputs < OUTPUTS) return block_of_outputs<A, VECTORS, fewer(OUTPUTS)>(outputs);
+  return block<A, VECTORS, OUTPUTS>;
+}
+template <class A, int VECTORS = 1>
+Block<A> block_of(int64_t outputs, int64_t vectors) {
+  if constexpr (VECTORS < kMostVectors)
+    if (vectors > VECTORS) return block_of<A, VECTORS + 1>(outputs, vectors);
+  return block_of_outputs<A, VECTORS>(outputs);
 }
 
 template <class A>
@@ -142,11 +150,11 @@ struct Task : Planes<A, A, kPlane> {
     pack_input();
     const Images pieces{images, pixels, segment * pitch, q.grad_stride[0]};
     const int64_t row_sums = q.selected * q.kernel[1], vectors = pitch / VL, blocks = ceil_div(vectors, kMostVectors);
-    int64_t outputs;
+    int outputs;
     for (int64_t output = first_output; output < last_output; output += outputs) {
       const int64_t left = last_output - output;
-      outputs = kMostTogether;
-      while (outputs > left) outputs /= 2;
+      outputs = most_together(ceil_div(vectors, blocks));
+      while (outputs > left) outputs = fewer(outputs);
       const A* grad = static_cast<const A*>(q.grad_output) + image * q.grad_stride[0] +
                       (run.group * q.out_per_group + output) * q.grad_stride[1] + pixel;
       if (bias)

@@ -26,20 +26,8 @@ def conv2d_channel_grad(
     accumulate = torch.promote_types(input_selected.dtype, torch.float32)
     if k == 0 or grad_output.numel() == 0:
         return grad_output.new_zeros((k, out_per_group, *kernel_size), dtype=accumulate)
-    if tuple(kernel_size) == (1, 1) and tuple(stride) != (1, 1):
-        # oneDNN's own strided 1x1 gradient crashes or errs with few channels in channels_last (oneDNN#6035; with
-        # torch 2.13 at 1 and 4 channels of 56x56, stride 2). The strided pixels alone are the same problem.
-        if tuple(padding) != (0, 0):
-            input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
-        input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
-        stride, padding = (1, 1), (0, 0)
-    # Of pixels that are each other's, the gradient's transpose is that of input and grad_output exchanged. Many results
-    # are better had in their order: to transpose them takes up to the time of the call itself.
-    point = groups == 1 and tuple(kernel_size) == (1, 1) and tuple(padding) == (0, 0)
-    exchanged = point and k * out_per_group >= 1 << 16
-    if exchanged:
-        input_selected, grad_output = grad_output, input_selected
-        out_per_group, k = k, out_per_group
+    if groups == 1 and tuple(kernel_size) == (1, 1):
+        return _of_points(input_selected, grad_output, stride, padding).to(accumulate)
     if groups > 1:
         outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
         outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()
@@ -47,25 +35,60 @@ def conv2d_channel_grad(
         shape, conv_groups = (k * out_per_group, 1, *kernel_size), k
     else:
         shape, conv_groups = (out_per_group, k, *kernel_size), 1
-    _, grad, _ = torch.ops.aten.convolution_backward.default(
+    grad = _convolution_backward(
+        grad_output, input_selected, shape, stride, padding, dilation, groups=conv_groups
+    ).to(accumulate)
+    if groups > 1:
+        return grad.reshape(k, out_per_group, *kernel_size)
+    return grad.transpose(0, 1).contiguous()
+
+
+def _of_points(
+    input_selected: torch.Tensor, grad_output: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:  # (k, C', 1, 1)
+    """Of a 1x1 kernel: in channels_last the product of two matrices, which lie there as they are."""
+    k, outputs = input_selected.shape[1], grad_output.shape[1]
+    if tuple(padding) != (0, 0):
+        input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
+    if tuple(stride) != (1, 1):
+        # oneDNN's own strided 1x1 gradient crashes or errs with few channels in channels_last (oneDNN#6035; with
+        # torch 2.13 at 1 and 4 channels of 56x56, stride 2). The strided pixels alone are the same problem.
+        input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
+    if grad_output.stride(1) == 1:
+        rows = input_selected.movedim(1, 3).reshape(-1, k)
+        grad = torch.mm(rows.t(), grad_output.movedim(1, 3).reshape(-1, outputs))
+        return grad.reshape(k, outputs, 1, 1)
+    # The gradient's transpose is that of input and grad_output exchanged, whose results come in their order; for few
+    # channels oneDNN takes far longer for it.
+    if 4 * k >= outputs:
+        return _convolution_backward(input_selected, grad_output, (k, outputs, 1, 1)).contiguous()
+    grad = _convolution_backward(grad_output, input_selected, (outputs, k, 1, 1))
+    return grad.transpose(0, 1).contiguous()
+
+
+def _convolution_backward(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    shape: Sequence[int],  # of the weight
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> torch.Tensor:
+    """The weight's gradient, in the inputs' dtype."""
+    return torch.ops.aten.convolution_backward.default(
         grad_output,
-        input_selected,
-        grad_output.new_empty(1, dtype=input_selected.dtype).expand(shape),
+        input,
+        input.new_empty(shape),
         None,
         stride,
         padding,
         dilation,
         False,
         [0, 0],
-        conv_groups,
+        groups,
         [False, True, False],
-    )
-    grad = grad.to(accumulate)
-    if groups > 1:
-        return grad.reshape(k, out_per_group, *kernel_size)
-    if exchanged:
-        return grad.contiguous()
-    return grad.transpose(0, 1).contiguous()
+    )[1]
 
 
 def conv2d_channel_grad_with_bias(
