@@ -250,7 +250,7 @@ struct Task {
   }
 
   void operator()(int64_t task, A* partial) {
-    const int64_t slice = task % q.slices, first = task / q.slices * q.range_outputs;
+    const int64_t slice = task / q.ranges, first = task % q.ranges * q.range_outputs;
     const int64_t last = min(q.selected * q.out_per_group, first + q.range_outputs);
     const int64_t taps = q.kernel[0] * q.kernel[1];
     count = (last - first + VL - 1) / VL;

@@ -16,6 +16,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t extent(int64_t count, int64_t stride) { return (count - 1) * stride + 1; }
 int64_t reach(const Conv2dChannelGrad& q, int axis) { return (q.kernel[axis] - 1) * q.dilation[axis]; }
 
+// As many parts, or one less: threads take tasks in equal numbers, and mostly there is an even number of threads.
+int64_t even(int64_t parts) { return parts > 1 ? parts - parts % 2 : parts; }
+
 void lay_out_sums(Conv2dChannelGrad& q, int64_t channel, int64_t output, int64_t row, int64_t column) {
   q.sum_stride[0] = channel;
   q.sum_stride[1] = output;
@@ -47,9 +50,10 @@ void cut_tasks(Conv2dChannelGrad& q, int64_t least_outputs, int64_t few = 1) {
   const int64_t elements = q.selected * q.out_per_group * taps;
   const int64_t most =
       std::min(kPartialElements / elements, std::max(pixels / kSlicePixels, std::min(few, pixels / kFewPixels)));
-  q.slices = std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles);
+  q.slices = even(std::clamp<int64_t>(std::min(tasks, most), 1, q.tiles));
   q.ranges = std::clamp<int64_t>(tasks / q.slices, 1,
                                  std::max<int64_t>(1, q.out_per_group * (q.slices == 1 ? few : 1) / least_outputs));
+  if (q.slices * q.run_count % 2) q.ranges = even(q.ranges);
   q.range_outputs = ceil_div(ceil_div(q.out_per_group, q.ranges), 16) * 16;
   q.ranges = ceil_div(q.out_per_group, q.range_outputs);
   q.tasks = q.run_count * q.slices * q.ranges;
@@ -168,7 +172,7 @@ Conv2dChannelGradLoop plan_depthwise(Conv2dChannelGrad& q) {
   constexpr int64_t kTaskCost = 50000;
   const int64_t planes = q.selected * q.out_per_group;
   const int64_t cost = q.batch * q.out_height * q.out_width * planes;
-  q.slices = std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / planes), 1, q.batch);
+  q.slices = even(std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / planes), 1, q.batch));
   q.tasks = q.slices * planes;
   return TRADY_KERNEL(conv2d_channel_grad_depthwise);
 }
@@ -176,12 +180,13 @@ Conv2dChannelGradLoop plan_depthwise(Conv2dChannelGrad& q) {
 Conv2dChannelGradLoop plan_depthwise_channels_last(Conv2dChannelGrad& q) {
   constexpr int64_t kTaskCost = 5000;
   // Strips are as large as the caches like them, and have room for all of a task's vectors of pairs.
-  const int64_t blocks = ceil_div(std::min(q.selected * q.out_per_group, kStripPairs), 16);
+  const int64_t pairs = q.selected * q.out_per_group;
+  q.range_outputs = ceil_div(ceil_div(pairs, ceil_div(pairs, kStripPairs)), 16) * 16;
+  q.ranges = ceil_div(pairs, q.range_outputs);
+  const int64_t blocks = q.range_outputs / 16;
   cut_rows(q, std::min<int64_t>(1024, kStripGrad / 16 / blocks), std::min<int64_t>(1024, kStripInput / 16 / blocks));
-  q.range_outputs = kStripPairs;
-  q.ranges = ceil_div(q.selected * q.out_per_group, q.range_outputs);
   const int64_t cost = q.batch * q.out_height * q.out_width * blocks;
-  q.slices = std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / q.ranges), 1, q.tiles);
+  q.slices = even(std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / q.ranges), 1, q.tiles));
   q.tasks = q.slices * q.ranges;
   q.scratch = kStripInput + kStripGrad + q.kernel[0] * q.kernel[1] * kStripPairs;
   return TRADY_KERNEL(conv2d_channel_grad_depthwise_channels_last);
