@@ -51,7 +51,8 @@ constexpr int64_t kPlane = 2080, kShortPlane = 1056;
 constexpr int64_t kMaxPlanes = 49;
 // Elements past a tile's last pixel that a vector store of the packing may touch.
 constexpr int64_t kSlack = 32;
-constexpr int64_t kMostOutputs = 8;  // of a register block
+constexpr int64_t kRowsTogether = 3;  // kernel rows that a block of outputs is multiplied by while it is in the caches
+constexpr int64_t kMostOutputs = 8;   // of a register block
 constexpr int64_t kScratch = (kMaxPlanes + 2 * kMostOutputs) * kPlane;
 // Where lanes are outputs: channels of a 1x1 kernel that are packed together; outputs that are copied together, the
 // most of a register block, for the pixels of a tile; and what turning over writes too much, a vector's worth of

@@ -223,9 +223,11 @@ struct Task : Planes<P, S, kPlane> {
       copy_freely(to, from + pixels - tail(), 1, tail());
   }
 
+  bool fuses() const { return kFuses3x3 && q.kernel[0] == 3 && q.kernel[1] == 3 && !alone(); }
+
   void add_packing() {
     const bool point = is_point(), in_place = input_in_place(), direct = readable();
-    const bool fused = kFuses3x3 && q.kernel[0] == 3 && q.kernel[1] == 3 && !alone();
+    const bool fused = fuses();
     const int64_t rows = taps.row_end - taps.row, row_taps = channels * columns(), all_taps = q.kernel[0] * q.kernel[1];
     const P* input = planes;
     Segments<P> segments{images, pixels, segment, direct ? q.grad_stride[0] : pixels};
@@ -260,6 +262,18 @@ struct Task : Planes<P, S, kPlane> {
 
     const int64_t blocks = fused ? channels : ceil_div(row_taps, kMaxTaps);
     const int64_t wanted = kOutputsByTaps[fused ? 9 : ceil_div(row_taps, blocks)];
+    // All blocks of an output's one after another, while its pixels are in the caches; or of many kernel rows, whose
+    // planes together are not, all outputs of one block.
+    const int64_t calls = blocks * (fused ? 1 : rows);
+    const int64_t together = direct && !gathers_tails && rows > kRowsTogether ? 1 : calls;
+    for (int64_t call = 0; call < calls; call += together)
+      add_blocks(input, segments, blocks, wanted, call, call + together);
+  }
+
+  // Blocks [begin, end) of all outputs: there are `blocks` in a kernel row, or in all rows of a fused kernel.
+  void add_blocks(const P* input, Segments<P> segments, int64_t blocks, int64_t wanted, int64_t begin, int64_t end) {
+    const bool point = is_point(), direct = readable(), fused = fuses();
+    const int64_t row_taps = channels * columns(), all_taps = q.kernel[0] * q.kernel[1];
     int64_t outputs;
     for (int64_t output = first_output; output < last_output; output += outputs) {
       // Two neighbouring sizes, as far as they go.
@@ -274,35 +288,35 @@ struct Task : Planes<P, S, kPlane> {
       } else {
         pack_grad(output, outputs);
       }
-      if (gathers_tails)
+      if (segments.gathered)
         for (int64_t o = 0; o < outputs; o++)
           gather_tails(gathered_grad + o * kPlane, grad + o * output_step, segments.grad_step);
-      if (bias)
+      if (bias && begin == 0)
         for (int64_t o = 0; o < outputs; o++) {
           bias[output + o] += sum_pixels(grad + o * output_step, images, segments.grad_step, segments.pixels);
           bias[output + o] += sum_pixels(gathered_grad + o * kPlane, 1, 0, segments.gathered);
         }
-      for (int64_t i = 0; i < rows; i += fused ? 3 : 1)
-        for (int64_t b = 0; b < blocks; b++, ahead = 0) {
-          const int64_t first = row_taps * b / blocks, count = row_taps * (b + 1) / blocks - first;
-          alignas(64) A sums[64];
-          segments.gathered_rows = gathered + (point ? first : i);
-          const Block<P> call = fused   ? block_of_3x3<P>(outputs)
-                                : point ? block_of_points<P>(count, outputs)
-                                        : block_of_row<P>(count, outputs);
-          if (!point && segments.gathered_input) segments.gathered_input = planes + first * kPlane;
-          call(point ? input : input + first * kPlane, from + (point ? first : i), grad, output_step, segments, ahead,
-               sums);
-          A* to = partial + output * all_taps + (taps.row + i) * q.kernel[1] + tap_places[first];
-          if (fused)
-            add(to, sums, outputs * 9);
-          else if (point)
-            for (int64_t t = 0; t < count; t++) add(to + t * q.out_per_group, sums + t * outputs, outputs);
-          else
-            for (int64_t o = 0; o < outputs; o++)
-              for (int64_t t = 0; t < count; t++)
-                to[o * all_taps + tap_places[first + t] - tap_places[first]] += sums[o * count + t];
-        }
+      for (int64_t c = begin; c < end; c++, ahead = 0) {
+        const int64_t i = c / blocks, b = c % blocks;
+        const int64_t first = row_taps * b / blocks, count = row_taps * (b + 1) / blocks - first;
+        alignas(64) A sums[64];
+        segments.gathered_rows = gathered + (point ? first : i);
+        const Block<P> call = fused   ? block_of_3x3<P>(outputs)
+                              : point ? block_of_points<P>(count, outputs)
+                                      : block_of_row<P>(count, outputs);
+        if (!point && segments.gathered_input) segments.gathered_input = planes + first * kPlane;
+        call(point ? input : input + first * kPlane, from + (point ? first : i), grad, output_step, segments, ahead,
+             sums);
+        A* to = partial + output * all_taps + (taps.row + i) * q.kernel[1] + tap_places[first];
+        if (fused)
+          add(to, sums, outputs * 9);
+        else if (point)
+          for (int64_t t = 0; t < count; t++) add(to + t * q.out_per_group, sums + t * outputs, outputs);
+        else
+          for (int64_t o = 0; o < outputs; o++)
+            for (int64_t t = 0; t < count; t++)
+              to[o * all_taps + tap_places[first + t] - tap_places[first]] += sums[o * count + t];
+      }
     }
   }
   static void add(A* to, const A* sums, int64_t count) {

@@ -81,8 +81,8 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
 template <class A>
 using Block = void (*)(const A*, int64_t, const A*, int64_t, const Images&, int64_t, int, A*, int64_t);
 
-// Register blocks: as many outputs as leave registers for the operands, 8, or 6 of four vectors, and fewer where fewer are
-// left.
+// Register blocks: as many outputs as leave registers for the operands, 8, or 6 of four vectors, and fewer where fewer
+// are left.
 constexpr int kMostVectors = VECTOR_REGISTERS >= 32 ? 4 : 3;
 constexpr int most_together(int64_t vectors) { return VECTOR_REGISTERS < 32 ? 4 : vectors == 4 ? 6 : 8; }
 constexpr int fewer(int outputs) { return outputs > 4 ? outputs - 2 : outputs / 2; }

@@ -96,10 +96,11 @@ void cut_pixels(Conv2dChannelGrad& q, int64_t target, int64_t plane, int64_t uni
   q.tiles = ceil_div(q.batch, q.tile_images) * ceil_div(pixels, q.tile_pixels);
 }
 
-// Every tile ends in a reduction of its register blocks: it is as long as the planes allow.
+// Every tile ends in a reduction of its register blocks: it is as long as the planes allow, or as lets those of a
+// block, which every block of outputs reads, stay in the first cache: eight channels of a point, a row of a large
+// kernel.
 Conv2dChannelGradLoop plan_pixels(Conv2dChannelGrad& q) {
-  // The planes of a point's block of eight channels, which every block of outputs reads, stay in the first cache.
-  cut_pixels(q, q.kernel[0] * q.kernel[1] == 1 ? 800 : kPlane, kPlane, 16);
+  cut_pixels(q, q.kernel[0] * q.kernel[1] == 1 ? 800 : q.kernel[0] > kRowsTogether ? 1120 : kPlane, kPlane, 16);
   cut_tasks(q, kLeastOutputs[q.kernel[0] * q.kernel[1] > 1]);
   return TRADY_KERNEL(conv2d_channel_grad);
 }
