@@ -69,14 +69,94 @@ TRADY_INLINE int clamp_lane(int64_t value, int lanes) {
   return value < 0 ? 0 : value > lanes ? lanes : static_cast<int>(value);
 }
 
-// How a vector of output columns meets an input row: in lanes that padding, or the last output, cuts off; in all of
-// them; or, at stride 2, in so few elements that two vectors hold those of all kernel columns.
-enum class Reading { masked, whole, narrow };
+// A vector of output columns, and what it meets in an input row.
+#if defined(__AVX512F__)
 
-// What a vector of output columns meets in an input row, for each kernel column.
+// Lanes N, N + 1, ... of low and then high.
+template <int N, class V>
+TRADY_INLINE V shift_lanes(V low, V high) {
+  if constexpr (N == 0)
+    return low;
+  else if constexpr (lanes_of<V> == 16)
+    return (V)_mm512_alignr_epi32((__m512i)high, (__m512i)low, N);
+  else
+    return (V)_mm512_alignr_epi64((__m512i)high, (__m512i)low, N);
+}
+TRADY_INLINE f32 multiply_add_where(f32 sum, f32 a, f32 b, Range<float> lanes) {
+  return (f32)_mm512_mask3_fmadd_ps((__m512)a, (__m512)b, (__m512)sum, lanes.bits);
+}
+TRADY_INLINE f64 multiply_add_where(f64 sum, f64 a, f64 b, Range<double> lanes) {
+  return (f64)_mm512_mask3_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum, static_cast<__mmask8>(lanes.bits));
+}
+
+// Few loads, since most straddle cache lines: the elements of all kernel columns are in STRIDE vectors and what sticks
+// out of them in one more, which `easy` ones do without.
 template <class T, int KERNEL, int STRIDE>
 struct Columns {
-  Reading reading;
+  bool easy;
+  Range<T> outputs;
+  Range<T> parts[STRIDE + 1];
+  TRADY_INLINE Columns() {}
+  TRADY_INLINE Columns(int64_t column, const Conv2dChannelGrad& q) {
+    constexpr int VL = LANES<T>;
+    const int count = clamp_lane(q.out_width - column, VL);
+    outputs = Range<T>(0, count);
+    const int64_t left = column * STRIDE - q.padding[1], needed = (count - 1) * STRIDE + KERNEL;
+    easy = needed <= STRIDE * VL;
+    for (int part = 0; part <= STRIDE; part++) {
+      const int64_t first = left + part * VL, existing = q.width - first;
+      parts[part] = Range<T>(clamp_lane(-first, VL),
+                             clamp_lane(needed - part * VL < existing ? needed - part * VL : existing, VL));
+    }
+  }
+  TRADY_INLINE Columns kept() const {
+    Columns columns = *this;
+    columns.outputs = outputs.kept();
+    for (int part = 0; part <= STRIDE; part++) columns.parts[part] = parts[part].kept();
+    return columns;
+  }
+};
+
+// What lies past the last output is in the lanes too: they are left out of the sums.
+template <class T, class S, int KERNEL, int STRIDE, bool EASY>
+struct Row {
+  using V = vector_of<T>;
+  V low[STRIDE], high[STRIDE];  // by the first element's remainder
+  TRADY_INLINE Row(const S* x, const Columns<T, KERNEL, STRIDE>& columns) {
+    constexpr int VL = LANES<T>;
+    V parts[STRIDE + 1];
+#pragma GCC unroll 4
+    for (int part = 0; part < STRIDE + !EASY; part++) parts[part] = load_where(x + part * VL, columns.parts[part]);
+    if constexpr (STRIDE == 1) {
+      low[0] = keep(parts[0]);
+      high[0] = EASY ? low[0] : keep(parts[1]);
+    } else {
+      low[0] = even_lanes(parts[0], parts[1]);
+      low[1] = odd_lanes(parts[0], parts[1]);
+      if constexpr (EASY) {
+        high[0] = low[0];
+        high[1] = low[1];
+      } else {
+        high[0] = KERNEL == 3 ? parts[2] : even_lanes(parts[2], parts[2]);
+        high[1] = shift_lanes<1>(parts[2], parts[2]);  // one element of it is used
+      }
+    }
+  }
+  template <int J>
+  TRADY_INLINE V column() const {
+    return shift_lanes<J / STRIDE>(low[J % STRIDE], high[J % STRIDE]);
+  }
+};
+
+#else
+
+TRADY_INLINE f32 multiply_add_where(f32 sum, f32 a, f32 b, Range<float>) { return sum + a * b; }
+TRADY_INLINE f64 multiply_add_where(f64 sum, f64 a, f64 b, Range<double>) { return sum + a * b; }
+
+// A load for each kernel column; `easy` ones need no masks.
+template <class T, int KERNEL, int STRIDE>
+struct Columns {
+  bool easy;
   Range<T> outputs;
   Range<T> inputs[KERNEL][STRIDE];
   TRADY_INLINE Columns() {}
@@ -85,71 +165,61 @@ struct Columns {
     const int count = clamp_lane(q.out_width - column, VL);
     outputs = Range<T>(0, count);
     const int64_t left = column * STRIDE - q.padding[1];
-    reading = count == VL && left >= 0 && left + (VL - 1) * STRIDE + KERNEL <= q.width ? Reading::whole
-              : STRIDE == 2 && (count - 1) * STRIDE + KERNEL <= STRIDE * VL            ? Reading::narrow
-                                                                                       : Reading::masked;
+    easy = count == VL && left >= 0 && left + (VL - 1) * STRIDE + KERNEL <= q.width;
     for (int j = 0; j < KERNEL; j++)
       for (int part = 0; part < STRIDE; part++) {
         // Lane l reads element first + l; past the last output nothing is read, so that no value there gets in.
-        const int64_t first = left + (reading == Reading::narrow ? 0 : j) + part * VL;
-        const int64_t needed =
-            static_cast<int64_t>(count - 1) * STRIDE + 1 - part * VL + (reading == Reading::narrow ? KERNEL - 1 : 0);
+        const int64_t first = left + j + part * VL, needed = static_cast<int64_t>(count - 1) * STRIDE + 1 - part * VL;
         const int64_t existing = q.width - first;
         inputs[j][part] = Range<T>(clamp_lane(-first, VL), clamp_lane(needed < existing ? needed : existing, VL));
       }
   }
+  TRADY_INLINE const Columns& kept() const { return *this; }
 };
 
-// Lanes j, j + 2, j + 4, ... of a and then b.
-template <int J, class V>
-TRADY_INLINE V every_second(V a, V b) {
-  index_of<V> index;
-  for (int lane = 0; lane < lanes_of<V>; lane++) {
-    const int from = J + 2 * lane;
-    index[lane] = static_cast<decltype(+index[0])>(from < 2 * lanes_of<V> ? from : 0);  // behind the last output
+template <class T, class S, int KERNEL, int STRIDE, bool EASY>
+struct Row {
+  const S* x;
+  const Columns<T, KERNEL, STRIDE>& columns;
+  TRADY_INLINE Row(const S* from, const Columns<T, KERNEL, STRIDE>& at) : x(from), columns(at) {}
+  template <int J>
+  TRADY_INLINE vector_of<T> column() const {
+    constexpr int VL = LANES<T>;
+    if constexpr (EASY && STRIDE == 1)
+      return load(x + J);
+    else if constexpr (EASY)  // of the second vector no more than the last output needs
+      return even_lanes(load(x + J), load_first(x + J + VL, VL - 1));
+    else if constexpr (STRIDE == 1)
+      return load_where(x + J, columns.inputs[J][0]);
+    else
+      return even_lanes(load_where(x + J, columns.inputs[J][0]), load_where(x + J + VL, columns.inputs[J][1]));
   }
-  return shuffle(a, b, index);
-}
+};
+
+#endif
 
 // Adds ROWS rows of grad_output from `row` on, at one vector of columns.
-template <class T, class S, int KERNEL, int STRIDE, int ROWS, Reading READING>
+template <class T, class S, int KERNEL, int STRIDE, int ROWS, bool EASY>
 TRADY_INLINE void add_strip(const S* input, const S* grad, int64_t row, const Conv2dChannelGrad& q,
-                            const Columns<T, KERNEL, STRIDE>& columns, vector_of<T> (&acc)[KERNEL * KERNEL]) {
+                            const Columns<T, KERNEL, STRIDE>& all_columns, vector_of<T> (&acc)[KERNEL * KERNEL]) {
   const int64_t input_pitch = q.input_stride[2], grad_pitch = q.grad_stride[2];
+  const auto& columns = all_columns.kept();
   vector_of<T> d[ROWS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++) d[r] = load_where(grad + (row + r) * grad_pitch, columns.outputs);
-  Range<T> masks[KERNEL];
-  if constexpr (READING == Reading::masked && STRIDE == 1)
-#pragma GCC unroll 8
-    for (int j = 0; j < KERNEL; j++) masks[j] = columns.inputs[j][0].kept();
   const int64_t top = row * STRIDE - q.padding[0];
   const S* x = input + top * input_pitch;
 #pragma GCC unroll 32
   for (int t = 0; t < (ROWS - 1) * STRIDE + KERNEL; t++, x += input_pitch) {
     if (top + t < 0 || top + t >= q.height) continue;
-    vector_of<T> both[STRIDE];
-    if constexpr (READING == Reading::narrow)
-#pragma GCC unroll 2
-      for (int part = 0; part < STRIDE; part++) both[part] = load_where(x + part * LANES<T>, columns.inputs[0][part]);
+    const Row<T, S, KERNEL, STRIDE, EASY> met(x, columns);
     auto add_column = [&]<int J>() __attribute__((always_inline)) {
-      constexpr int VL = LANES<T>;
-      vector_of<T> value;
-      if constexpr (READING == Reading::narrow)
-        value = every_second<J>(both[0], both[STRIDE - 1]);
-      else if constexpr (READING == Reading::whole && STRIDE == 1)
-        value = load(x + J);
-      else if constexpr (READING == Reading::whole)  // of the second vector no more than the last output needs
-        value = even_lanes(load(x + J), load_first(x + J + VL, VL - 1));
-      else if constexpr (STRIDE == 1)
-        value = load_where(x + J, masks[J]);
-      else
-        value = even_lanes(load_where(x + J, columns.inputs[J][0]), load_where(x + J + VL, columns.inputs[J][1]));
-      value = keep(value);
+      const vector_of<T> value = keep(met.template column<J>());
 #pragma GCC unroll 8
       for (int r = 0; r < ROWS; r++) {
         const int i = t - r * STRIDE;
-        if (i >= 0 && i < KERNEL) acc[i * KERNEL + J] += d[r] * value;
+        if (i >= 0 && i < KERNEL)
+          acc[i * KERNEL + J] = multiply_add_where(acc[i * KERNEL + J], d[r], value, columns.outputs);
       }
     };
     add_column.template operator()<0>();
@@ -193,13 +263,10 @@ void add_planes(const Conv2dChannelGrad& q, const S* input, const S* grad, int64
           next_d += COUNT * LINE;
           next_x += COUNT * STRIDE * STRIDE * LINE;
           const S *from = x + c * LANES<T> * STRIDE, *to = d + c * LANES<T>;
-          if (columns[c].reading == Reading::whole)
-            add_strip<T, S, KERNEL, STRIDE, COUNT, Reading::whole>(from, to, row, q, columns[c], acc);
-          else if (STRIDE == 2 && columns[c].reading == Reading::narrow)
-            add_strip<T, S, KERNEL, STRIDE, COUNT, STRIDE == 2 ? Reading::narrow : Reading::masked>(from, to, row, q,
-                                                                                                    columns[c], acc);
+          if (columns[c].easy)
+            add_strip<T, S, KERNEL, STRIDE, COUNT, true>(from, to, row, q, columns[c], acc);
           else
-            add_strip<T, S, KERNEL, STRIDE, COUNT, Reading::masked>(from, to, row, q, columns[c], acc);
+            add_strip<T, S, KERNEL, STRIDE, COUNT, false>(from, to, row, q, columns[c], acc);
         }
       };
       int64_t row = 0;

@@ -300,6 +300,13 @@ TRADY_INLINE V even_lanes(V a, V b) {
   return shuffle(a, b, even);
 }
 
+template <class V>
+TRADY_INLINE V odd_lanes(V a, V b) {
+  index_of<V> odd;
+  for (int lane = 0; lane < lanes_of<V>; ++lane) odd[lane] = static_cast<decltype(+odd[0])>(2 * lane + 1);
+  return shuffle(a, b, odd);
+}
+
 // rows[i][j] becomes rows[j][i]: pairs of vectors are interleaved until each holds a column.
 template <class V>
 TRADY_INLINE void transpose(V (&rows)[lanes_of<V>]) {
