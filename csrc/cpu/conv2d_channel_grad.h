@@ -30,7 +30,8 @@ struct Conv2dChannelGrad {
   void* bias;  // where (slices, C') sums of grad_output over its pixels go, with_bias; otherwise null
 
   // How the work is cut, by plan(). It depends on the shape alone, never on the number of threads, so the sums are the
-  // same for any number of them. A task is a range of outputs and a slice of the tiles.
+  // same for any number of them. A task is a range of outputs, of depthwise layers of their pairs with channels, and a
+  // slice of the tiles or images.
   int64_t tile_images;
   int64_t tile_pixels;              // of the output
   int64_t tile_rows, tile_columns;  // likewise, of a depthwise strip

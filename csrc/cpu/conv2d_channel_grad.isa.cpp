@@ -6,29 +6,6 @@
 namespace trady::TRADY_ISA {
 namespace {
 
-// Lane i of the result is the sum of v[i]'s lanes.
-template <class A, int COUNT>
-TRADY_INLINE A sum_each(const A* v) {
-  if constexpr (COUNT == 1) {
-    return v[0];
-  } else {
-    const A a = sum_each<A, COUNT / 2>(v), b = sum_each<A, COUNT / 2>(v + COUNT / 2);
-    index_of<A> odd;
-    for (int i = 0; i < lanes_of<A>; i++) odd[i] = 2 * i + 1;
-    return even_lanes(a, b) + shuffle(a, b, odd);
-  }
-}
-template <class A, int COUNT, class T>
-TRADY_INLINE void sum_lanes(const A (&acc)[COUNT], T* sums) {
-#pragma GCC unroll 8
-  for (int first = 0; first < COUNT; first += lanes_of<A>) {
-    A group[lanes_of<A>];
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes_of<A>; i++) group[i] = first + i < COUNT ? acc[first + i] : A{};
-    store(sums + first, sum_each<A, lanes_of<A>>(group));
-  }
-}
-
 // Equally long pieces of the input and of grad_output, one an image. Where several images of a small map leave a few
 // pixels behind the last whole vector, those of all images are gathered into one more piece.
 template <class P>

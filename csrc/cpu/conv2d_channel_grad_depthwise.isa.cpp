@@ -78,9 +78,9 @@ TRADY_INLINE V shift_lanes(V low, V high) {
   if constexpr (N == 0)
     return low;
   else if constexpr (lanes_of<V> == 16)
-    return (V)_mm512_alignr_epi32((__m512i)high, (__m512i)low, N);
+    return (V)_mm512_maskz_alignr_epi32(0xffff, (__m512i)high, (__m512i)low, N);
   else
-    return (V)_mm512_alignr_epi64((__m512i)high, (__m512i)low, N);
+    return (V)_mm512_maskz_alignr_epi64(0xff, (__m512i)high, (__m512i)low, N);
 }
 TRADY_INLINE f32 multiply_add_where(f32 sum, f32 a, f32 b, Range<float> lanes) {
   return (f32)_mm512_mask3_fmadd_ps((__m512)a, (__m512)b, (__m512)sum, lanes.bits);
@@ -232,51 +232,93 @@ TRADY_INLINE void add_strip(const S* input, const S* grad, int64_t row, const Co
   }
 }
 
+// A selected channel and an output of its group: planes of an image.
+template <class S>
+struct Pair {
+  const S* input;
+  const S* grad;
+};
+
+// A task's pairs, one after another.
+template <class S>
+struct Pairs {
+  const Conv2dChannelGrad& q;
+  int64_t pair, image, run;
+  Pairs(const Conv2dChannelGrad& problem, int64_t first, int64_t first_image)
+      : q(problem), pair(first), image(first_image), run(0) {
+    // By halves: every channel may have a run of its own.
+    for (int64_t end = q.run_count - 1; run < end;) {
+      const int64_t middle = (run + end) / 2;
+      if (q.runs[middle].end <= pair / q.out_per_group)
+        run = middle + 1;
+      else
+        end = middle;
+    }
+  }
+  Pair<S> next() {
+    const int64_t channel = q.out_per_group == 1 ? pair : pair / q.out_per_group;
+    if (q.runs[run].end <= channel) run++;
+    const int64_t output = q.runs[run].group * q.out_per_group + pair - channel * q.out_per_group;
+    pair++;
+    return {static_cast<const S*>(q.input) + image * q.input_stride[0] + channel * q.input_stride[1],
+            static_cast<const S*>(q.grad_output) + image * q.grad_stride[0] + output * q.grad_stride[1]};
+  }
+};
+
 template <class T, class S, int KERNEL, int STRIDE, int ROWS>
-void add_planes(const Conv2dChannelGrad& q, const S* input, const S* grad, int64_t images, T* sums) {
-  vector_of<T> acc[KERNEL * KERNEL];
-#pragma GCC unroll 32
-  for (int a = 0; a < KERNEL * KERNEL; a++) acc[a] = vector_of<T>{};
+void add_pairs(const Conv2dChannelGrad& q, int64_t first, int64_t count, int64_t first_image, int64_t images, T* sums) {
+  constexpr int TAPS = KERNEL * KERNEL;
   // Along the rows, so that memory is read in order; maps wider than a group in several passes.
   constexpr int GROUP = 16;
   constexpr int64_t LINE = 64 / sizeof(S);
   constexpr int64_t WIDTH = GROUP * LANES<T>;
   for (int64_t left = 0; left < q.out_width; left += WIDTH) {
     Columns<T, KERNEL, STRIDE> columns[GROUP];
-    int count = 0;
-    for (; count < GROUP && left + count * LANES<T> < q.out_width; count++)
-      columns[count] = Columns<T, KERNEL, STRIDE>(left + count * LANES<T>, q);
-    for (int64_t n = 0; n < images; n++) {
-      const S* x = input + n * q.input_stride[0] + left * STRIDE - q.padding[1];
-      const S* d = grad + n * q.grad_stride[0] + left;
-      // The planes of the next image, a few lines a step: the hardware does not follow from plane to plane.
-      const S* next_x = n + 1 < images ? input + (n + 1) * q.input_stride[0] : x;
-      const S* next_d = n + 1 < images ? grad + (n + 1) * q.grad_stride[0] : d;
-      auto strip = [&]<int COUNT>(int64_t row) {
-        for (int c = 0; c < count; c++) {
+    int vectors = 0;
+    for (; vectors < GROUP && left + vectors * LANES<T> < q.out_width; vectors++)
+      columns[vectors] = Columns<T, KERNEL, STRIDE>(left + vectors * LANES<T>, q);
+    Pairs<S> pairs(q, first, first_image);
+    Pair<S> following = pairs.next();
+    for (int64_t pair = 0; pair < count; pair++) {
+      const Pair<S> planes = following;
+      if (pair + 1 < count) following = pairs.next();
+      vector_of<T> acc[TAPS];
+#pragma GCC unroll 32
+      for (int a = 0; a < TAPS; a++) acc[a] = vector_of<T>{};
+      for (int64_t n = 0; n < images; n++) {
+        const S* x = planes.input + n * q.input_stride[0] + left * STRIDE - q.padding[1];
+        const S* d = planes.grad + n * q.grad_stride[0] + left;
+        // The planes that are next, a few lines a step: the hardware does not follow from plane to plane.
+        const bool last = n + 1 == images;
+        const S* next_x = last ? following.input : planes.input + (n + 1) * q.input_stride[0];
+        const S* next_d = last ? following.grad : planes.grad + (n + 1) * q.grad_stride[0];
+        auto strip = [&]<int COUNT>(int64_t row) {
+          for (int c = 0; c < vectors; c++) {
 #pragma GCC unroll 8
-          for (int r = 0; r < COUNT; r++) {
-            prefetch(next_d + r * LINE);
+            for (int r = 0; r < COUNT; r++) {
+              prefetch(next_d + r * LINE);
 #pragma GCC unroll 4
-            for (int part = 0; part < STRIDE * STRIDE; part++) prefetch(next_x + (r * STRIDE * STRIDE + part) * LINE);
+              for (int part = 0; part < STRIDE * STRIDE; part++) prefetch(next_x + (r * STRIDE * STRIDE + part) * LINE);
+            }
+            next_d += COUNT * LINE;
+            next_x += COUNT * STRIDE * STRIDE * LINE;
+            const S *from = x + c * LANES<T> * STRIDE, *to = d + c * LANES<T>;
+            if (columns[c].easy)
+              add_strip<T, S, KERNEL, STRIDE, COUNT, true>(from, to, row, q, columns[c], acc);
+            else
+              add_strip<T, S, KERNEL, STRIDE, COUNT, false>(from, to, row, q, columns[c], acc);
           }
-          next_d += COUNT * LINE;
-          next_x += COUNT * STRIDE * STRIDE * LINE;
-          const S *from = x + c * LANES<T> * STRIDE, *to = d + c * LANES<T>;
-          if (columns[c].easy)
-            add_strip<T, S, KERNEL, STRIDE, COUNT, true>(from, to, row, q, columns[c], acc);
-          else
-            add_strip<T, S, KERNEL, STRIDE, COUNT, false>(from, to, row, q, columns[c], acc);
-        }
-      };
-      int64_t row = 0;
-      for (; row + ROWS <= q.out_height; row += ROWS) strip.template operator()<ROWS>(row);
-      for (; row + 2 <= q.out_height; row += 2) strip.template operator()<2>(row);
-      for (; row < q.out_height; row++) strip.template operator()<1>(row);
+        };
+        int64_t row = 0;
+        for (; row + ROWS <= q.out_height; row += ROWS) strip.template operator()<ROWS>(row);
+        for (; row + 2 <= q.out_height; row += 2) strip.template operator()<2>(row);
+        for (; row < q.out_height; row++) strip.template operator()<1>(row);
+      }
+      T sum[TAPS + LANES<T>];
+      sum_lanes(acc, sum);
+      for (int a = 0; a < TAPS; a++) sums[pair * TAPS + a] = left > 0 ? sums[pair * TAPS + a] + sum[a] : sum[a];
     }
   }
-#pragma GCC unroll 32
-  for (int a = 0; a < KERNEL * KERNEL; a++) sums[a] = sum(acc[a]);
 }
 
 #if defined(__AVX512F__)
@@ -287,25 +329,15 @@ constexpr int ROWS_3 = 4, ROWS_5 = 2;
 
 template <class T, class S>
 void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial) {
-  const int64_t pairs = q.selected * q.out_per_group, slice = task / pairs, pair = task % pairs;
-  const int64_t channel = pair / q.out_per_group;
-  int64_t run = 0;  // by halves: every channel may have its own
-  for (int64_t end = q.run_count - 1; run < end;) {
-    const int64_t middle = (run + end) / 2;
-    if (q.runs[middle].end <= channel)
-      run = middle + 1;
-    else
-      end = middle;
-  }
-  const int64_t output = q.runs[run].group * q.out_per_group + pair % q.out_per_group;
-  const int64_t first = q.batch * slice / q.slices, images = q.batch * (slice + 1) / q.slices - first;
-  const S* input = static_cast<const S*>(q.input) + first * q.input_stride[0] + channel * q.input_stride[1];
-  const S* grad = static_cast<const S*>(q.grad_output) + first * q.grad_stride[0] + output * q.grad_stride[1];
-  T* sums = static_cast<T*>(partial) + task * q.kernel[0] * q.kernel[1];
-  if (q.kernel[0] == 3)
-    (q.stride[0] == 1 ? add_planes<T, S, 3, 1, ROWS_3> : add_planes<T, S, 3, 2, ROWS_3>)(q, input, grad, images, sums);
-  else
-    (q.stride[0] == 1 ? add_planes<T, S, 5, 1, ROWS_5> : add_planes<T, S, 5, 2, ROWS_5>)(q, input, grad, images, sums);
+  const int64_t pairs = q.selected * q.out_per_group, slice = task / q.ranges,
+                first = task % q.ranges * q.range_outputs;
+  const int64_t count = first + q.range_outputs < pairs ? q.range_outputs : pairs - first;
+  const int64_t image = q.batch * slice / q.slices, images = q.batch * (slice + 1) / q.slices - image;
+  T* sums = static_cast<T*>(partial) + (slice * pairs + first) * q.kernel[0] * q.kernel[1];
+  const auto add = q.kernel[0] == 3
+                       ? (q.stride[0] == 1 ? add_pairs<T, S, 3, 1, ROWS_3> : add_pairs<T, S, 3, 2, ROWS_3>)
+                       : (q.stride[0] == 1 ? add_pairs<T, S, 5, 1, ROWS_5> : add_pairs<T, S, 5, 2, ROWS_5>);
+  add(q, first, count, image, images, sums);
 }
 
 #endif

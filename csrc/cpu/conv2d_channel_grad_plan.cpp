@@ -170,11 +170,13 @@ Conv2dChannelGradLoop plan_channels_last(Conv2dChannelGrad& q) {
 }
 
 Conv2dChannelGradLoop plan_depthwise(Conv2dChannelGrad& q) {
-  constexpr int64_t kTaskCost = 50000;
-  const int64_t planes = q.selected * q.out_per_group;
-  const int64_t cost = q.batch * q.out_height * q.out_width * planes;
-  q.slices = even(std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / planes), 1, q.batch));
-  q.tasks = q.slices * planes;
+  constexpr int64_t kTaskCost = 50000, kRanges = 32;
+  const int64_t pairs = q.selected * q.out_per_group;
+  const int64_t cost = q.batch * q.out_height * q.out_width * pairs;
+  q.slices = even(std::clamp<int64_t>(std::min(cost / kTaskCost, kTasks / pairs), 1, q.batch));
+  q.range_outputs = ceil_div(pairs, kRanges);
+  q.ranges = ceil_div(pairs, q.range_outputs);
+  q.tasks = q.slices * q.ranges;
   return TRADY_KERNEL(conv2d_channel_grad_depthwise);
 }
 

@@ -522,5 +522,27 @@ TRADY_INLINE auto sum(V value) {
   }
 }
 
+// Lane i of the result is the sum of v[i]'s lanes.
+template <class V, int COUNT>
+TRADY_INLINE V sum_each(const V* v) {
+  if constexpr (COUNT == 1) {
+    return v[0];
+  } else {
+    const V a = sum_each<V, COUNT / 2>(v), b = sum_each<V, COUNT / 2>(v + COUNT / 2);
+    return even_lanes(a, b) + odd_lanes(a, b);
+  }
+}
+// sums[i] = the sum of v[i]'s lanes; up to a whole vector behind the last is written too.
+template <class V, int COUNT, class T>
+TRADY_INLINE void sum_lanes(const V (&v)[COUNT], T* sums) {
+#pragma GCC unroll 8
+  for (int first = 0; first < COUNT; first += lanes_of<V>) {
+    V group[lanes_of<V>];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes_of<V>; i++) group[i] = first + i < COUNT ? v[first + i] : V{};
+    store(sums + first, sum_each<V, lanes_of<V>>(group));
+  }
+}
+
 }  // namespace
 }  // namespace trady::TRADY_ISA
