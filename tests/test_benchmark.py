@@ -129,28 +129,36 @@ def test_a_peer_reads_the_format_off_one_channel() -> None:
 def test_work_is_counted() -> None:
     f32, bf16 = torch.float32, torch.bfloat16
     dense = ConvLayer("", 64, 128, 56, 3, 2)
-    assert conv2d_work(dense, 4, 8, "contiguous", f32) == Work(
-        4 * (8 * 4 * 56 * 56 + 8 * 128 * 28 * 28 + 4 * 128 * 9), 2 * 8 * 28 * 28 * 4 * 128 * 9
+    moved = 4 * (8 * 4 * 56 * 56 + 8 * 128 * 28 * 28 + 4 * 128 * 9)
+    assert conv2d_work(dense, torch.arange(4), 8, "contiguous", f32) == Work(
+        moved, 2 * 8 * 28 * 28 * 4 * 128 * 9, moved
     )
     depthwise = ConvLayer("", 96, 96, 14, 5, 1, 96)
-    assert conv2d_work(depthwise, 3, 8, "channels_last", bf16) == Work(
-        2 * 2 * 8 * 3 * 14 * 14 + 4 * 3 * 25, 2 * 8 * 14 * 14 * 3 * 25
-    )
+    moved = 2 * 2 * 8 * 3 * 14 * 14 + 4 * 3 * 25
+    # Channels 0 and 31 are in the first of a pixel's three cache lines, 64 is in the last.
+    work = conv2d_work(depthwise, torch.tensor([0, 31, 64]), 8, "channels_last", bf16)
+    assert work == Work(moved, 2 * 8 * 14 * 14 * 3 * 25, moved + 8 * 14 * 14 * (2 * 64 - 3 * 2))
+    assert work.in_lines() == Work(work.lines, work.flops, work.lines)
+    # Planes of 49 floats begin anywhere in a line: of the first three, the neighbours share one.
+    planes = ConvLayer("", 96, 96, 7, 3, 1, 96)
+    few = [conv2d_work(planes, torch.tensor(c), 1, "contiguous", f32) for c in ([0, 1, 2], [0, 2])]
+    assert [work.lines - work.bytes for work in few] == [10 * 64 - 3 * 196, (4 + 4) * 64 - 2 * 196]
     strided = ConvLayer("", 64, 128, 56, 1, 2)
     outputs = 4 * (8 * 128 * 28 * 28)
-    rows_alone = conv2d_work(strided, 32, 8, "contiguous", f32)
+    rows_alone = conv2d_work(strided, torch.arange(32), 8, "contiguous", f32)
     assert rows_alone.bytes == 4 * 8 * 32 * 28 * 56 + outputs + 4 * 32 * 128
-    pixels_alone = conv2d_work(strided, 32, 8, "channels_last", f32)
+    pixels_alone = conv2d_work(strided, torch.arange(32), 8, "channels_last", f32)
     assert pixels_alone.bytes == 4 * 8 * 32 * 28 * 28 + outputs + 4 * 32 * 128
-    assert gather_work(dense, 4, 8, bf16) == Work(2 * 2 * 8 * 4 * 56 * 56, 0)
+    assert gather_work(dense, 4, 8, bf16) == Work(2 * 2 * 8 * 4 * 56 * 56, 0, 2 * 2 * 8 * 4 * 56 * 56)
     linear = LinearLayer("", 197, 192, 768)
-    assert linear_work(linear, 3, 8, f32) == Work(4 * (8 * 197 * 771 + 3 * 768), 2 * 8 * 197 * 3 * 768)
+    moved = 4 * (8 * 197 * 771 + 3 * 768)
+    assert linear_work(linear, 3, 8, f32) == Work(moved, 2 * 8 * 197 * 3 * 768, moved)
 
 
 @needs_cpp
 def test_roofline_takes_the_slower_of_the_two() -> None:
     roofline = Roofline(1)
-    memory, compute = Work(1 << 20, 1), Work(1, 10**9)
+    memory, compute = Work(1 << 20, 1, 0), Work(1, 10**9, 0)
     assert roofline.microseconds(memory, "float32") == pytest.approx(
         1e6 * (1 << 20) / roofline.copy_rates[1 << 20]
     )
@@ -201,6 +209,7 @@ def row(selected: int, auto: float, aten: float, **changes: object) -> Row:
         "float32",
         "cpp",
         10.0,
+        10.0,
         times,
     )
     return replace(usual, **changes)  # type: ignore[arg-type]
@@ -239,7 +248,7 @@ def test_a_depthwise_goal_counts_one_call() -> None:
     assert reached([replace(depthwise, microseconds={**times, "call": 15.0})])[share]
 
 
-def test_limit_is_the_figure_at_the_roofline_and_one_call() -> None:
+def test_limit_is_the_figure_at_the_roofline_of_whole_lines_and_one_call() -> None:
     worst = "dense convolutions, k <= 12, float32: times ATen, worst"
 
     def limit_of(goal: str, rows: list[Row]) -> float | None:
@@ -249,12 +258,12 @@ def test_limit_is_the_figure_at_the_roofline_and_one_call() -> None:
     times = {"auto": 30.0, "aten": 24.0, "dense": 1000.0, "call": 5.0}
     rows = [row(1, 0, 0, microseconds=times), row(2, 30, 60)]
     assert limit_of(worst, rows) == pytest.approx(24 / (10 + 5))
-    assert limit_of(worst, [*rows, row(4, 30, 60, roofline=None)]) is None
+    assert limit_of(worst, [*rows, row(4, 30, 60, lines=None)]) is None
     assert limit_of("C/16 to C: times ATen, worst", [row(4, 30, 60, dtype="bfloat16")]) is None
     growth = "time(k) / time(C) - 1.3 k/C, C >= 64, k >= 16, worst"
-    assert limit_of(
-        growth, [row(16, 34, 40, roofline=20.0), row(64, 100, 100, roofline=80.0)]
-    ) == pytest.approx(max(20 / 80 - 1.3 * 16 / 64, 80 / 80 - 1.3))
+    assert limit_of(growth, [row(16, 34, 40, lines=20.0), row(64, 100, 100, lines=80.0)]) == pytest.approx(
+        max(20 / 80 - 1.3 * 16 / 64, 80 / 80 - 1.3)
+    )
     assert limit_of("dense within twice the roofline, share of shapes", rows) == 1
 
 

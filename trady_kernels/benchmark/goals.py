@@ -48,8 +48,8 @@ class Verdict:
 
     Attributes:
         figure: of the rows.
-        limit: the figure that rows of an operator at the roofline, and one call, would have; None without compiled
-            code and for bfloat16. Where it misses the goal, no kernel on this machine reaches it.
+        limit: the figure that rows of an operator at the roofline of whole cache lines, and one call, would have; None
+            without compiled code and for bfloat16. Where it misses the goal, no kernel on this machine reaches it.
         worst: the worst row in words.
     """
 

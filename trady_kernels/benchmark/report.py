@@ -77,7 +77,9 @@ def goals_table(rows: Sequence[Row]) -> str:
             f"{mark:<8}{verdict.figure:>8.2f}{verdict.bound:>7g}{_number(verdict.limit, 7, 2)}{verdict.count:>6}  {verdict.goal} "
             f"({verdict.rows}; {verdict.worst})"
         )
-    lines.append("limit: the figure of an operator at the roofline, with the smallest call that was measured")
+    lines.append(
+        "limit: the figure of an operator at the roofline of whole cache lines, with the smallest call that was measured"
+    )
     lines.append("The step of a whole network: python benchmarks/training_step.py")
     return "\n".join(lines)
 
@@ -128,12 +130,10 @@ def report(rows: Sequence[Row], roofline: Roofline) -> dict[str, object]:
 def _rounded(row: dict[str, Any]) -> dict[str, Any]:
     """Microseconds to four digits: what lies behind them is noise, and a full run has thousands of rows."""
     times = {name: float(f"{value:.4g}") for name, value in row["microseconds"].items()}
-    roofline = row["roofline"]
-    return {
-        **row,
-        "microseconds": times,
-        "roofline": None if roofline is None else float(f"{roofline:.4g}"),
+    rooflines = {
+        name: None if row[name] is None else float(f"{row[name]:.4g}") for name in ("roofline", "lines")
     }
+    return {**row, "microseconds": times, **rooflines}
 
 
 def json_argument(description: str | None) -> Path | None:

@@ -22,10 +22,22 @@ _RESULT_BYTES = 4  # gradients are float32 whatever the inputs are
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that a call reads or writes at least, and floating-point operations (an FMA is two)."""
+    """What a call does at least.
+
+    Attributes:
+        bytes: read or written.
+        flops: floating-point operations; an FMA is two.
+        lines: the bytes again, with those of a grouped layer's ``grad_output``, of which only some channels are read,
+            in whole cache lines.
+    """
 
     bytes: int
     flops: int
+    lines: int
+
+    def in_lines(self) -> Work:
+        """The same with whole cache lines moved, as a CPU does."""
+        return Work(self.lines, self.flops, self.lines)
 
 
 class Roofline:
@@ -68,31 +80,49 @@ class Roofline:
         return 1e6 * max(work.bytes / self.copy_bandwidth(work.bytes), work.flops / self.fma_peak(dtype))
 
 
-def conv2d_work(layer: ConvLayer, selected: int, batch: int, memory_format: str, dtype: torch.dtype) -> Work:
-    """Of a grouped layer only the selected channels' outputs are read; of a strided one the rows that it touches.
-
-    In channels_last the selected channels share cache lines with others: what a CPU has to move for few channels is
-    more than the bytes counted here.
-    """
-    outputs = layer.out_channels if layer.dense else selected * layer.out_channels // layer.groups
+def conv2d_work(
+    layer: ConvLayer, channels: torch.Tensor, batch: int, memory_format: str, dtype: torch.dtype
+) -> Work:
+    """Of a grouped layer only the selected channels' outputs are read; of a strided one the rows that it touches."""
+    selected, per_group = channels.shape[0], layer.out_channels // layer.groups
+    outputs = layer.out_channels if layer.dense else selected * per_group
     rows = min(layer.size, layer.out_size * layer.kernel) if layer.kernel < layer.stride else layer.size
     pixel_bytes = selected * dtype.itemsize
     columns_skipped = memory_format == "channels_last" and pixel_bytes >= _CACHE_LINE
     columns = rows if columns_skipped else layer.size
     pixels = batch * layer.out_size**2
     taps = layer.kernel**2
-    results = selected * layer.out_channels // layer.groups * taps
-    read = batch * rows * columns * pixel_bytes + pixels * outputs * dtype.itemsize
-    return Work(read + results * _RESULT_BYTES, 2 * pixels * results)
+    results = selected * per_group * taps
+    grad_bytes = pixels * outputs * dtype.itemsize
+    others = batch * rows * columns * pixel_bytes + results * _RESULT_BYTES
+    lines = grad_bytes if layer.dense else batch * _grad_lines(layer, channels, memory_format, dtype)
+    return Work(others + grad_bytes, 2 * pixels * results, others + lines)
+
+
+def _grad_lines(layer: ConvLayer, channels: torch.Tensor, memory_format: str, dtype: torch.dtype) -> int:
+    """Bytes of the cache lines that the selected channels' outputs of one image are in."""
+    per_group, pixels = layer.out_channels // layer.groups, layer.out_size**2
+    outputs = (channels.div(layer.in_channels // layer.groups, rounding_mode="floor") * per_group)[:, None]
+    outputs = (outputs + torch.arange(per_group)).flatten()
+    if memory_format == "channels_last":
+        starts = torch.arange(pixels)[:, None] * layer.out_channels + outputs
+        length = dtype.itemsize
+    else:
+        starts, length = outputs * pixels, pixels * dtype.itemsize
+    starts = starts.flatten() * dtype.itemsize
+    first, last = starts // _CACHE_LINE, (starts + length - 1) // _CACHE_LINE
+    shared = int((first[1:] == last[:-1]).sum())
+    return _CACHE_LINE * (int((last - first + 1).sum()) - shared)
 
 
 def gather_work(layer: ConvLayer, selected: int, batch: int, dtype: torch.dtype) -> Work:
     """The selected channels, read and written."""
-    return Work(2 * batch * layer.size**2 * selected * dtype.itemsize, 0)
+    moved = 2 * batch * layer.size**2 * selected * dtype.itemsize
+    return Work(moved, 0, moved)
 
 
 def linear_work(layer: LinearLayer, selected: int, batch: int, dtype: torch.dtype) -> Work:
     """The selected features, the outputs' gradients and the result."""
     rows, results = batch * layer.rows, selected * layer.out_features
-    read = rows * (selected + layer.out_features) * dtype.itemsize
-    return Work(read + results * _RESULT_BYTES, 2 * rows * results)
+    moved = rows * (selected + layer.out_features) * dtype.itemsize + results * _RESULT_BYTES
+    return Work(moved, 2 * rows * results, moved)

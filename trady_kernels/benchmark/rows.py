@@ -49,6 +49,7 @@ class Row:
             (of gradients) the operator on one pixel, which among the layer's calls, whose data push its code out
             of the caches, takes about three times as long as in a loop of its own.
         roofline: the least microseconds that the bytes and FLOPs allow; None without compiled code.
+        lines: the same where bytes are counted in whole cache lines.
     """
 
     operator: str
@@ -61,6 +62,7 @@ class Row:
     dtype: str
     kernel: str
     roofline: float | None
+    lines: float | None
     microseconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -70,12 +72,15 @@ class Row:
     @property
     def floor(self) -> float | None:
         """The roofline, plus one call for a depthwise layer, whose work can be less than that."""
-        return self.limit if self.family.startswith("depthwise") else self.roofline
+        return self._with_call(self.roofline) if self.family.startswith("depthwise") else self.roofline
 
     @property
     def limit(self) -> float | None:
-        """The least that an operator with such a call could take: the roofline and one call."""
-        return None if self.roofline is None else self.roofline + self.microseconds.get("call", 0.0)
+        """The least that an operator with such a call could take: one call, and the roofline of whole cache lines."""
+        return self._with_call(self.lines)
+
+    def _with_call(self, least: float | None) -> float | None:
+        return None if least is None else least + self.microseconds.get("call", 0.0)
 
     def ratio(self, peer: str) -> float:
         """How many times the operator is faster than ``peer``."""
@@ -132,7 +137,7 @@ def conv2d_calls(layer: ConvLayer, setting: Setting, selected: Sequence[int]) ->
             peer = _gathering_peer(layer, compact, dy, channels)
             result = lambda grads: grads[1]  # noqa: E731
         arguments = (compact, dy, channels, layer.in_channels, *geometry, layer.groups)
-        work = conv2d_work(layer, k, setting.batch, setting.memory_format, dtype)
+        work = conv2d_work(layer, channels, setting.batch, setting.memory_format, dtype)
         calls.append(Call(k, arguments, peer, result, work))
     return calls
 
@@ -265,6 +270,7 @@ def measure(operator: str, layer: Layer, setting: Setting, roofline: Roofline) -
                 setting.dtype,
                 kernels[k],
                 roofline.microseconds(call.work, setting.dtype),
+                roofline.microseconds(call.work.in_lines(), setting.dtype),
                 found,
             )
         )
