@@ -58,7 +58,7 @@ _F32, _F64 = torch.float32, torch.float64
 
 #: What ``trady bench --tune --threads 1`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers
 #: of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels. With AMX: on
-#: a Xeon that has it (benchmarks/results/tune.json), where a call takes 1.3 to 4.0% longer (root mean square) than the faster
+#: a Xeon that has it (benchmarks/results/tune.json), where a call takes 1.3 to 7.6% longer (root mean square) than the faster
 #: of the two kernels. The others: on a Zen 4, before the last changes to the kernels.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
@@ -73,13 +73,13 @@ _AVX512 = (
     *_LINEAR,
 )
 _AMX = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 495),
-    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 103),
-    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 90),
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 429),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 151),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 362),
     Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, ANY),
     Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY, 2048),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 13),
-    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 221, 64),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 22),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 286, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 24),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 156, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 24),
