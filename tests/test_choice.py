@@ -167,7 +167,6 @@ MALFORMED = {
     "half type": (wrong(dtype="bfloat16"), "for which there is no choice"),
     "pixels shrink": (wrong(most_pixels=None), "expected them to grow and to end in null"),
     # where oneDNN crashes or errs
-    "strided point": (wrong(family="1x1 strided", memory_format="channels_last"), "there is no choice"),
     "depthwise": (wrong(family="grouped"), "for which there is no choice"),
 }
 
@@ -230,7 +229,6 @@ def test_it_is_read_at_import(table: Path) -> None:
 @pytest.mark.parametrize("selected", (1, 4, 24, 1 << 20))
 def test_never_aten_where_onednn_errs(dtype: torch.dtype, selected: int) -> None:
     for family, memory_format in (
-        ("1x1 strided", torch.channels_last),
         ("grouped", torch.contiguous_format),
         ("grouped", torch.channels_last),
     ):

@@ -58,7 +58,7 @@ _F32, _F64 = torch.float32, torch.float64
 
 #: What ``trady bench --tune --threads 1`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers
 #: of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels. With AMX: on
-#: a Xeon that has it (benchmarks/results/tune.json), where a call takes 1.3 to 7.6% longer (root mean square) than the faster
+#: a Xeon that has it (benchmarks/results/tune.json), where a call takes 1.7 to 9.7% longer (root mean square) than the faster
 #: of the two kernels. The others: on a Zen 4, before the last changes to the kernels.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
@@ -68,18 +68,20 @@ _AVX512 = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, ANY),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, ANY),
     Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, ANY),
     Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, ANY),
     Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY),
     *_LINEAR,
 )
 _AMX = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 429),
-    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 151),
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 271),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 30),
     Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 362),
-    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, 13),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 362),
     Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY, 2048),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 22),
-    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 286, 64),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 13),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 221, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 24),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 156, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 24),
@@ -88,12 +90,13 @@ _OTHERS = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 15),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 44),
     Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 13),
+    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, ANY),
     Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 13),
     Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 9),
     *_LINEAR,
 )
-# Families without a limit above are where oneDNN is not to be trusted, and no table may have one for them: strided 1x1
-# with few channels in channels_last (oneDNN#6035), strided and padded depthwise (pytorch#50042).
+# Families without a limit above are where oneDNN is not to be trusted, and no table may have one for them: strided and
+# padded depthwise (pytorch#50042). Of strided 1x1 in channels_last (oneDNN#6035) ATen's path is no convolution.
 
 _SHIPPED = {"avx512": _AVX512, "avx512_bf16": _AVX512, "avx512_amx": _AMX}
 

@@ -96,7 +96,7 @@ def _choose(
 ) -> str:
     if input_selected.is_cuda:
         return "aten"
-    if not limited("conv2d_channel_grad"):
+    if groups != 1 or not limited("conv2d_channel_grad"):  # no table has limits for groups
         return "cpp"
     return cpp_or_aten(
         "conv2d_channel_grad",

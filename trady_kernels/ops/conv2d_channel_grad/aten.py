@@ -56,7 +56,12 @@ def _of_points(
         input_selected = input_selected[:, :, :: stride[0], :: stride[1]]
     if grad_output.stride(1) == 1:
         rows = input_selected.movedim(1, 3).reshape(-1, k)
-        grad = torch.mm(rows.t(), grad_output.movedim(1, 3).reshape(-1, outputs))
+        grad_rows = grad_output.movedim(1, 3).reshape(-1, outputs)
+        # Into rows of few results MKL multiplies more slowly.
+        if outputs <= min(k, 128):
+            grad = torch.mm(grad_rows.t(), rows).t().contiguous()
+        else:
+            grad = torch.mm(rows.t(), grad_rows)
         return grad.reshape(k, outputs, 1, 1)
     # The gradient's transpose is that of input and grad_output exchanged, whose results come in their order; for few
     # channels oneDNN takes far longer for it.
