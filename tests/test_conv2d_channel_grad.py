@@ -221,6 +221,8 @@ def test_matrix_tiles_of_others_stay_as_they_were(layout: str, isa: str) -> None
 def test_choice_by_shape(case: ConvCase, others: str, layout: str) -> None:
     """C++ with AVX-512, and where oneDNN errs; on other instruction sets ATen from some number of channels on."""
     expected = "cpp" if "avx512" in str(instruction_set()) else others
+    if (instruction_set(), case.name, layout) == ("avx512_amx", "1x1", "channels_last"):
+        expected = "aten"  # a matrix product, which is ahead there already from 31 channels on
     x, dy, *rest = arguments(case, torch.float32)
     conv2d_channel_grad(*LAYOUTS[layout](x, dy), *rest)
     assert last_kernel("conv2d_channel_grad") == expected
