@@ -95,6 +95,7 @@ CONV_CASES = (
     ConvCase(
         "7x7 kernel, stride 2", 2, 3, 16, (23, 22), 3, kernel_size=(7, 7), stride=(2, 2), padding=(3, 3)
     ),
+    ConvCase("7x7 kernel, several tiles", 1, 3, 9, (71, 70), 2, (7, 7), (2, 2), (3, 3)),
     ConvCase("kernel of many columns", 1, 3, 6, (6, 40), 2, kernel_size=(2, 21), padding=(1, 0)),
     ConvCase("kernel of one column", 2, 4, 9, (9, 8), 1, kernel_size=(3, 1), padding=(1, 0)),
     ConvCase("patches", 2, 3, 12, (32, 32), 2, kernel_size=(16, 16), stride=(16, 16)),

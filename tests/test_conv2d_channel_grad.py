@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import CONV_CASES, ConvCase
 from tolerances import sum_tolerance
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trady_kernels.ops import (
     backend,
@@ -88,6 +89,30 @@ def test_aten_gives_many_results_in_their_order(layout: str, stride: int) -> Non
     with backend("aten"):
         actual = conv2d_channel_grad(*LAYOUTS[layout](*args[:2]), *args[2:])
     assert last_kernel("conv2d_channel_grad") == "aten"
+    Exact(case, args).check(actual)
+
+
+class Called(TorchDispatchMode):
+    """The operators of ATen that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("selected", (1, 4, 40))
+@pytest.mark.parametrize("padding", (0, 1))
+def test_strided_points_in_channels_last_never_reach_onednn(selected: int, padding: int) -> None:
+    """Its strided 1x1 gradient crashes or errs with few channels (oneDNN#6035)."""
+    case = ConvCase("", 2, 40, 30, (9, 8), selected, (1, 1), (2, 2), (padding, padding))
+    args = arguments(case, torch.float32)
+    with backend("aten"), Called() as called:
+        actual = conv2d_channel_grad(*LAYOUTS["channels_last"](*args[:2]), *args[2:])
+    assert "mm" in called.names and not any("convolution" in name for name in called.names)
     Exact(case, args).check(actual)
 
 

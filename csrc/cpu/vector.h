@@ -300,6 +300,7 @@ TRADY_INLINE V even_lanes(V a, V b) {
   return shuffle(a, b, even);
 }
 
+// Lanes 1, 3, 5, ... of a, then those of b.
 template <class V>
 TRADY_INLINE V odd_lanes(V a, V b) {
   index_of<V> odd;

@@ -59,7 +59,8 @@ _F32, _F64 = torch.float32, torch.float64
 #: What ``trady bench --tune --threads 1`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers
 #: of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels. With AMX: on
 #: a Xeon that has it (benchmarks/results/tune.json), where a call takes 1.7 to 9.7% longer (root mean square) than the faster
-#: of the two kernels. The others: on a Zen 4, before the last changes to the kernels.
+#: of the two kernels. The others: on a Zen 4, before the last changes to the kernels; strided 1x1 in
+#: channels_last was not measured there.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
