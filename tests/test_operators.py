@@ -28,7 +28,7 @@ def _offsets(*shape: int, channels_last: bool = False) -> torch.Tensor:
 def _convolution(channels_last: bool = False, groups: int = 1) -> tuple[Any, ...]:
     x = _images(2, 3, 7, 6, channels_last=channels_last)
     dy = _images(2, 8, 4, 3, channels_last=channels_last)
-    return (x, dy, torch.tensor([0, 2, 3]), 4, [3, 3], [2, 2], [1, 1], [1, 1], groups)
+    return (x, dy, torch.tensor([0, 2, 3]), 4, [3, 3, 2, 2, 1, 1, 1, 1], groups)
 
 
 def _rectified() -> tuple[tuple[Any, ...], ...]:

@@ -311,14 +311,11 @@ def conv_flops(
     grad_output: torch.Size,
     channels: torch.Size,
     in_channels: int,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    geometry: list[int],
     groups: int,
     out_val: object = None,
 ) -> int:
-    return 2 * selected[1] * grad_output.numel() // groups * math.prod(kernel_size)
+    return 2 * selected[1] * grad_output.numel() // groups * math.prod(geometry[:2])
 
 
 def linear_flops(selected: torch.Size, grad_output: torch.Size, out_val: object = None) -> int:

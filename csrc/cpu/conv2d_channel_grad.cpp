@@ -23,13 +23,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t selected, int64_t in_channels, int64_t groups) {
+std::vector<ChannelRun> runs_of(const int64_t* channels, int64_t stride, int64_t selected, int64_t in_channels,
+                                int64_t groups) {
   const int64_t in_per_group = in_channels / groups;
   std::vector<ChannelRun> runs;
-  for (int64_t i = 0; i < selected; i++) {
-    STD_TORCH_CHECK(channels[i] >= 0 && channels[i] < in_channels, "channels: got index ", channels[i],
+  for (int64_t i = 0; i < selected; i++, channels += stride) {
+    STD_TORCH_CHECK(*channels >= 0 && *channels < in_channels, "channels: got index ", *channels,
                     ", expected 0 <= index < in_channels = ", in_channels);
-    const int64_t group = channels[i] / in_per_group;
+    const int64_t group = *channels / in_per_group;
     if (runs.empty() || runs.back().group != group) runs.push_back({i, i, group});
     runs.back().end = i + 1;
   }
@@ -79,40 +80,38 @@ bool sums_in_order(const Conv2dChannelGrad& q, const int64_t (&sizes)[4]) {
 
 // The weight gradient, and where `bias` is given that of the bias too, from the same pass.
 Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const Tensor& channels, int64_t in_channels,
-                 const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
-                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                 Tensor* bias) {
-  STD_TORCH_CHECK(input_selected.dim() == 4 && grad_output.dim() == 4,
-                  "conv2d_channel_grad: input_selected and grad_output have ", input_selected.dim(), " and ",
-                  grad_output.dim(), " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
-  STD_TORCH_CHECK(
-      channels.dim() == 1 && channels.scalar_type() == ScalarType::Long && channels.size(0) == input_selected.size(1),
-      "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ",
-      input_selected.size(1), " channels of input_selected");
+                 const std::vector<int64_t>& geometry, int64_t groups, Tensor* bias) {
+  const auto input = input_selected.sizes(), outputs = grad_output.sizes();
+  STD_TORCH_CHECK(input.size() == 4 && outputs.size() == 4, "conv2d_channel_grad: input_selected and grad_output have ",
+                  input.size(), " and ", outputs.size(),
+                  " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
+  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long && channels.size(0) == input[1],
+                  "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ", input[1],
+                  " channels of input_selected");
   STD_TORCH_CHECK(input_selected.scalar_type() == grad_output.scalar_type(),
                   "conv2d_channel_grad: grad_output must have the dtype of input_selected");
-  STD_TORCH_CHECK(kernel_size.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+  STD_TORCH_CHECK(geometry.size() == 8,
                   "conv2d_channel_grad: kernel_size, stride, padding and dilation must be pairs (height, width)");
-  STD_TORCH_CHECK(groups > 0 && in_channels % groups == 0 && grad_output.size(1) % groups == 0,
+  const int64_t *kernel_size = geometry.data(), *stride = kernel_size + 2, *padding = stride + 2,
+                *dilation = padding + 2;
+  STD_TORCH_CHECK(groups > 0 && in_channels % groups == 0 && outputs[1] % groups == 0,
                   "conv2d_channel_grad: groups = ", groups, " must divide in_channels = ", in_channels,
-                  " and grad_output's channels = ", grad_output.size(1));
+                  " and grad_output's channels = ", outputs[1]);
   for (int axis = 0; axis < 2; axis++) {
     STD_TORCH_CHECK(kernel_size[axis] > 0 && stride[axis] > 0 && dilation[axis] > 0 && padding[axis] >= 0,
                     "conv2d_channel_grad: kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room =
-        input_selected.size(axis + 2) + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1;
-    STD_TORCH_CHECK(input_selected.size(0) == grad_output.size(0) && room >= 0 &&
-                        grad_output.size(axis + 2) == room / stride[axis] + 1,
-                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ",
-                    grad_output.size(axis + 2), ", which is not what this convolution gives for input_selected, batch ",
-                    input_selected.size(0));
+    const int64_t room = input[axis + 2] + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1;
+    STD_TORCH_CHECK(input[0] == outputs[0] && room >= 0 && outputs[axis + 2] == room / stride[axis] + 1,
+                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ", outputs[axis + 2],
+                    ", which is not what this convolution gives for input_selected, batch ", input[0]);
   }
 
   Conv2dChannelGrad q{};
   q.dtype = dtype_of(input_selected, "input_selected");
   const bool wide = q.dtype == Dtype::float64;
-  q.selected = input_selected.size(1);
-  q.out_per_group = grad_output.size(1) / groups;
+  q.selected = input[1];
+  q.groups = groups;
+  q.out_per_group = outputs[1] / groups;
   const int64_t shape[]{q.selected, q.out_per_group, kernel_size[0], kernel_size[1]};
   const auto accumulate = wide ? ScalarType::Double : ScalarType::Float;
   if (q.selected == 0 || grad_output.numel() == 0) {
@@ -121,23 +120,19 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
   }
   Tensor out = new_empty(grad_output, shape, accumulate);
 
-  std::vector<int64_t> indices(q.selected);
-  for (int64_t i = 0; i < q.selected; i++)
-    indices[i] = static_cast<const int64_t*>(channels.const_data_ptr())[i * channels.stride(0)];
-  std::vector<ChannelRun> runs = runs_of(indices.data(), q.selected, in_channels, groups);
+  const std::vector<ChannelRun> runs = runs_of(static_cast<const int64_t*>(channels.const_data_ptr()),
+                                               channels.stride(0), q.selected, in_channels, groups);
   q.runs = runs.data();
   q.run_count = static_cast<int64_t>(runs.size());
   q.input = input_selected.const_data_ptr();
   q.grad_output = grad_output.const_data_ptr();
-  q.batch = input_selected.size(0);
-  q.height = input_selected.size(2);
-  q.width = input_selected.size(3);
-  q.out_height = grad_output.size(2);
-  q.out_width = grad_output.size(3);
-  for (int axis = 0; axis < 4; axis++) {
-    q.input_stride[axis] = input_selected.stride(axis);
-    q.grad_stride[axis] = grad_output.stride(axis);
-  }
+  q.batch = input[0];
+  q.height = input[2];
+  q.width = input[3];
+  q.out_height = outputs[2];
+  q.out_width = outputs[3];
+  std::ranges::copy(input_selected.strides(), q.input_stride);
+  std::ranges::copy(grad_output.strides(), q.grad_stride);
   for (int axis = 0; axis < 2; axis++) {
     q.kernel[axis] = kernel_size[axis];
     q.stride[axis] = stride[axis];
@@ -182,22 +177,18 @@ Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const 
 }
 
 Tensor conv2d_channel_grad(Tensor input_selected, Tensor grad_output, Tensor channels, int64_t in_channels,
-                           std::vector<int64_t> kernel_size, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                           std::vector<int64_t> dilation, int64_t groups) {
-  return gradients(input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups,
-                   nullptr);
+                           std::vector<int64_t> geometry, int64_t groups) {
+  return gradients(input_selected, grad_output, channels, in_channels, geometry, groups, nullptr);
 }
 
 std::tuple<Tensor, Tensor> conv2d_channel_grad_with_bias(Tensor input_selected, Tensor grad_output, Tensor channels,
-                                                         int64_t in_channels, std::vector<int64_t> kernel_size,
-                                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                                         std::vector<int64_t> dilation, int64_t groups) {
+                                                         int64_t in_channels, std::vector<int64_t> geometry,
+                                                         int64_t groups) {
   STD_TORCH_CHECK(groups == 1 && channels.numel() > 0,
                   "conv2d_channel_grad_with_bias: expected groups = 1 and at least one channel, got groups = ", groups,
                   " and ", channels.numel(), " channels");
   Tensor bias;
-  Tensor grad = gradients(input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation,
-                          groups, &bias);
+  Tensor grad = gradients(input_selected, grad_output, channels, in_channels, geometry, groups, &bias);
   return {grad, bias};
 }
 

@@ -19,7 +19,8 @@ struct Conv2dChannelGrad {
   const void* grad_output;  // (N, C', H', W')
   Dtype dtype;
   int64_t batch, height, width, out_height, out_width;
-  int64_t selected;       // k
+  int64_t selected;  // k
+  int64_t groups;
   int64_t out_per_group;  // C' / groups
   int64_t input_stride[4], grad_stride[4];
   int64_t kernel[2], stride[2], padding[2], dilation[2];

@@ -136,6 +136,7 @@ struct Problem {
     q.height = s.size[0];
     q.width = s.size[1];
     q.selected = static_cast<int64_t>(s.channels.size());
+    q.groups = s.groups;
     q.out_per_group = s.out_channels / s.groups;
     for (int axis : {0, 1}) {
       q.kernel[axis] = s.kernel[axis];

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -205,18 +206,33 @@ def _smallest_linear(dtype: torch.dtype) -> Callable[[], object]:
     return partial(linear_channel_grad, torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype))
 
 
+def _as_they_are(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return arguments
+
+
+def _conv2d_operands(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    tensors, pairs, groups = arguments[:4], arguments[4:8], arguments[8]
+    return *tensors, tuple(chain(*pairs)), groups
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """An operator's front, its calls on a layer, the seconds that a layer's rows may take, and the smallest call."""
+    """An operator's front, its calls on a layer, the seconds that a layer's rows may take, and the smallest call.
+
+    Its kernels take what ``operands`` makes of the front's arguments.
+    """
 
     front: Callable[..., torch.Tensor]
     calls: Callable[[Any, Setting, Sequence[int]], list[Call]]
     seconds: float
     smallest: Callable[[torch.dtype], Callable[[], object]] | None = None
+    operands: Callable[[tuple[Any, ...]], tuple[Any, ...]] = _as_they_are
 
 
 BENCHMARKS = {
-    "conv2d_channel_grad": Benchmark(conv2d_channel_grad, conv2d_calls, 1.0, _smallest_conv2d),
+    "conv2d_channel_grad": Benchmark(
+        conv2d_channel_grad, conv2d_calls, 1.0, _smallest_conv2d, _conv2d_operands
+    ),
     "gather_channels": Benchmark(gather_channels, gather_calls, 0.3),
     "linear_channel_grad": Benchmark(linear_channel_grad, linear_calls, 1.0, _smallest_linear),
 }
@@ -245,7 +261,9 @@ def measure(operator: str, layer: Layer, setting: Setting, roofline: Roofline) -
         _check(operator, layer, setting, k, ours, call.result(call.peer()))
         contenders["auto", k] = partial(benchmark.front, *call.arguments)
         if kernels[k] != "cpp" and not unavailable("cpp"):
-            contenders["cpp", k] = partial(OPERATORS[operator].kernels["cpp"], *call.arguments)
+            contenders["cpp", k] = partial(
+                OPERATORS[operator].kernels["cpp"], *benchmark.operands(call.arguments)
+            )
     if benchmark.smallest is not None:
         contenders["call", 0] = benchmark.smallest(DTYPES[setting.dtype])
     times = interleaved(contenders, setting.rounds, seconds=benchmark.seconds)

@@ -59,7 +59,7 @@ def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
     calls = benchmark.calls(layer, setting, sorted({k for k in wanted if k <= layer.in_channels}))
     times = interleaved(
         {
-            (name, call.selected): partial(kernels[name], *call.arguments)
+            (name, call.selected): partial(kernels[name], *benchmark.operands(call.arguments))
             for call in calls
             for name in KERNELS
         },

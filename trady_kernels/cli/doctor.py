@@ -144,7 +144,7 @@ def _operators() -> list[Finding]:
     channels, window = torch.tensor([1, 4, 5]), ((3, 3), (2, 2), (1, 1), (1, 1))
     codes, bits = torch.randint(-127, 128, (130,), dtype=torch.int8), torch.arange(162, dtype=torch.uint8)
     _, offsets = OPERATORS["max_pool2d_offsets"].kernels["reference"](x, *window, False)
-    convolution = (x[:, channels], dy, channels, 8, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    convolution = (x[:, channels], dy, channels, 8, (3, 3, 1, 1, 1, 1, 1, 1), 1)
     examples: dict[str, tuple[Any, ...]] = {
         "gather_channels": (x, channels),
         "conv2d_channel_grad": convolution,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,28 @@ from trady_kernels.ops.conv2d_channel_grad.reference import (
 from trady_kernels.ops.layout import memory_format_of
 
 
+def _of_geometry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` as the operator is called: its four pairs of integers, from kernel_size to dilation, in one list.
+
+    Four lists take torch's dispatcher 1.1 us longer than one, at which small layers take 10 us altogether.
+    """
+
+    @functools.wraps(function)
+    def spread(
+        input_selected: torch.Tensor,
+        grad_output: torch.Tensor,
+        channels: torch.Tensor,
+        in_channels: int,
+        geometry: Sequence[int],
+        groups: int,
+    ) -> Any:
+        pairs = geometry[:2], geometry[2:4], geometry[4:6], geometry[6:]
+        return function(input_selected, grad_output, channels, in_channels, *pairs, groups)
+
+    return spread
+
+
+@_of_geometry
 def _fake(
     input_selected: torch.Tensor,
     grad_output: torch.Tensor,
@@ -33,6 +56,7 @@ def _fake(
     return grad_output.new_empty(shape, dtype=torch.promote_types(grad_output.dtype, torch.float32))
 
 
+@_of_geometry
 def _validate(
     input_selected: torch.Tensor,
     grad_output: torch.Tensor,
@@ -44,6 +68,11 @@ def _validate(
     dilation: Sequence[int],
     groups: int,
 ) -> None:
+    if len(dilation) != 2:
+        raise ValueError(
+            "kernel_size, stride, padding, dilation: expected pairs (height, width), got "
+            f"{6 + len(dilation)} integers together"
+        )
     shape, out = input_selected.shape, grad_output.shape
     if len(shape) != 4 or len(out) != 4:
         raise ValueError(
@@ -88,10 +117,7 @@ def _choose(
     grad_output: torch.Tensor,
     channels: torch.Tensor,
     in_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     groups: int,
 ) -> str:
     if input_selected.is_cuda:
@@ -100,7 +126,7 @@ def _choose(
         return "cpp"
     return cpp_or_aten(
         "conv2d_channel_grad",
-        family(kernel_size, stride, groups),
+        family(geometry[:2], geometry[2:4], groups),
         memory_format_of(grad_output),
         input_selected.dtype,
         channels.shape[0],
@@ -113,20 +139,9 @@ def _fake_with_bias(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return grad, grad.new_empty(grad.shape[1])
 
 
-def _validate_with_bias(
-    input_selected: torch.Tensor,
-    grad_output: torch.Tensor,
-    channels: torch.Tensor,
-    in_channels: int,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
-    _validate(
-        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
-    )
+def _validate_with_bias(*args: Any) -> None:
+    _validate(*args)
+    channels, groups = args[2], args[-1]
     if groups != 1:
         raise ValueError(
             f"groups: got {groups}, expected 1: selected channels of a grouped layer do not read every output, "
@@ -136,15 +151,12 @@ def _validate_with_bias(
         raise ValueError("channels: got none, expected at least one; sum grad_output instead")
 
 
-_ARGUMENTS = (
-    "(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, "
-    "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, int groups)"
-)
+_ARGUMENTS = "(Tensor input_selected, Tensor grad_output, Tensor channels, SymInt in_channels, int[] geometry, int groups)"
 _operator = Operator(
     f"conv2d_channel_grad{_ARGUMENTS} -> Tensor",
-    reference=reference,
+    reference=_of_geometry(reference),
     fake=_fake,
-    kernels={"aten": aten},
+    kernels={"aten": _of_geometry(aten)},
     choose=_choose,
     validate=_validate,
     cpp_checks=True,
@@ -153,9 +165,9 @@ _operator = Operator(
 
 _with_bias = Operator(
     f"conv2d_channel_grad_with_bias{_ARGUMENTS} -> (Tensor, Tensor)",
-    reference=reference_with_bias,
+    reference=_of_geometry(reference_with_bias),
     fake=_fake_with_bias,
-    kernels={"aten": aten_with_bias},
+    kernels={"aten": _of_geometry(aten_with_bias)},
     choose=_choose,
     validate=_validate_with_bias,
     cpp_checks=True,
@@ -194,9 +206,8 @@ def conv2d_channel_grad(
     Raises:
         ValueError: shapes, dtypes or groups that do not belong to one convolution.
     """
-    return _operator(
-        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
-    )
+    geometry = (*kernel_size, *stride, *padding, *dilation)
+    return _operator(input_selected, grad_output, channels, in_channels, geometry, groups)
 
 
 def conv2d_channel_grad_with_bias(
@@ -226,6 +237,5 @@ def conv2d_channel_grad_with_bias(
     Raises:
         ValueError: shapes or dtypes that do not belong to one convolution, groups, or no channel.
     """
-    return _with_bias(
-        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups
-    )
+    geometry = (*kernel_size, *stride, *padding, *dilation)
+    return _with_bias(input_selected, grad_output, channels, in_channels, geometry, groups)
