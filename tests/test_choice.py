@@ -158,10 +158,10 @@ MALFORMED = {
         {"made": wrong()["made"], "limits": [3]},
         r"limits\[0\]: got 3, expected an object",
     ),
-    "a share": (wrong(most_selected=0.5), r"limits\[0\]: got most_selected 0.5, expected null or an integer"),
-    "a truth": (wrong(most_selected=True), "got most_selected True"),
-    "below zero": (wrong(most_selected=-1), "got most_selected -1"),
-    "no limit in it": ({"made": wrong()["made"], "limits": [{}]}, "got most_selected 'nothing'"),
+    "a share": (wrong(most_channels=0.5), r"limits\[0\]: got most_channels 0.5, expected null or an integer"),
+    "a truth": (wrong(most_channels=True), "got most_channels True"),
+    "below zero": (wrong(most_channels=-1), "got most_channels -1"),
+    "no limit in it": ({"made": wrong()["made"], "limits": [{}]}, "got most_channels 'nothing'"),
     "no such operator": (wrong(operator="gather_channels"), "operator 'gather_channels'"),
     "no text": (wrong(memory_format=["contiguous"]), "for which there is no choice"),
     "half type": (wrong(dtype="bfloat16"), "for which there is no choice"),
@@ -243,15 +243,19 @@ def test_half_types_have_no_limit() -> None:
 # ---- tuning -------------------------------------------------------------------------------------------------
 
 
+def point(pixels: int, k: int, cpp: float, aten: float) -> Point:
+    return Point("", 1, pixels, k, k, cpp, aten)
+
+
 def shapes(crossing: dict[int, int], counts: tuple[int, ...] = (1, 4, 16, 64)) -> list[Point]:
     """C++ takes a microsecond a channel; ATen as much at ``crossing[pixels]`` channels, whatever there are."""
-    return [Point("", pixels, k, float(k), float(at)) for pixels, at in crossing.items() for k in counts]
+    return [point(pixels, k, float(k), float(at)) for pixels, at in crossing.items() for k in counts]
 
 
 def test_fit_finds_the_crossing() -> None:
     assert fit(POINT, shapes({49: 8, 196: 9})) == [Limit(*POINT, 8)]  # between 4 and 16
     assert fit(POINT, shapes({49: 1000})) == [Limit(*POINT, ANY)]
-    never = [Point("", 49, k, 2.0, 1.0) for k in (1, 4)]
+    never = [point(49, k, 2.0, 1.0) for k in (1, 4)]
     assert fit(POINT, never) == [Limit(*POINT, 0)]
     assert losses([Limit(*POINT, ANY)], never) == pytest.approx((1.0, 1.0))
 
@@ -260,12 +264,12 @@ def test_fit_splits_by_pixels_only_where_it_pays() -> None:
     apart = shapes({392: 2, 25088: 1000})
     assert fit(POINT, apart) == [Limit(*POINT, 2, 512), Limit(*POINT, ANY)]
     assert losses(fit(POINT, apart), apart) == (0.0, 0.0)
-    nearly = [Point("", pixels, 64, 1.0, 1.0 + slack) for pixels, slack in ((392, 0.01), (25088, -0.01))]
+    nearly = [point(pixels, 64, 1.0, 1.0 + slack) for pixels, slack in ((392, 0.01), (25088, -0.01))]
     assert len(fit(POINT, nearly)) == 1
 
 
 def test_a_large_loss_weighs_more_than_small_ones() -> None:
-    of = [Point("", 49, 16, 1.0, 2.0), *(Point("", 49, 16, 1.05, 1.0) for _ in range(10))]
+    of = [point(49, 16, 1.0, 2.0), *(point(49, 16, 1.05, 1.0) for _ in range(10))]
     assert fit(POINT, of) == [Limit(*POINT, ANY)]
 
 
@@ -279,6 +283,20 @@ def test_points_time_both_kernels() -> None:
         2 * 81
     }
     assert all(point.cpp > 0 and point.aten > 0 for point in found) and KERNELS == ("cpp", "aten")
+    assert {point.threads for point in found} == {torch.get_num_threads()}
+
+
+def test_a_point_counts_the_smaller_of_channels_and_outputs() -> None:
+    if unavailable("cpp"):
+        pytest.skip(unavailable("cpp"))
+    found = {
+        kernel: [
+            point.channels
+            for point in points("conv2d_channel_grad", ConvLayer("", 8, 3, 9, kernel), Setting(rounds=1))
+        ]
+        for kernel in (1, 3)
+    }
+    assert found == {1: [1, 2, 3, 3], 3: [1, 2, 4, 8]}
 
 
 def test_keys() -> None:

@@ -272,10 +272,11 @@ def test_bench_tune(
         for family in ("1x1", "kxk")
         for memory_format in ("torch.contiguous_format", "torch.channels_last")
     }
-    assert "C++ up to k" in out and str(table) in out
+    assert "C++ up to" in out and str(table) in out
     content = json.loads(file.read_text())
     labels = {point["label"] for limit in content["limits"] for point in limit["points"]}
     assert labels == {layer.label for layer in tiny[:2]} and content["machine"]["threads"] == 1
+    assert {point["threads"] for limit in content["limits"] for point in limit["points"]} == {1}
 
 
 @pytest.mark.usefixtures("bench_here")

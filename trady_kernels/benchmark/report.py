@@ -87,7 +87,7 @@ def goals_table(rows: Sequence[Row]) -> str:
 def limits_table(limits: Sequence[Limit], measured: Mapping[Key, Sequence[Point]]) -> str:
     """Each limit, and what the table loses over the faster kernel of each shape; beside it the limits now in force."""
     lines = [
-        f"{'operator':<21}{'family':<13}{'format':<15}{'dtype':<9}{'pixels':>9}{'C++ up to k':>13}{'shapes':>8}"
+        f"{'operator':<21}{'family':<13}{'format':<15}{'dtype':<9}{'pixels':>9}{'C++ up to':>13}{'shapes':>8}"
         f"{'loss':>8}{'worst':>7}{'before':>9}{'worst':>7}"
     ]
     now = {key: [limit for limit in limits_in_force() if limit.key == key] for key in measured}
@@ -95,7 +95,7 @@ def limits_table(limits: Sequence[Limit], measured: Mapping[Key, Sequence[Point]
         operator, family, memory_format, dtype = limit.key
         names = (str(memory_format).removeprefix("torch."), str(dtype).removeprefix("torch."))
         pixels = "any" if limit.most_pixels == ANY else f"<= {limit.most_pixels}"
-        most = "any" if limit.most_selected == ANY else str(limit.most_selected)
+        most = "any" if limit.most_channels == ANY else str(limit.most_channels)
         line = f"{operator:<21}{family:<13}{names[0].removesuffix('_format'):<15}{names[1]:<9}{pixels:>9}{most:>13}"
         if limit.most_pixels == ANY:
             of = measured[limit.key]

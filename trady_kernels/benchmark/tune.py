@@ -7,12 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from trady_kernels.benchmark.layers import ConvLayer, Layer, selections
 from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Setting
 from trady_kernels.benchmark.timing import interleaved
 from trady_kernels.ops.backend import OPERATORS
 from trady_kernels.ops.choice import ANY, KEYS, Key, Limit
-from trady_kernels.ops.conv2d_channel_grad import family
+from trady_kernels.ops.conv2d_channel_grad import channels_to_choose_by, family
 
 KERNELS = ("cpp", "aten")
 
@@ -27,23 +29,22 @@ class Point:
     """Microseconds of both kernels at one shape, all that ``auto`` would spend in either included."""
 
     label: str
+    threads: int
     pixels: int
     selected: int
+    channels: int  # that the limit counts
     cpp: float
     aten: float
 
-    def loss(self, most_selected: int) -> float:
+    def loss(self, most_channels: int) -> float:
         """Logarithm of the time under a limit over that of the faster kernel."""
-        taken = self.cpp if self.selected <= most_selected else self.aten
+        taken = self.cpp if self.channels <= most_channels else self.aten
         return math.log(taken / min(self.cpp, self.aten))
 
 
 def key_of(operator: str, layer: Layer, setting: Setting) -> Key | None:
     """What the layer's limit is for; None where there is no choice."""
-    name = "linear"
-    if isinstance(layer, ConvLayer):
-        name = family((layer.kernel,) * 2, (layer.stride,) * 2, layer.groups)
-    key = (operator, name, FORMATS[setting.memory_format], DTYPES[setting.dtype])
+    key = (operator, _family(layer), FORMATS[setting.memory_format], DTYPES[setting.dtype])
     return key if key in KEYS else None
 
 
@@ -54,7 +55,7 @@ def pixels_of(layer: Layer, batch: int) -> int:
 
 def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
     """Time both kernels on a layer, at all its numbers of channels in one interleaved run."""
-    benchmark, kernels = BENCHMARKS[operator], OPERATORS[operator].kernels
+    benchmark, kernels = BENCHMARKS[operator], {name: OPERATORS[operator].checked(name) for name in KERNELS}
     wanted = setting.selected or selections(layer.in_channels)
     calls = benchmark.calls(layer, setting, sorted({k for k in wanted if k <= layer.in_channels}))
     times = interleaved(
@@ -66,9 +67,22 @@ def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
         setting.rounds,
         seconds=benchmark.seconds,
     )
+    pixels, threads = pixels_of(layer, setting.batch), torch.get_num_threads()
     for call in calls:
         k = call.selected
-        yield Point(layer.label, pixels_of(layer, setting.batch), k, times["cpp", k], times["aten", k])
+        yield Point(layer.label, threads, pixels, k, _channels(layer, k), times["cpp", k], times["aten", k])
+
+
+def _channels(layer: Layer, selected: int) -> int:
+    if isinstance(layer, ConvLayer):
+        return channels_to_choose_by(_family(layer), selected, layer.out_channels)
+    return selected
+
+
+def _family(layer: Layer) -> str:
+    if isinstance(layer, ConvLayer):
+        return family((layer.kernel,) * 2, (layer.stride,) * 2, layer.groups)
+    return "linear"
 
 
 def fit(key: Key, measured: Iterable[Point]) -> list[Limit]:
@@ -93,13 +107,13 @@ def losses(limits: Sequence[Limit], measured: Iterable[Point]) -> tuple[float, f
     found = []
     for point in measured:
         limit = next(limit for limit in limits if point.pixels <= limit.most_pixels)
-        found.append(point.loss(limit.most_selected))
+        found.append(point.loss(limit.most_channels))
     return math.expm1(math.sqrt(sum(loss**2 for loss in found) / len(found))), math.expm1(max(found))
 
 
 def _best_limit(of: Sequence[Point]) -> int:
     """Half way, on a logarithmic scale, between the last number of channels for C++ and the first for ATen."""
-    counts = sorted({point.selected for point in of})
+    counts = sorted({point.channels for point in of})
     # Of equal ones the largest: C++ needs no copy of a layout.
     best = min(reversed([0, *counts]), key=lambda most: sum(point.loss(most) ** 2 for point in of))
     if best == 0:

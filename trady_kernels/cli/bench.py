@@ -50,7 +50,7 @@ examples:
   trady bench --family 3x3 --format contiguous --dtype float32 --threads 1 --rounds 5
   trady bench --layer '64->64 @56' --selected 1,4,16
   trady bench --network resnet50 --json bench.json --plot bench.png
-  trady bench --tune --threads 1"""
+  trady bench --tune"""
 
 #: What is measured unless one is asked for; float64 has no peer worth measuring, but a choice of its own.
 _USUAL_DTYPES = ("float32", "bfloat16")
@@ -103,8 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="instead measure which kernel is faster where, and write the table that this user's calls are chosen by "
-        f"(now {choice.table_path() or 'switched off by an empty TRADY_CHOICE'})",
+        help="instead measure which kernel is faster where, on one thread and on --threads, and write the table that this "
+        f"user's calls are chosen by (now {choice.table_path() or 'switched off by an empty TRADY_CHOICE'})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
 
@@ -190,10 +190,14 @@ def _tune(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
     """Measure both kernels, fit the limits, write the table."""
     console = make_console()
     measured: dict[choice.Key, list[Point]] = {}
+    numbers = sorted({1, args.threads})  # a limit holds for any number
     for part in parts:
         for layer in _tracked(part, console):
             key = key_of(part.operator, layer, part.setting)
-            if key is not None:
+            if key is None:
+                continue
+            for threads in numbers:
+                torch.set_num_threads(threads)
                 measured.setdefault(key, []).extend(points(part.operator, layer, part.setting))
     limits = [limit for key, of in measured.items() for limit in fit(key, of)]
     console.print(limits_table(limits, measured), soft_wrap=True, markup=False)
@@ -205,7 +209,10 @@ def _tune(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
         write_json(path, content)
     except OSError as error:
         raise Failed(f"{path} cannot be written: {error}") from error
-    console.print(f"{_threads(args)}; wrote {path}, in force from the next start", markup=False)
+    on = " and ".join(str(threads) for threads in numbers)
+    console.print(
+        f"{on} thread{'s' * (args.threads > 1)}; wrote {path}, in force from the next start", markup=False
+    )
     if args.json is not None:
         shapes = [
             {**row, "points": [asdict(point) for point in measured[limit.key]]}

@@ -103,6 +103,18 @@ class Operator:
                 self.validate(*args)
             raise
 
+    def checked(self, name: str) -> Callable[..., Any]:
+        """Kernel ``name`` with the checks that a call makes before it, for timing."""
+        kernel = self.kernels[name]
+        if name == "cpp" and self.cpp_checks:
+            return kernel
+
+        def call(*args: Any) -> Any:
+            self.validate(*args)
+            return kernel(*args)
+
+        return call
+
     def _forced(self, input: torch.Tensor) -> str:
         name = _forced or ""
         if name not in self.kernels:

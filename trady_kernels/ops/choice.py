@@ -24,7 +24,7 @@ ANY = 1 << 62
 
 @dataclass(frozen=True)
 class Limit:
-    """Up to how many selected channels a C++ kernel is taken; above, ATen on the compact input.
+    """Up to how many channels a C++ kernel is taken; above, ATen on the compact input.
 
     A dtype without a limit always runs in C++: ATen rounds the sums of the half types to the half type before they
     can be widened.
@@ -34,7 +34,8 @@ class Limit:
         family: kind of call, as the operator names it.
         memory_format: of the tensor that has all channels.
         dtype: of the input.
-        most_selected: the limit.
+        most_channels: the limit: selected channels; of a 1x1 convolution, where both kernels may exchange input and
+            grad_output, the smaller of selected channels and outputs.
         most_pixels: holds for calls of up to this many output pixels of the whole batch, or rows of a linear layer.
     """
 
@@ -42,7 +43,7 @@ class Limit:
     family: str
     memory_format: torch.memory_format
     dtype: torch.dtype
-    most_selected: int
+    most_channels: int
     most_pixels: int = ANY
 
     @property
@@ -56,11 +57,11 @@ Key = tuple[str, str, torch.memory_format, torch.dtype]
 _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 _F32, _F64 = torch.float32, torch.float64
 
-#: What ``trady bench --tune --threads 1`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers
-#: of MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels. With AMX: on
-#: a Xeon that has it (benchmarks/results/tune.json), where a call takes 1.7 to 9.7% longer (root mean square) than the faster
-#: of the two kernels. The others: on a Zen 4, before the last changes to the kernels; strided 1x1 in
-#: channels_last was not measured there.
+#: What ``trady bench --tune`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers of
+#: MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels. With AMX: on a
+#: Xeon that has it, one thread and two (benchmarks/results/tune.json), where a call takes 0.9 to 7.4% longer (root mean
+#: square) than the faster of the two kernels. The others: on a Zen 4, on one thread, by the number of selected channels
+#: alone, before the last changes to the kernels; strided 1x1 in channels_last was not measured there.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
@@ -75,14 +76,13 @@ _AVX512 = (
     *_LINEAR,
 )
 _AMX = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 271),
-    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 30),
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 119),
     Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 362),
-    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, 13),
-    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 362),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY, 2048),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 13),
-    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 221, 64),
+    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, 90),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, ANY),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY),
+    Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 156, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 24),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 156, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 24),
@@ -115,19 +115,19 @@ def cpp_or_aten(
     family: str,
     memory_format: torch.memory_format,
     dtype: torch.dtype,
-    selected: int,
+    channels: int,
     pixels: int,
 ) -> str:
     """``"cpp"`` or ``"aten"`` by the table in force. Simple comparisons only: sizes may be symbolic.
 
     Args:
         operator, family, memory_format, dtype: the limit's.
-        selected: number of selected channels.
+        channels: the number that :attr:`Limit.most_channels` is for.
         pixels: of the output, in the whole batch; a linear layer's rows.
     """
     for limit in _limits.get((operator, family, memory_format, dtype), ()):
         if limit.most_pixels == ANY or pixels <= limit.most_pixels:
-            return "cpp" if limit.most_selected == ANY or selected <= limit.most_selected else "aten"
+            return "cpp" if limit.most_channels == ANY or channels <= limit.most_channels else "aten"
     return "cpp"
 
 
@@ -221,7 +221,7 @@ def _by_key(limits: Iterable[Limit]) -> dict[Key, tuple[Limit, ...]]:
 def _put_in_force(limits: dict[Key, tuple[Limit, ...]]) -> None:
     global _limits, _limited
     _limits = limits
-    _limited = {limit.operator for of in limits.values() for limit in of if limit.most_selected != ANY}
+    _limited = {limit.operator for of in limits.values() for limit in of if limit.most_channels != ANY}
 
 
 _limits: dict[Key, tuple[Limit, ...]] = {}
@@ -249,7 +249,7 @@ def render(limits: Iterable[Limit], date: str) -> dict[str, Any]:
                 "memory_format": formats[limit.memory_format],
                 "dtype": dtypes[limit.dtype],
                 "most_pixels": None if limit.most_pixels == ANY else limit.most_pixels,
-                "most_selected": None if limit.most_selected == ANY else limit.most_selected,
+                "most_channels": None if limit.most_channels == ANY else limit.most_channels,
             }
             for limit in limits
         ],
@@ -282,7 +282,7 @@ def _limit(name: str, row: Any) -> Limit:
     if not isinstance(row, dict):
         raise ValueError(f"{name}: got {row!r}, expected an object")
     numbers: list[int] = []
-    for field, least in (("most_selected", 0), ("most_pixels", 1)):
+    for field, least in (("most_channels", 0), ("most_pixels", 1)):
         value = row.get(field, "nothing")
         if value is None:
             value = ANY

@@ -112,6 +112,11 @@ def family(kernel_size: Sequence[int], stride: Sequence[int], groups: int) -> st
     return "1x1" if stride[0] == 1 and stride[1] == 1 else "1x1 strided"
 
 
+def channels_to_choose_by(family: str, selected: int, outputs: int) -> int:
+    """What a :class:`~trady_kernels.ops.choice.Limit` of the family counts."""
+    return min(selected, outputs) if family in ("1x1", "1x1 strided") else selected
+
+
 def _choose(
     input_selected: torch.Tensor,
     grad_output: torch.Tensor,
@@ -124,12 +129,13 @@ def _choose(
         return "aten"
     if groups != 1 or not limited("conv2d_channel_grad"):  # no table has limits for groups
         return "cpp"
+    kind = family(geometry[:2], geometry[2:4], groups)
     return cpp_or_aten(
         "conv2d_channel_grad",
-        family(geometry[:2], geometry[2:4], groups),
+        kind,
         memory_format_of(grad_output),
         input_selected.dtype,
-        channels.shape[0],
+        channels_to_choose_by(kind, channels.shape[0], grad_output.shape[1]),
         grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3],
     )
 
