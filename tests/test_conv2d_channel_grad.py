@@ -190,6 +190,26 @@ def test_values_beyond_the_map_do_not_reach_the_sum(dtype: torch.dtype, isa: str
         assert torch.equal(actual.isfinite(), expected)
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "slices", "channels_last slices"))
+@pytest.mark.parametrize("selected", (1, 5))
+@pytest.mark.parametrize("kernel", (3, 5))
+def test_an_infinite_pixel_reaches_the_taps_of_a_depthwise_layer_that_meet_it(
+    kernel: int, selected: int, layout: str, isa: str
+) -> None:
+    """With stride 2 half of them do not; vectors of columns have it in lanes past the last one."""
+    padding, stride = (kernel // 2,) * 2, (2, 2)
+    case = ConvCase("", 2, 6, 6, (9, 38), selected, (kernel, kernel), stride, padding, groups=6)
+    x, dy, *rest = arguments(case, torch.float32)
+    for column in (0, 33, 37):
+        infinite = x.clone()
+        infinite[1, 0, 4, column] = torch.inf
+        expected = reference(infinite, dy, *rest).isfinite()
+        assert 0 < int(expected.sum()) < expected.numel()
+        with backend("cpp"):
+            actual = conv2d_channel_grad(*LAYOUTS[layout](infinite, dy), *rest)
+        assert torch.equal(actual.isfinite(), expected)
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("kernel", (1, 3))
 def test_values_of_a_channel_stay_in_it(kernel: int, layout: str, isa: str) -> None:

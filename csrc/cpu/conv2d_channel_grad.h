@@ -67,6 +67,7 @@ constexpr int64_t kTurnedPlanes = 1 << 16;
 // of all vectors of pairs that a task has.
 constexpr int64_t kStripInput = 8192 * 16, kStripGrad = 4096 * 16;
 constexpr int64_t kStripPairs = 512;  // that a task has at most, a multiple of all vectors' lengths
+constexpr int64_t kFewPairs = 2;      // up to so many, a task's strips are planes
 
 // Computes one task's share of `partial`, float, or double for float64 input. `scratch` is 64-byte aligned.
 using Conv2dChannelGradLoop = void (*)(const Conv2dChannelGrad& problem, int64_t task, void* partial, void* scratch);

@@ -2,7 +2,8 @@
 // a selected channel and an output of its group.
 //
 // The selected channels of grad_output are picked on the way into a strip of a few rows that stays in the cache, beside
-// a strip of the input with its padding; all taps are accumulated in registers.
+// a strip of the input with its padding; all taps are accumulated in registers. Of few pairs, which would leave most
+// lanes empty, the strips are planes and lanes are columns.
 #include "conv2d_channel_grad.h"
 #include "vector.h"
 
@@ -230,6 +231,102 @@ struct Task {
                    sums + (b * taps + i * q.kernel[1] + j) * VL);
       }
   }
+
+  // Strips of few pairs, one behind the other. What a kernel column meets lies as far apart as its stride: columns with
+  // the same remainder by that follow each other.
+  struct Planes {
+    int64_t n, row, column, rows, columns;  // of the output
+    int64_t grad_pitch, height, remainders, input_pitch;
+
+    Planes(const Conv2dChannelGrad& q, int64_t tile) {
+      const int64_t across = (q.out_width + q.tile_columns - 1) / q.tile_columns;
+      const int64_t down = (q.out_height + q.tile_rows - 1) / q.tile_rows;
+      n = tile / across / down;
+      row = tile / across % down * q.tile_rows;
+      column = tile % across * q.tile_columns;
+      rows = min(q.tile_rows, q.out_height - row);
+      columns = min(q.tile_columns, q.out_width - column);
+      grad_pitch = (columns + VL - 1) / VL * VL;
+      height = (rows - 1) * q.stride[0] + (q.kernel[0] - 1) * q.dilation[0] + 1;
+      remainders = q.stride[1];
+      input_pitch = grad_pitch + (q.kernel[1] - 1) * q.dilation[1] / remainders;
+    }
+    int64_t grad_elements() const { return rows * grad_pitch; }
+    int64_t input_elements() const { return height * remainders * input_pitch; }
+  };
+  bool few() const {
+    const Planes largest(q, 0);
+    return count == 1 && blocks[0].pairs <= kFewPairs && blocks[0].pairs * largest.input_elements() <= kStripInput &&
+           blocks[0].pairs * largest.grad_elements() <= kStripGrad;
+  }
+  // out[i] = in[i * step], of elements [begin, end) alone; the others of `size` are zero.
+  static void pack_plane(A* out, int64_t size, const S* in, int64_t step, int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < begin; i++) out[i] = 0;
+    for (int64_t i = begin; i < end; i++) out[i] = widen(in[i * step]);
+    for (int64_t i = end; i < size; i++) out[i] = 0;
+  }
+  void add_few(int64_t tile) const {
+    const Planes p(q, tile);
+    const int64_t pairs = blocks[0].pairs, taps = q.kernel[0] * q.kernel[1];
+    const S* d = static_cast<const S*>(q.grad_output) + p.n * q.grad_stride[0] + p.column * q.grad_stride[3];
+    for (int64_t r = 0; r < p.rows; r++)
+      for (int64_t pair = 0; pair < pairs; pair++)
+        pack_plane(grad + pair * p.grad_elements() + r * p.grad_pitch, p.grad_pitch,
+                   d + (p.row + r) * q.grad_stride[2] + blocks[0].grads.offsets[pair], q.grad_stride[3], 0, p.columns);
+
+    const int64_t top = p.row * q.stride[0] - q.padding[0], left = p.column * q.stride[1] - q.padding[1];
+    const S* x = static_cast<const S*>(q.input) + p.n * q.input_stride[0];
+    for (int64_t r = 0; r < p.height; r++) {
+      const bool inside = top + r >= 0 && top + r < q.height;
+      for (int64_t pair = 0; pair < pairs; pair++)
+        for (int64_t remainder = 0; remainder < p.remainders; remainder++) {
+          // Columns first, first + remainders, ... of the input.
+          const int64_t first = left + remainder, up = p.remainders - 1;
+          const int64_t begin = min(max(up - first, 0) / p.remainders, p.input_pitch);
+          const int64_t end = min(max(q.width - first + up, 0) / p.remainders, p.input_pitch);
+          pack_plane(input + pair * p.input_elements() + (r * p.remainders + remainder) * p.input_pitch, p.input_pitch,
+                     x + (top + r) * q.input_stride[2] + first * q.input_stride[3] + blocks[0].inputs.offsets[pair],
+                     p.remainders * q.input_stride[3], inside ? begin : 0, inside ? max(begin, end) : 0);
+        }
+    }
+
+    for (int64_t pair = 0; pair < pairs; pair++)
+      for (int64_t i = 0; i < q.kernel[0]; i++)
+        for (int64_t j = 0; j < q.kernel[1]; j++) {
+          const int64_t along = j * q.dilation[1], step = q.stride[0] * p.remainders * p.input_pitch;
+          A* sum = sums + (pair * taps + i * q.kernel[1] + j) * VL;
+          add_products(grad + pair * p.grad_elements(), p.grad_pitch,
+                       input + pair * p.input_elements() +
+                           (i * q.dilation[0] * p.remainders + along % p.remainders) * p.input_pitch +
+                           along / p.remainders,
+                       step, p.rows, p.columns, sum);
+        }
+  }
+  // Lanes of sum += those of the products of rows of `columns` elements; of four rows, so that multiply-adds don't wait
+  // for each other. Behind the last column `a` is zero, and `b` may be infinite.
+  static void add_products(const A* a, int64_t a_pitch, const A* b, int64_t b_pitch, int64_t rows, int64_t columns,
+                           A* sum) {
+    constexpr int TOGETHER = 4;
+    vector_of<A> acc[TOGETHER] = {};
+    const int64_t whole = columns / VL * VL;
+    const int rest = static_cast<int>(columns - whole);
+    int64_t r = 0;
+    for (; r + TOGETHER <= rows; r += TOGETHER) {
+      for (int64_t w = 0; w < whole; w += VL)
+#pragma GCC unroll 4
+        for (int u = 0; u < TOGETHER; u++) acc[u] += load(a + (r + u) * a_pitch + w) * load(b + (r + u) * b_pitch + w);
+      if (rest > 0)
+#pragma GCC unroll 4
+        for (int u = 0; u < TOGETHER; u++)
+          acc[u] += load(a + (r + u) * a_pitch + whole) * load_first(b + (r + u) * b_pitch + whole, rest);
+    }
+    for (; r < rows; r++) {
+      for (int64_t w = 0; w < whole; w += VL) acc[0] += load(a + r * a_pitch + w) * load(b + r * b_pitch + w);
+      if (rest > 0) acc[0] += load(a + r * a_pitch + whole) * load_first(b + r * b_pitch + whole, rest);
+    }
+    store(sum, load(sum) + ((acc[0] + acc[1]) + (acc[2] + acc[3])));
+  }
+
   void pack_input(int64_t n, int64_t top, int64_t left, int64_t height, int64_t width) const {
     const int64_t begin = min(max(-left, 0), width), end = max(begin, min(width, q.width - left));
     const int64_t block_step = height * width * VL;
@@ -258,9 +355,15 @@ struct Task {
     int64_t run = 0;
     for (int64_t b = 0; b < count; b++) find_pairs(first + b * VL, run, blocks[b]);
     clear(sums, count * taps);
-    for (int64_t tile = q.tiles * slice / q.slices; tile < q.tiles * (slice + 1) / q.slices; tile++)
-      add_tile(tile, loop);
     A* to = partial + (slice * q.selected * q.out_per_group + first) * taps;
+    const int64_t begin = q.tiles * slice / q.slices, end = q.tiles * (slice + 1) / q.slices;
+    if (few()) {
+      clear(sums, blocks[0].pairs * taps);
+      for (int64_t tile = begin; tile < end; tile++) add_few(tile);
+      for (int64_t i = 0; i < blocks[0].pairs * taps; i++) to[i] = sum(load(sums + i * VL));
+      return;
+    }
+    for (int64_t tile = begin; tile < end; tile++) add_tile(tile, loop);
     for (int64_t b = 0; b < count; b++)
       for (int64_t l = 0; l < blocks[b].pairs; l++)
         for (int64_t t = 0; t < taps; t++) *to++ = sums[(b * taps + t) * VL + l];
