@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 
@@ -79,29 +79,48 @@ class Operator:
         self.choose = choose
         self.validate = validate
         self.cpp_checks = cpp_checks
+        #: The operator as a function. To call an object costs its look-up and another interpreter loop: several
+        #: microseconds where caches are cold, as long as a small kernel takes.
+        self.call = self._make_call()
         OPERATORS[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        compiling = is_compiling()
-        late = self.cpp_checks and not compiling
-        if not late:
-            self.validate(*args)
-        try:
-            name = self.choose(*args) if _forced is None else self._forced(args[0])
-            kernel = self.kernels.get(name)
-            if kernel is None:
-                name = "aten" if "aten" in self.kernels else "reference"
-                kernel = self.kernels[name]
-            if not compiling:
-                _last_kernel[self.name] = name
-            if late and name != "cpp":
-                late = False
+        return self.call(*args)
+
+    def _make_call(self) -> Callable[..., Any]:
+        late, overload = self.cpp_checks, self.overload
+        #: What the overload calls in its turn.
+        direct = getattr(overload, "_op", overload)
+
+        def call(*args: Any) -> Any:
+            if is_dynamo_compiling():
                 self.validate(*args)
+                name = self.choose(*args) if _forced is None else self._forced(args[0])
+                return self._existing(name)[1](*args)
+            if not late:
+                self.validate(*args)
+            try:
+                name = self.choose(*args) if _forced is None else self._forced(args[0])
+                if self.kernels.get(name) is overload:
+                    _last_kernel[self.name] = name
+                    return direct(*args)
+                if late:
+                    self.validate(*args)
+            except (IndexError, RuntimeError, TypeError):
+                if late:
+                    self.validate(*args)
+                raise
+            name, kernel = self._existing(name)
+            _last_kernel[self.name] = name
             return kernel(*args)
-        except (IndexError, RuntimeError, TypeError):
-            if late:
-                self.validate(*args)
-            raise
+
+        return call
+
+    def _existing(self, name: str) -> tuple[str, Callable[..., Any]]:
+        """The kernel of a backend, or what stands in for it."""
+        if name not in self.kernels:
+            name = "aten" if "aten" in self.kernels else "reference"
+        return name, self.kernels[name]
 
     def checked(self, name: str) -> Callable[..., Any]:
         """Kernel ``name`` with the checks that a call makes before it, for timing."""

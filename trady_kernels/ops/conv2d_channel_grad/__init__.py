@@ -213,7 +213,7 @@ def conv2d_channel_grad(
         ValueError: shapes, dtypes or groups that do not belong to one convolution.
     """
     geometry = (*kernel_size, *stride, *padding, *dilation)
-    return _operator(input_selected, grad_output, channels, in_channels, geometry, groups)
+    return _operator.call(input_selected, grad_output, channels, in_channels, geometry, groups)
 
 
 def conv2d_channel_grad_with_bias(
@@ -244,4 +244,4 @@ def conv2d_channel_grad_with_bias(
         ValueError: shapes or dtypes that do not belong to one convolution, groups, or no channel.
     """
     geometry = (*kernel_size, *stride, *padding, *dilation)
-    return _with_bias(input_selected, grad_output, channels, in_channels, geometry, groups)
+    return _with_bias.call(input_selected, grad_output, channels, in_channels, geometry, groups)

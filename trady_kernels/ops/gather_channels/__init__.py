@@ -67,7 +67,7 @@ def gather_channels(
         IndexError: an index is out of range (on the CPU).
     """
     try:
-        return _operator(input, channels) if dtype is None else _operator(input, channels, dtype)
+        return _operator.call(input, channels) if dtype is None else _operator.call(input, channels, dtype)
     except (IndexError, RuntimeError):
         # Looked at only once something has failed: a check before every call costs more than the copy.
         wrong = [] if channels.is_cuda else [c for c in channels.tolist() if not 0 <= c < input.shape[1]]

@@ -76,4 +76,4 @@ def linear_channel_grad(
     Raises:
         ValueError: leading shapes or dtypes differ.
     """
-    return _operator(input_selected, grad_output)
+    return _operator.call(input_selected, grad_output)

@@ -167,7 +167,7 @@ def max_pool2d_offsets(
     Raises:
         ValueError: an argument is out of its range, or not 4 dimensions of a floating dtype.
     """
-    return _operator(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return _operator.call(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
 def max_pool2d_offsets_backward(
@@ -195,4 +195,4 @@ def max_pool2d_offsets_backward(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    return _operator_backward(grad_output, offsets, input_size, kernel_size, stride, padding, dilation)
+    return _operator_backward.call(grad_output, offsets, input_size, kernel_size, stride, padding, dilation)

@@ -45,4 +45,4 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:  # (...) -> (ceil(n / 8),)
     Raises:
         ValueError: ``mask`` is not bool.
     """
-    return _operator(mask)
+    return _operator.call(mask)

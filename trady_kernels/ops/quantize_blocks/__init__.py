@@ -92,7 +92,7 @@ def quantize_blocks(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: another dtype, or strides that leave gaps or overlap.
     """
-    return _quantize(input)
+    return _quantize.call(input)
 
 
 def dequantize_blocks(
@@ -113,4 +113,4 @@ def dequantize_blocks(
     Raises:
         ValueError: another dtype, or shapes that do not fit.
     """
-    return _dequantize(codes, scales, dtype)
+    return _dequantize.call(codes, scales, dtype)

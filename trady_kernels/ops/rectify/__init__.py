@@ -74,7 +74,7 @@ def rectify(
     Raises:
         ValueError: another dtype, or ``slope`` together with ``max``.
     """
-    return _operator(input, min, max, slope)
+    return _operator.call(input, min, max, slope)
 
 
 def rectify_(
@@ -87,4 +87,4 @@ def rectify_(
 
     The bits are in the memory order of the input, or, where that is not dense, of ``torch.empty_like(input)``.
     """
-    return _operator_(input, min, max, slope)
+    return _operator_.call(input, min, max, slope)

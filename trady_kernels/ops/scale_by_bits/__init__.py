@@ -57,4 +57,4 @@ def scale_by_bits(
     Raises:
         ValueError: another dtype, or ``bits`` not one bit an element.
     """
-    return _operator(input, bits, on, off)
+    return _operator.call(input, bits, on, off)
