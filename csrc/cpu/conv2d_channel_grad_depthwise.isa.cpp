@@ -174,6 +174,7 @@ struct Row {
 };
 
 #else
+
 TRADY_INLINE f32 multiply_add_where(f32 sum, f32 a, f32 b, Range<float>) { return sum + a * b; }
 TRADY_INLINE f64 multiply_add_where(f64 sum, f64 a, f64 b, Range<double>) { return sum + a * b; }
 

@@ -354,7 +354,6 @@ struct Task {
     const Loop<A> loop = loop_of<A>(q);
     int64_t run = 0;
     for (int64_t b = 0; b < count; b++) find_pairs(first + b * VL, run, blocks[b]);
-    clear(sums, count * taps);
     A* to = partial + (slice * q.selected * q.out_per_group + first) * taps;
     const int64_t begin = q.tiles * slice / q.slices, end = q.tiles * (slice + 1) / q.slices;
     if (few()) {
@@ -363,6 +362,7 @@ struct Task {
       for (int64_t i = 0; i < blocks[0].pairs * taps; i++) to[i] = sum(load(sums + i * VL));
       return;
     }
+    clear(sums, count * taps);
     for (int64_t tile = begin; tile < end; tile++) add_tile(tile, loop);
     for (int64_t b = 0; b < count; b++)
       for (int64_t l = 0; l < blocks[b].pairs; l++)
