@@ -199,12 +199,23 @@ struct Task {
              blocks[b].pairs);
   }
 
+  // Rows and columns of one image's output.
+  struct Tile {
+    int64_t n, row, column, rows, columns;
+    Tile(const Conv2dChannelGrad& q, int64_t tile) {
+      const int64_t across = (q.out_width + q.tile_columns - 1) / q.tile_columns;
+      const int64_t down = (q.out_height + q.tile_rows - 1) / q.tile_rows;
+      n = tile / across / down;
+      row = tile / across % down * q.tile_rows;
+      column = tile % across * q.tile_columns;
+      rows = min(q.tile_rows, q.out_height - row);
+      columns = min(q.tile_columns, q.out_width - column);
+    }
+  };
+
   void add_tile(int64_t tile, const Loop<A>& loop) const {
-    const int64_t across = (q.out_width + q.tile_columns - 1) / q.tile_columns;
-    const int64_t down = (q.out_height + q.tile_rows - 1) / q.tile_rows;
-    const int64_t column = tile % across * q.tile_columns, columns = min(q.tile_columns, q.out_width - column);
-    const int64_t row = tile / across % down * q.tile_rows, rows = min(q.tile_rows, q.out_height - row);
-    const int64_t n = tile / across / down, taps = q.kernel[0] * q.kernel[1];
+    const auto [n, row, column, rows, columns] = Tile(q, tile);
+    const int64_t taps = q.kernel[0] * q.kernel[1];
     const int64_t grad_block = rows * columns * VL;
     for (int64_t r = 0; r < rows; r++)
       pack_row(grad + r * columns * VL, grad_block,
@@ -234,18 +245,11 @@ struct Task {
 
   // Strips of few pairs, one behind the other. What a kernel column meets lies as far apart as its stride: columns with
   // the same remainder by that follow each other.
-  struct Planes {
-    int64_t n, row, column, rows, columns;  // of the output
+  struct Planes : Tile {
+    using Tile::columns, Tile::rows;
     int64_t grad_pitch, height, remainders, input_pitch;
 
-    Planes(const Conv2dChannelGrad& q, int64_t tile) {
-      const int64_t across = (q.out_width + q.tile_columns - 1) / q.tile_columns;
-      const int64_t down = (q.out_height + q.tile_rows - 1) / q.tile_rows;
-      n = tile / across / down;
-      row = tile / across % down * q.tile_rows;
-      column = tile % across * q.tile_columns;
-      rows = min(q.tile_rows, q.out_height - row);
-      columns = min(q.tile_columns, q.out_width - column);
+    Planes(const Conv2dChannelGrad& q, int64_t tile) : Tile(q, tile) {
       grad_pitch = (columns + VL - 1) / VL * VL;
       height = (rows - 1) * q.stride[0] + (q.kernel[0] - 1) * q.dilation[0] + 1;
       remainders = q.stride[1];
