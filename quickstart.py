@@ -168,7 +168,7 @@ def test(arguments: list[str]) -> None:
     slow = "--slow" in arguments
     arguments = [a for a in arguments if a != "--slow"]
     Setup().prepare(["cli", "models", "data", "test"], networks=True)
-    folders = (ROOT / "csrc", ROOT / "tests" / "cpp")
+    folders = (ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "cuda_on_host")
     found = sorted(
         path for folder in folders for ending in ("h", "cpp", "cu") for path in folder.rglob(f"*.{ending}")
     )

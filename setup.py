@@ -22,7 +22,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_CUDA_ARCHS = "80-real;90-real;90-virtual"
+#: Code for Turing, Ampere and Ada (8.x run 8.0), Hopper, and what later GPUs compile for themselves.
+DEFAULT_CUDA_ARCHS = "75-real;80-real;90-real;90-virtual"
 
 
 def program(name: str) -> str | None:

@@ -9,6 +9,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Where there is no GPU, Triton's kernels run in its interpreter, on CPU tensors. It decides when they are decorated.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read when CUDA starts: what cuBLAS wants where results have to be the same every time.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import cuda_on_host
+
 from trady_kernels.ops import choice
 from trady_kernels.ops.backend import unavailable
 
@@ -27,7 +35,8 @@ def poisoned_memory() -> Iterator[None]:
 
     Holds for tensors that C++ kernels allocate too; tests/test_operators.py has the proof.
     """
-    torch.use_deterministic_algorithms(True)
+    # On a GPU some of ATen's own operators have no such form; ours always are.
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
@@ -65,6 +74,31 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Device type of the tensors that Triton's kernels take here: a GPU's, or without one the interpreter's."""
+    reason = unavailable("triton")
+    if reason is not None:
+        pytest.skip(reason)
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def cuda_device() -> Iterator[str]:
+    """Device type of the tensors that the CUDA kernels take here: a GPU's, or the CPU's where they are compiled for it."""
+    if torch.cuda.is_available():
+        reason = unavailable("cuda")
+        if reason is not None:
+            pytest.skip(reason)
+        yield "cuda"
+        return
+    library = cuda_on_host.library()
+    if isinstance(library, str):
+        pytest.skip(library)
+    with cuda_on_host.Kernels():
+        yield "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from tolerances import sum_tolerance
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trady_kernels.benchmark.layers import ConvLayer, LinearLayer
 from trady_kernels.benchmark.rows import Setting
-from trady_kernels.benchmark.tune import KERNELS, Point, fit, key_of, losses, pixels_of, points
+from trady_kernels.benchmark.tune import Point, fit, key_of, losses, pixels_of, points
 from trady_kernels.ops import backend, choice, conv2d_channel_grad, last_kernel, linear_channel_grad
-from trady_kernels.ops.backend import unavailable
-from trady_kernels.ops.choice import ANY, Limit, cpp_or_aten, shipped
+from trady_kernels.ops.backend import OPERATORS, unavailable
+from trady_kernels.ops.choice import ANY, Limit, own_kernel, own_or_aten, shipped
 
 POINT = ("conv2d_channel_grad", "1x1", torch.contiguous_format, torch.float32)
 LINEAR = ("linear_channel_grad", "linear", torch.contiguous_format, torch.float32)
@@ -115,14 +116,14 @@ def test_compiled_calls_follow_it(table: Path, dynamic: bool) -> None:
     def gradient(x: torch.Tensor, dy: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
         return conv2d_channel_grad(x, dy, channels, 8, (1, 1), (1, 1), (0, 0), (1, 1), 1)
 
-    for k, size in ((2, 5), (3, 5), (2, 6), (3, 9)):
-        x, dy = torch.randn(2, k, size, size), torch.randn(2, 16, size, size)
+    for k, size, outputs in ((2, 5, 16), (3, 5, 16), (2, 6, 16), (3, 9, 16), (6, 9, 3), (6, 9, 5)):
+        x, dy = torch.randn(2, k, size, size), torch.randn(2, outputs, size, size)
         expected = torch.einsum("nkhw,nohw->ko", x.double(), dy.double())[..., None, None]
         magnitude = torch.einsum("nkhw,nohw->ko", x.double().abs(), dy.double().abs())[..., None, None]
         error = (gradient(x, dy, torch.arange(k)).double() - expected).abs()
         assert bool((error <= sum_tolerance(torch.float32, 2 * size**2) * magnitude).all())
-        kernel = "cpp" if k <= (2 if 2 * size**2 <= 100 else 3) else "aten"
-        assert ran[-1] == kernel, (k, size)
+        kernel = "cpp" if min(k, outputs) <= (2 if 2 * size**2 <= 100 else 3) else "aten"
+        assert ran[-1] == kernel, (k, size, outputs)
     assert set(ran) == {"cpp", "aten"}
     torch._dynamo.reset()
 
@@ -232,12 +233,92 @@ def test_never_aten_where_onednn_errs(dtype: torch.dtype, selected: int) -> None
         ("grouped", torch.contiguous_format),
         ("grouped", torch.channels_last),
     ):
-        assert cpp_or_aten("conv2d_channel_grad", family, memory_format, dtype, selected, 1 << 20) == "cpp"
-        assert ("conv2d_channel_grad", family, memory_format, dtype) not in choice.KEYS
+        call = ("conv2d_channel_grad", family, memory_format, dtype)
+        assert own_or_aten("cpu", *call, selected, 1 << 20) == "cpp"
+        assert call not in choice.KEYS["cpu"]
 
 
 def test_half_types_have_no_limit() -> None:
     assert not any(limit.dtype in (torch.bfloat16, torch.float16) for limit in shipped())
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------
+
+
+def gpu_choice(k: int, outputs: int, dtype: torch.dtype, groups: int = 1, kernel: int = 3) -> str:
+    """What a convolution of 64 channels on a GPU takes."""
+    with FakeTensorMode():
+        x = torch.empty(2, k, 9, 9, dtype=dtype, device="cuda")
+        dy = torch.empty(2, outputs, 9, 9, dtype=dtype, device="cuda")
+        geometry = (kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1)
+        channels = torch.empty(k, dtype=torch.int64, device="cuda")
+        return OPERATORS["conv2d_channel_grad"].choose(x, dy, channels, 64, geometry, groups)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_gpu_shipped(dtype: torch.dtype) -> None:
+    """Triton for few channels, cuDNN for many, CUDA C++ for groups."""
+    assert [gpu_choice(k, 32, dtype) for k in (1, 16, 17)] == ["triton", "triton", "aten"]
+    assert gpu_choice(40, 12, dtype, kernel=1) == "triton", "12 outputs are the few channels of a product"
+    assert gpu_choice(64, 64, dtype, groups=64) == gpu_choice(3, 64, dtype, groups=8) == "cuda"
+
+
+def test_gpu_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has no matrix units there, CUDA C++ needs none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    limits = shipped("cuda")
+    assert {limit.dtype for limit in limits if limit.family != "grouped"} == {torch.float32}
+    assert {limit.dtype for limit in limits if limit.family == "grouped"} >= {torch.bfloat16, torch.float16}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert len(shipped("cuda")) > len(limits)
+
+
+def test_gpu_float64() -> None:
+    """Triton has no products of it everywhere."""
+    assert gpu_choice(1, 32, torch.float64) == "aten"
+    assert gpu_choice(1, 64, torch.float64, groups=64) == "cuda"
+    with FakeTensorMode():
+        rows = [torch.empty(9, 4, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.float64)]
+    choose = OPERATORS["linear_channel_grad"].choose
+    assert [choose(x, x) for x in rows] == ["triton", "aten"]
+
+
+def test_gpu_table(table: Path) -> None:
+    """A file of its own beside the CPU's, read and checked in the same way."""
+    key = ("conv2d_channel_grad", "kxk", torch.contiguous_format, torch.bfloat16)
+    path = choice.table_path("cuda")
+    assert path == table.with_name("choice-cuda.json")
+    content = choice.render([Limit(*key, 5)], "2026-01-02", "cuda")
+    assert set(content["made"]) == {"gpu", "triton", "torch", "date"}
+    written(table)
+    path.write_text(json.dumps(content))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choice.load()
+    assert [gpu_choice(k, 32, torch.bfloat16) for k in (5, 6)] == ["triton", "aten"]
+    assert gpu_choice(6, 32, torch.float16) == "triton", "as shipped"
+    assert TUNED[0] in choice.limits_in_force() and TUNED[0] not in choice.limits_in_force("cuda")
+    content["made"]["gpu"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.warns(RuntimeWarning, match="made with gpu 'another', here"):
+        choice.load()
+    assert gpu_choice(6, 32, torch.bfloat16) == "triton" and choice.in_force().ignored is None
+    path.unlink()
+
+
+@pytest.mark.parametrize("family", ("1x1", "kxk", "grouped"))
+def test_gpu_stand_ins(family: str) -> None:
+    """Without compiled CUDA code groups go to Triton, without Triton everything to ATen."""
+    operator = OPERATORS["conv2d_channel_grad"]
+    name = own_kernel("cuda", family)
+    without_cuda = {name: kernel for name, kernel in operator.kernels.items() if name != "cuda"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "kernels", without_cuda | {"triton": operator.kernels["reference"]})
+        assert operator._existing(name)[0] == "triton"
+        patch.delitem(operator.kernels, "triton")
+        assert operator._existing(name)[0] == "aten"
 
 
 # ---- tuning -------------------------------------------------------------------------------------------------
@@ -282,7 +363,7 @@ def test_points_time_both_kernels() -> None:
     assert [point.selected for point in found] == [1, 2, 4, 8] and {point.pixels for point in found} == {
         2 * 81
     }
-    assert all(point.cpp > 0 and point.aten > 0 for point in found) and KERNELS == ("cpp", "aten")
+    assert all(point.ours > 0 and point.aten > 0 for point in found)
     assert {point.threads for point in found} == {torch.get_num_threads()}
 
 

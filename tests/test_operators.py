@@ -56,8 +56,14 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (_images(2, 5, 3, 4, channels_last=True).half(), torch.tensor([3]), torch.float64),
     ),
     "conv2d_channel_grad": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
+    "conv2d_channel_grad_squares": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
     "conv2d_channel_grad_with_bias": (_convolution(), _convolution(channels_last=True)),
     "linear_channel_grad": (
+        (torch.randn(6, 3), torch.randn(6, 5)),
+        (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),
+        (torch.randn(6, 0), torch.randn(6, 5)),
+    ),
+    "linear_channel_grad_squares": (
         (torch.randn(6, 3), torch.randn(6, 5)),
         (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),
         (torch.randn(6, 0), torch.randn(6, 5)),
@@ -79,6 +85,13 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (_images(2, 5, 3, 4, channels_last=True), torch.randint(256, (15,), dtype=torch.uint8), 1.0, 0.1),
         (torch.randn(9, 11)[2:, 3:], torch.randint(256, (7,), dtype=torch.uint8), 2.0, 0.0),
         (torch.randn(0, 3), torch.empty(0, dtype=torch.uint8), 1.0, None),
+    ),
+    "scatter_channels_": (
+        (_images(6, 5, 3, 3), torch.tensor([1, 3]), torch.randn(2, 6, 3, 3), 1),
+        (_images(6, 5, 3, 3, channels_last=True), torch.tensor([4, 0]), torch.randn(2, 6, 3, 3), 1),
+        (_images(6, 2, 3, 3), torch.tensor([1, 3, 4]), torch.randn(3, 2, 3, 3), 3),
+        (torch.randn(6, 5), torch.tensor([4]), torch.randn(1, 6), 1),
+        (torch.randn(6, 5), torch.arange(0), torch.randn(0, 6), 1),
     ),
     "max_pool2d_offsets": (
         (_images(2, 5, 7, 8), [3, 3], [2, 2], [1, 1], [1, 1], False),
@@ -109,6 +122,8 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
 
 
 def _tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
+    if outputs is None:  # an operator that only writes in place
+        return ()
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -173,6 +188,7 @@ def test_compiled_operator_ran_and_not_the_reference(name: str) -> None:
     assert f"trady::{name}" in compiled
     traces = {
         "aten::index_select",
+        "aten::index_copy_",
         "aten::einsum",
         "aten::max_pool2d_with_indices",
         "aten::max_pool2d_with_indices_backward",

@@ -16,6 +16,7 @@
 #include "layout.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "squares.h"
 
 namespace trady {
 namespace {
@@ -192,11 +193,23 @@ std::tuple<Tensor, Tensor> conv2d_channel_grad_with_bias(Tensor input_selected, 
   return {grad, bias};
 }
 
+Tensor conv2d_channel_grad_squares(Tensor input_selected, Tensor grad_output, Tensor channels, int64_t in_channels,
+                                   std::vector<int64_t> geometry, int64_t groups) {
+  STD_TORCH_CHECK(input_selected.dim() == 4 && channels.dim() == 1 && channels.size(0) == input_selected.size(1),
+                  "channels: expected one index for each channel of input_selected");
+  return squares_of_rows(
+      grad_output, channels.size(0), accumulate_type(grad_output), [&](int64_t first, int64_t count) {
+        return gradients(torch::stable::narrow(input_selected, 1, first, count), grad_output,
+                         torch::stable::narrow(channels, 0, first, count), in_channels, geometry, groups, nullptr);
+      });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) {
   m.impl("conv2d_channel_grad", TORCH_BOX(&conv2d_channel_grad));
   m.impl("conv2d_channel_grad_with_bias", TORCH_BOX(&conv2d_channel_grad_with_bias));
+  m.impl("conv2d_channel_grad_squares", TORCH_BOX(&conv2d_channel_grad_squares));
 }
 
 }  // namespace trady

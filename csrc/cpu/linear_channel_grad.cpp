@@ -9,6 +9,7 @@
 #include "layout.h"
 #include "parallel.h"
 #include "scratch.h"
+#include "squares.h"
 
 using torch::stable::Tensor;
 
@@ -166,7 +167,20 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
   return grad;
 }
 
+Tensor linear_channel_grad_squares(const Tensor& input_selected, const Tensor& grad_output) {
+  STD_TORCH_CHECK(input_selected.dim() >= 2, "input_selected: got ", input_selected.dim(),
+                  " dimensions, expected at least 2");
+  const int64_t last = input_selected.dim() - 1, k = input_selected.size(last);
+  Tensor input = input_selected;  // narrow() takes no constant
+  return squares_of_rows(grad_output, k, accumulate_type(grad_output), [&](int64_t first, int64_t count) {
+    return linear_channel_grad(torch::stable::narrow(input, last, first, count), grad_output);
+  });
+}
+
 }  // namespace
 }  // namespace trady
 
-STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) { m.impl("linear_channel_grad", TORCH_BOX(&trady::linear_channel_grad)); }
+STABLE_TORCH_LIBRARY_IMPL(trady, CPU, m) {
+  m.impl("linear_channel_grad", TORCH_BOX(&trady::linear_channel_grad));
+  m.impl("linear_channel_grad_squares", TORCH_BOX(&trady::linear_channel_grad_squares));
+}

@@ -1,12 +1,14 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
+#include "elements.h"
 #include "launch.h"
 #include "layout.h"
 
@@ -17,6 +19,8 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int MOST_DIMENSIONS = 8;
+// Several for each multiprocessor of the largest GPUs.
+constexpr int64_t ENOUGH_BLOCKS = 1024;
 
 // ---- kernels ------------------------------------------------------------------------------------------------
 
@@ -26,17 +30,58 @@ __device__ int64_t selected(const int64_t* channels, int64_t j, int64_t in_chann
   return channel;
 }
 
-// Planes whose pixels are adjacent: one block a piece of a plane, `Vector` bytes a thread and step.
-// source: (N, C) planes of `length` vectors, target: (N, k) planes; strides in vectors.
-template <class Vector>
-__global__ void copy_planes(const Vector* __restrict__ source, Vector* __restrict__ target,
-                            const int64_t* __restrict__ channels, int64_t k, int64_t in_channels, int64_t batch_stride,
-                            int64_t channel_stride, int64_t length) {
-  const int64_t plane = blockIdx.x;
+// Elements that are loaded or stored at once.
+template <class T, int N>
+struct alignas(N * sizeof(T)) Run {
+  T element[N];
+};
+template <size_t BYTES>
+using word_of = std::conditional_t<BYTES == 16, uint4, std::conditional_t<BYTES == 8, uint2, uint32_t>>;
+
+// As Tensor.to rounds: to the half types by way of float32.
+template <class To, class From>
+struct Conversion {
+  static __device__ To of(const From& x) {
+    if constexpr (std::is_same_v<To, double> || std::is_same_v<To, float>) {
+      return static_cast<To>(static_cast<computed_in<From>>(x));
+    } else {
+      return static_cast<To>(static_cast<float>(x));
+    }
+  }
+};
+template <class T>
+struct Conversion<T, T> {
+  static __device__ T of(const T& x) { return x; }
+};
+template <class To, class From, int N>
+struct Conversion<Run<To, N>, Run<From, N>> {
+  static __device__ Run<To, N> of(const Run<From, N>& x) {
+    // One load, which the compiler makes of a word and not of the elements of a struct.
+    const auto word = *reinterpret_cast<const word_of<sizeof(x)>*>(&x);
+    From from[N];
+    memcpy(from, &word, sizeof(x));
+    Run<To, N> run;
+#pragma unroll
+    for (int i = 0; i < N; ++i) run.element[i] = Conversion<To, From>::of(from[i]);
+    return run;
+  }
+};
+
+// Planes whose pixels are adjacent: 2^`log_threads` threads a plane or a piece of it, a `From` a thread and step.
+// source: (N, C) planes of `length`, target: (N, k) planes; strides counted in `From`.
+template <class From, class To>
+__global__ void copy_planes(const From* __restrict__ source, To* __restrict__ target,
+                            const int64_t* __restrict__ channels, uint32_t planes, uint32_t k, int64_t in_channels,
+                            int64_t batch_stride, int64_t channel_stride, int64_t length, int log_threads) {
+  const uint32_t threads = 1u << log_threads;
+  const uint32_t plane = blockIdx.x * (THREADS >> log_threads) + (threadIdx.x >> log_threads);
+  if (plane >= planes) return;
   source += plane / k * batch_stride + selected(channels, plane % k, in_channels) * channel_stride;
   target += plane * length;
-  for (int64_t i = blockIdx.y * int64_t{THREADS} + threadIdx.x; i < length; i += int64_t{gridDim.y} * THREADS) {
-    target[i] = source[i];
+#pragma unroll 4
+  for (int64_t i = int64_t{blockIdx.y} * threads + threadIdx.x % threads; i < length;
+       i += int64_t{gridDim.y} * threads) {
+    target[i] = Conversion<To, From>::of(source[i]);
   }
 }
 
@@ -49,8 +94,8 @@ struct Layout {
 };
 
 // Any strides: one element a thread and step, neighbouring threads on neighbouring elements of the result.
-template <class Element, class Index>
-__global__ void copy_elements(const Element* __restrict__ source, Element* __restrict__ target,
+template <class From, class To, class Index>
+__global__ void copy_elements(const From* __restrict__ source, To* __restrict__ target,
                               const int64_t* __restrict__ channels, int64_t in_channels, Layout layout, Index count) {
   for (Index i = static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x; i < count;
        i += static_cast<Index>(gridDim.x) * THREADS) {
@@ -63,46 +108,51 @@ __global__ void copy_elements(const Element* __restrict__ source, Element* __res
       offset += (d == layout.channel ? selected(channels, position, in_channels) : static_cast<int64_t>(position)) *
                 layout.stride[d];
     }
-    target[i] = source[offset];
+    target[i] = Conversion<To, From>::of(source[offset]);
   }
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------
 
-template <class Vector>
+template <class From, class To>
 bool copy_planes_by(const Tensor& input, const Tensor& output, const Tensor& channels, int64_t plane_bytes,
                     cudaStream_t stream) {
-  constexpr int64_t width = sizeof(Vector);
+  constexpr int64_t width = sizeof(From);
   const auto element_size = static_cast<int64_t>(input.element_size());
   const int64_t batch_stride = input.stride(0) * element_size, channel_stride = input.stride(1) * element_size;
   const int64_t planes = output.size(0) * output.size(1), length = plane_bytes / width;
   const auto address = reinterpret_cast<uintptr_t>(input.const_data_ptr());
   if (plane_bytes % width || batch_stride % width || channel_stride % width || address % width) return false;
-  // Four steps a thread where the planes are large, and never more blocks than the y axis of a grid holds.
-  const int64_t pieces = std::clamp<int64_t>((length + 4 * THREADS - 1) / (4 * THREADS), 1, 65535);
-  copy_planes<Vector><<<dim3(static_cast<unsigned>(planes), static_cast<unsigned>(pieces)), THREADS, 0, stream>>>(
-      static_cast<const Vector*>(input.const_data_ptr()), static_cast<Vector*>(output.mutable_data_ptr()),
-      static_cast<const int64_t*>(channels.const_data_ptr()), output.size(1), input.size(1), batch_stride / width,
-      channel_stride / width, length);
+  int log_threads = 3;
+  while ((1 << log_threads) < std::min<int64_t>(length, THREADS)) ++log_threads;
+  const int64_t threads = 1 << log_threads, blocks = (planes * threads + THREADS - 1) / THREADS;
+  // Four steps a thread once there are blocks enough for every multiprocessor, and never more than the y axis of a grid
+  // holds.
+  const int64_t steps = blocks * length / threads >= 4 * ENOUGH_BLOCKS ? 4 : 1;
+  const int64_t pieces = std::clamp<int64_t>((length + steps * threads - 1) / (steps * threads), 1, 65535);
+  launch(copy_planes<From, To>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(pieces)), THREADS, stream,
+         static_cast<const From*>(input.const_data_ptr()), static_cast<To*>(output.mutable_data_ptr()),
+         static_cast<const int64_t*>(channels.const_data_ptr()), planes, output.size(1), input.size(1),
+         batch_stride / width, channel_stride / width, length, log_threads);
   return true;
 }
 
-template <class Element>
-void copy_elements_of(const Tensor& input, const Tensor& output, const Tensor& channels, const Layout& layout,
+template <class From, class To>
+void copy_elements_by(const Tensor& input, const Tensor& output, const Tensor& channels, const Layout& layout,
                       cudaStream_t stream) {
   const int64_t count = output.numel();
   // Eight elements a thread once the GPU is full many times over.
   const auto blocks = static_cast<unsigned>(std::clamp<int64_t>((count + THREADS - 1) / THREADS, 1, 1 << 20));
-  const auto* source = static_cast<const Element*>(input.const_data_ptr());
-  auto* target = static_cast<Element*>(output.mutable_data_ptr());
+  const auto* source = static_cast<const From*>(input.const_data_ptr());
+  auto* target = static_cast<To*>(output.mutable_data_ptr());
   const auto* index = static_cast<const int64_t*>(channels.const_data_ptr());
   // 32-bit division is several times cheaper; the offsets themselves are always 64 bits.
   if (count < (int64_t{1} << 31) - (int64_t{THREADS} << 20)) {
-    copy_elements<Element, uint32_t>
-        <<<blocks, THREADS, 0, stream>>>(source, target, index, input.size(1), layout, static_cast<uint32_t>(count));
+    launch(copy_elements<From, To, uint32_t>, blocks, THREADS, stream, source, target, index, input.size(1), layout,
+           count);
   } else {
-    copy_elements<Element, int64_t>
-        <<<blocks, THREADS, 0, stream>>>(source, target, index, input.size(1), layout, count);
+    launch(copy_elements<From, To, int64_t>, blocks, THREADS, stream, source, target, index, input.size(1), layout,
+           count);
   }
 }
 
@@ -140,56 +190,85 @@ Layout layout_of(const Tensor& input, int64_t k, bool channels_last) {
   return layout;
 }
 
-Tensor gather(const Tensor& input, const Tensor& channels) {
-  const OnDeviceOf device(input);
-  STD_TORCH_CHECK(channels.is_cuda() && channels.get_device_index() == input.get_device_index(),
-                  "channels: got a tensor on another device, expected the device of input");
-  const bool channels_last = is_channels_last(input);
-  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape[1] = channels.size(0);
-  Tensor output = empty(shape, input.scalar_type(), input.device(), channels_last);
-  if (output.numel() == 0) return output;
-  const Tensor index = torch::stable::contiguous(channels);
+// How a gather reads and writes.
+struct Plan {
+  const Tensor& input;
+  const Tensor& output;
+  const Tensor& channels;
+  int64_t plane_bytes;  // of the input, where planes can be copied as such, otherwise 0
+  bool channels_last;
+  cudaStream_t stream;
 
-  const int64_t plane_bytes = channels_last ? 0 : adjacent_plane_bytes(input);
-  const bool done = plane_bytes && output.size(0) * output.size(1) < (int64_t{1} << 31) &&
-                    (copy_planes_by<uint4>(input, output, index, plane_bytes, device.stream) ||
-                     copy_planes_by<uint2>(input, output, index, plane_bytes, device.stream) ||
-                     copy_planes_by<uint32_t>(input, output, index, plane_bytes, device.stream) ||
-                     copy_planes_by<uint16_t>(input, output, index, plane_bytes, device.stream));
-  if (!done) {
-    const Layout layout = layout_of(input, channels.size(0), channels_last);
-    switch (input.element_size()) {
-      case 1:
-        copy_elements_of<uint8_t>(input, output, index, layout, device.stream);
-        break;
-      case 2:
-        copy_elements_of<uint16_t>(input, output, index, layout, device.stream);
-        break;
-      case 4:
-        copy_elements_of<uint32_t>(input, output, index, layout, device.stream);
-        break;
-      case 8:
-        copy_elements_of<uint2>(input, output, index, layout, device.stream);
-        break;
-      case 16:
-        copy_elements_of<uint4>(input, output, index, layout, device.stream);
-        break;
-      default:
-        STD_TORCH_CHECK(false, "input: got elements of ", input.element_size(), " bytes, expected 1 to 16");
-    }
+  template <class From, class To>
+  bool by_planes() const {
+    return plane_bytes && copy_planes_by<From, To>(input, output, channels, plane_bytes, stream);
   }
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return output;
+  template <class From, class To>
+  void by_elements() const {
+    const Layout layout = layout_of(input, channels.size(0), channels_last);
+    copy_elements_by<From, To>(input, output, channels, layout, stream);
+  }
+};
+
+// Bits as they are, by the widest words that everything is aligned to.
+void copy(const Plan& plan) {
+  if (plan.by_planes<uint4, uint4>() || plan.by_planes<uint2, uint2>() || plan.by_planes<uint32_t, uint32_t>() ||
+      plan.by_planes<uint16_t, uint16_t>()) {
+    return;
+  }
+  switch (plan.input.element_size()) {
+    case 1:
+      return plan.by_elements<uint8_t, uint8_t>();
+    case 2:
+      return plan.by_elements<uint16_t, uint16_t>();
+    case 4:
+      return plan.by_elements<uint32_t, uint32_t>();
+    case 8:
+      return plan.by_elements<uint2, uint2>();
+    case 16:
+      return plan.by_elements<uint4, uint4>();
+    default:
+      STD_TORCH_CHECK(false, "input: got elements of ", plan.input.element_size(), " bytes, expected 1 to 16");
+  }
+}
+
+// Four elements or 16 bytes a step, whichever is less: one load and one store.
+void convert(const Plan& plan) {
+  for_floating_type(plan.input, "input", [&]<class From>() {
+    for_floating_type(plan.output, "dtype", [&]<class To>() {
+      if constexpr (!std::is_same_v<From, To>) {
+        constexpr int N = std::min<int>(4, 16 / std::max(sizeof(From), sizeof(To)));
+        if (!plan.by_planes<Run<From, N>, Run<To, N>>() && !plan.by_planes<From, To>()) plan.by_elements<From, To>();
+      }
+    });
+  });
 }
 
 Tensor gather_channels(const Tensor& input, const Tensor& channels,
                        std::optional<torch::headeronly::ScalarType> dtype) {
-  const Tensor output = gather(input, channels);
-  return !dtype.has_value() || *dtype == input.scalar_type() ? output : torch::stable::to(output, dtype);
+  const OnDeviceOf device(input);
+  check_device_of(input, channels, "channels");
+  const bool channels_last = is_channels_last(input);
+  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  shape[1] = channels.size(0);
+  const auto result_dtype = dtype.value_or(input.scalar_type());
+  Tensor output = empty(shape, result_dtype, input.device(), channels_last);
+  if (output.numel() == 0) return output;
+  const Tensor index = torch::stable::contiguous(channels);
+  const bool few_enough = output.size(0) * output.size(1) < (int64_t{1} << 31);
+  const int64_t plane_bytes = channels_last || !few_enough ? 0 : adjacent_plane_bytes(input);
+  const Plan plan{input, output, index, plane_bytes, channels_last, device.stream};
+  if (result_dtype == input.scalar_type()) {
+    copy(plan);
+  } else {
+    convert(plan);
+  }
+  return output;
 }
 
 }  // namespace
 }  // namespace trady
 
-STABLE_TORCH_LIBRARY_IMPL(trady, CUDA, m) { m.impl("gather_channels", TORCH_BOX(&trady::gather_channels)); }
+STABLE_TORCH_LIBRARY_IMPL(TRADY_LIBRARY, TRADY_DISPATCH_KEY, m) {
+  m.impl("gather_channels", TORCH_BOX(&trady::gather_channels));
+}

@@ -2,13 +2,22 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/tensor.h>
 
 // Device assertions are how indices on the GPU are checked: they stay in release builds.
 #undef NDEBUG
 #include <cassert>
+
+// The library that the operators of this folder join, and for which device. Tests run them on the CPU, in one of their
+// own.
+#ifndef TRADY_LIBRARY
+#define TRADY_LIBRARY trady
+#define TRADY_DISPATCH_KEY CUDA
+#endif
 
 namespace trady {
 
@@ -22,5 +31,23 @@ struct OnDeviceOf {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream = nullptr;
 };
+
+// Refuses an argument on another device than `first`, which a kernel would read all the same, or fault on.
+inline void check_device_of(const torch::stable::Tensor& first, const torch::stable::Tensor& argument,
+                            const char* name) {
+  STD_TORCH_CHECK(argument.device() == first.device(), name,
+                  ": got a tensor on another device, expected the device of the first argument");
+}
+
+// One launch; what goes wrong with it is raised here, what goes wrong in the kernel at a later call.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
+            const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
 
 }  // namespace trady

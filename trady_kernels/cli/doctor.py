@@ -22,7 +22,7 @@ from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder
 from trady_kernels.data.mnist import find_mnist
 from trady_kernels.models.loading import find_efficientnet_lite0_weights
 from trady_kernels.ops import available, choice, last_kernel
-from trady_kernels.ops.backend import OPERATORS, build_record
+from trady_kernels.ops.backend import OPERATORS, TRITON_INTERPRETED, build_record, triton_version
 from trady_kernels.provenance import commit, machine, versions
 
 _DESCRIPTION = """\
@@ -125,7 +125,7 @@ _ABOUT: dict[str, Callable[[], str]] = {
     "aten": lambda: "ATen's weight gradient on the compact input",
     "cpp": _instruction_sets,
     "cuda": lambda: torch.cuda.get_device_name(),
-    "triton": lambda: "installed",
+    "triton": lambda: f"{triton_version()}{' in its interpreter' if TRITON_INTERPRETED else ''}",
 }
 
 
@@ -144,16 +144,20 @@ def _operators() -> list[Finding]:
     channels, window = torch.tensor([1, 4, 5]), ((3, 3), (2, 2), (1, 1), (1, 1))
     codes, bits = torch.randint(-127, 128, (130,), dtype=torch.int8), torch.arange(162, dtype=torch.uint8)
     _, offsets = OPERATORS["max_pool2d_offsets"].kernels["reference"](x, *window, False)
+    linear = (torch.randn(33, 3), torch.randn(33, 20))
     convolution = (x[:, channels], dy, channels, 8, (3, 3, 1, 1, 1, 1, 1, 1), 1)
     examples: dict[str, tuple[Any, ...]] = {
         "gather_channels": (x, channels),
         "conv2d_channel_grad": convolution,
+        "conv2d_channel_grad_squares": convolution,
         "conv2d_channel_grad_with_bias": convolution,
-        "linear_channel_grad": (torch.randn(33, 3), torch.randn(33, 20)),
+        "linear_channel_grad": linear,
+        "linear_channel_grad_squares": linear,
         "rectify": (x, 0.0, 1.0, None),
         "rectify_": (x, 0.0, None, 0.1),
         "scale_by_bits": (x, bits, 1.0, None),
         "pack_bits": (x > 0,),
+        "scatter_channels_": (torch.randn(6, 4, 3, 3), channels, torch.randn(3, 3, 3, 3), 2),
         "max_pool2d_offsets": (x, *window, False),
         "max_pool2d_offsets_backward": (torch.randn(2, 8, 5, 5), offsets, (9, 9), *window),
         "quantize_blocks": (x,),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trady_kernels.nn import optimizer_state
+from trady_kernels.nn.optimizer_state import to_device
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,15 +21,14 @@ if TYPE_CHECKING:
 Channels = int | torch.Tensor | Sequence[int] | None
 
 
-def as_channels(channels: Channels, count: int, device: torch.device) -> torch.Tensor:
-    """Sorted int64 indices for what a user may pass as ``channels``.
+def as_channels(channels: Channels, count: int) -> torch.Tensor:
+    """Sorted int64 indices for what a user may pass as ``channels``, on the device that a tensor is on.
 
     Args:
         channels: None for all, an int for that many at random (torch's global generator), or a 1-D
             tensor or sequence of indices. A tensor on an accelerator is checked by a device assertion,
             without synchronisation.
         count: input channels of the layer.
-        device: where the result goes.
 
     Raises:
         TypeError: not an int, an integer tensor or a sequence of ints.
@@ -37,14 +37,14 @@ def as_channels(channels: Channels, count: int, device: torch.device) -> torch.T
     """
     expected = f"None, an int from 0 to {count}, or a 1-D tensor or sequence of indices below {count}"
     if channels is None:
-        return torch.arange(count, device=device)
+        return torch.arange(count)
     if isinstance(channels, bool | str):
         raise TypeError(f"channels: got {channels!r}, expected {expected}")
     if isinstance(channels, Integral):
         number = int(channels)
         if not 0 <= number <= count:
             raise ValueError(f"channels: got {number}, expected {expected}")
-        return torch.randperm(count)[:number].sort().values.to(device)
+        return torch.randperm(count)[:number].sort().values
     if isinstance(channels, Sequence):
         for index in channels:
             if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
@@ -71,7 +71,7 @@ def as_channels(channels: Channels, count: int, device: torch.device) -> torch.T
     elif indices.numel():
         torch._assert_async((indices[0] >= 0) & (indices[-1] < count), f"channels: expected {expected}")
         torch._assert_async((indices[1:] > indices[:-1]).all(), "channels: expected each index once")
-    return indices.to(device)
+    return indices
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class SparseChannels(nn.Module):
     def _register_rows(self, channels: Channels) -> None:
         # An index tensor on the meta device would forget which channels it means.
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
-        indices = as_channels(channels, self.channel_count, device)
+        indices = to_device(as_channels(channels, self.channel_count), device)
         self.weight.requires_grad_(False)
         self.register_buffer("channels", indices, persistent=False)
         rows = self.read_rows(self.weight.detach(), indices)
@@ -173,7 +173,7 @@ class SparseChannels(nn.Module):
         """Fill a layer made on the meta device with copies of a dense one's values."""
         if isinstance(module, SparseChannels):
             module.synchronize()
-        indices = as_channels(channels, self.channel_count, torch.device("cpu"))
+        indices = as_channels(channels, self.channel_count)
         _copy_parameters(module, self)
         self.select(indices)
         self._unread = True
@@ -238,7 +238,7 @@ class SparseChannels(nn.Module):
     @property
     def selection(self) -> tuple[int, ...]:
         """``channels`` as ints; read from the device once a selection."""
-        version = self.channels._version
+        version = _stamp(self.channels)[0]
         if self._selection is None or self._selection[0] != version:
             self._selection = (version, tuple(self.channels.tolist()))
         return self._selection[1]
@@ -306,7 +306,8 @@ class SparseChannels(nn.Module):
             NotImplementedError: ``optimizer`` keeps state that cannot be rearranged; nothing has changed.
         """
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
-        indices = as_channels(channels, self.channel_count, device)
+        given = as_channels(channels, self.channel_count)
+        indices = to_device(given, device)
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer: got {type(optimizer).__name__}, expected a torch.optim.Optimizer or None"
@@ -328,9 +329,11 @@ class SparseChannels(nn.Module):
                 rows.data = torch.empty(0, dtype=other, device=rows.device)
                 rows.data = selected
                 self.channels = indices
-                self._selection = None
                 if not len(indices) or not previous:  # otherwise as the user set it
                     rows.requires_grad_(len(indices) > 0)
+        # What came from the host need not be read back from a GPU.
+        on_host = given.device.type == "cpu"
+        self._selection = (_stamp(self.channels)[0], tuple(given.tolist())) if on_host else None
         self._settle()
         if optimizer is not None:
             optimizer_state.rearrange(optimizer, self)

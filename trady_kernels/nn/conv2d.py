@@ -11,6 +11,7 @@ from torch import nn
 from trady_kernels.functional import FrozenNorm, sparse_conv2d
 from trady_kernels.functional.conv2d import Margins, margins_of
 from trady_kernels.nn.channels import Channels, SparseChannels
+from trady_kernels.ops import scatter_channels_
 
 torch.fx.wrap("sparse_conv2d")  # one node of a traced graph, as a dense layer is
 
@@ -217,10 +218,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         return self._by_channel(weight)[self._position(channels)].contiguous()
 
     def write_rows(self, weight: torch.Tensor, channels: torch.Tensor, rows: torch.Tensor) -> None:
-        if self.groups == 1:
-            weight.transpose(0, 1).index_copy_(0, channels, rows)
-        else:
-            self._by_channel(weight).index_put_(self._position(channels), rows)
+        scatter_channels_(weight, channels, rows, self.groups)
 
 
 def _arguments(module: nn.Conv2d) -> dict[str, Any]:

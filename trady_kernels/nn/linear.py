@@ -9,6 +9,7 @@ from torch import nn
 
 from trady_kernels.functional import sparse_linear
 from trady_kernels.nn.channels import Channels, SparseChannels
+from trady_kernels.ops import scatter_channels_
 
 torch.fx.wrap("sparse_linear")  # one node of a traced graph, as a dense layer is
 
@@ -79,7 +80,7 @@ class SparseLinear(SparseChannels, nn.Linear):
         return weight.t().index_select(0, channels).contiguous()
 
     def write_rows(self, weight: torch.Tensor, channels: torch.Tensor, rows: torch.Tensor) -> None:
-        weight.t().index_copy_(0, channels, rows)
+        scatter_channels_(weight, channels, rows)
 
 
 def _arguments(module: nn.Linear) -> dict[str, Any]:

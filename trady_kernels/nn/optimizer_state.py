@@ -64,6 +64,13 @@ def layer_of(parameter: torch.Tensor) -> Layer | None:
     return layer if layer is not None and layer.is_own_rows(parameter) else None
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor.to(device)`` that waits for no GPU."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 # -- what a fresh optimiser would do ---------------------------------------------------------------
 
 Group = dict[str, Any]
@@ -92,7 +99,7 @@ class _Young:
         """``(n, 1, ...)``: a number that depends on the age."""
         values = [coefficient(age) for age in self.ages]
         shape = (-1, *(1,) * (self.before.dim() - 1))
-        return torch.tensor(values, dtype=self.before.dtype, device=self.before.device).view(shape)
+        return to_device(torch.tensor(values, dtype=self.before.dtype), self.before.device).view(shape)
 
     def descent(self) -> torch.Tensor:
         """The gradient with its sign and L2 decay, where decay is not decoupled."""
@@ -309,7 +316,7 @@ def rearrange(optimizer: Optimizer, layer: Layer) -> None:
     step = int(state["step"]) if rule.update is not None and staying else 0
     entered = state.pop(ENTERED, (0,) * len(owners))
     target, source = (
-        torch.tensor(positions, dtype=torch.int64, device=rows.device)
+        to_device(torch.tensor(positions, dtype=torch.int64), rows.device)
         for positions in ([to for to, _ in staying], [origin for _, origin in staying])
     )
     for name in _row_shaped(state):
@@ -354,7 +361,7 @@ def _correct_young(optimizer: Optimizer, layer: Layer, group: Group, state: Stat
     if step <= min(entered[row] for row in young):
         return
     assert rows.grad is not None
-    index = torch.tensor(young, dtype=torch.int64, device=rows.device)
+    index = to_device(torch.tensor(young, dtype=torch.int64), rows.device)
     compute = torch.promote_types(rows.dtype, torch.float32)
 
     def pick(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -32,6 +33,10 @@ BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 #: The one library object that owns the ``torch.ops.trady`` namespace: schemas and fakes live in
 #: Python, implementations may come from compiled code.
 LIBRARY = torch.library.Library("trady", "DEF")
+
+#: The operators once more, as their Triton kernels: what a traced graph calls.
+TRITON_LIBRARY = torch.library.Library("trady_triton", "DEF")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 #: Every operator by name; tests and benchmarks loop over it.
 OPERATORS: dict[str, Operator] = {}
@@ -52,6 +57,8 @@ class Operator:
         fake: shape, dtype and strides of the result, for ``torch.compile``.
         kernels: further implementations in Python, by backend name; the compiled ones, ``cpp`` and
             ``cuda``, join them when the libraries are loaded.
+        triton: name of the module that has the Triton kernel, a function named as the operator; None where
+            there is none. Imported at the first call.
         choose: takes the operator's arguments and returns the backend that ``auto`` uses for them.
             Where it has no kernel here, ATen's is taken, and where there is none, the reference.
         validate: takes the operator's arguments; raises ``ValueError`` / ``TypeError`` on bad ones.
@@ -69,6 +76,7 @@ class Operator:
         choose: Callable[..., str],
         validate: Callable[..., None],
         cpp_checks: bool = False,
+        triton: str | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -76,6 +84,12 @@ class Operator:
         torch.library.register_fake(f"trady::{self.name}", fake, lib=LIBRARY)
         self.overload = getattr(torch.ops.trady, self.name).default
         self.kernels = {"reference": reference, **kernels}
+        #: What a traced graph calls in the place of a kernel of ``kernels`` that cannot be traced.
+        self._traced: dict[str, Callable[..., Any]] = {}
+        #: Module of the Triton kernel, where there is one and Triton.
+        self.triton = triton if TRITON_INSTALLED else None
+        if self.triton is not None:
+            self._add_triton(schema, fake, self.triton)
         self.choose = choose
         self.validate = validate
         self.cpp_checks = cpp_checks
@@ -83,6 +97,17 @@ class Operator:
         #: microseconds where caches are cold, as long as a small kernel takes.
         self.call = self._make_call()
         OPERATORS[self.name] = self
+
+    def _add_triton(self, schema: str, fake: Callable[..., Any], module: str) -> None:
+        def kernel(*args: Any) -> Any:
+            return getattr(importlib.import_module(module), self.name)(*args)
+
+        # An operator of its own: a graph then launches kernels as they are, also those of an interpreter.
+        TRITON_LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        TRITON_LIBRARY.impl(self.name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"trady_triton::{self.name}", fake, lib=TRITON_LIBRARY)
+        self.kernels["triton"] = kernel
+        self._traced["triton"] = getattr(torch.ops.trady_triton, self.name).default
 
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
@@ -96,7 +121,8 @@ class Operator:
             if is_dynamo_compiling():
                 self.validate(*args)
                 name = self.choose(*args) if _forced is None else self._forced(args[0])
-                return self._existing(name)[1](*args)
+                name, kernel = self._existing(name)
+                return self._traced.get(name, kernel)(*args)
             if not late:
                 self.validate(*args)
             try:
@@ -118,9 +144,10 @@ class Operator:
 
     def _existing(self, name: str) -> tuple[str, Callable[..., Any]]:
         """The kernel of a backend, or what stands in for it."""
-        if name not in self.kernels:
-            name = "aten" if "aten" in self.kernels else "reference"
-        return name, self.kernels[name]
+        for stand_in in (name, *(("triton",) if name == "cuda" else ()), "aten", "reference"):
+            if stand_in in self.kernels:
+                return stand_in, self.kernels[stand_in]
+        raise AssertionError(f"{self.name} has no reference")
 
     def checked(self, name: str) -> Callable[..., Any]:
         """Kernel ``name`` with the checks that a call makes before it, for timing."""
@@ -141,7 +168,7 @@ class Operator:
                 f"{self.name}: backend {name!r} has no kernel for this operator, "
                 f"expected one of {', '.join(self.kernels)}"
             )
-        device = _DEVICES.get(name)
+        device = _devices().get(name)
         if device is not None and input.device.type != device:
             raise ValueError(
                 f"{self.name}: backend {name!r} runs on {device} tensors, got one on {input.device}; "
@@ -188,6 +215,8 @@ def last_kernel(operator: str) -> str | None:
 
 #: Device type that a compiled backend works on, which is also its dispatch key.
 _DEVICES = {"cpp": "cpu", "cuda": "cuda"}
+#: Whether Triton kernels run in Triton's interpreter, on tensors of any device: decided when they are decorated.
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 _LIBRARIES = Path(__file__).parent.parent / "_lib"
 _reasons: dict[str, str] = {}
 
@@ -203,6 +232,11 @@ def build_record() -> dict[str, str]:
         return json.loads((_LIBRARIES / "build.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+
+
+def _devices() -> dict[str, str]:
+    """Device type of the tensors that a backend takes, where it does not take any."""
+    return _DEVICES if TRITON_INTERPRETED else {**_DEVICES, "triton": "cuda"}
 
 
 def _load_library(name: str) -> str | None:
@@ -255,8 +289,12 @@ def load_compiled() -> None:
         )
     if cuda_missing:
         _reasons["cuda"] = cuda_missing
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         _reasons["triton"] = "triton is not installed: install a CUDA build of torch, which brings it"
+    elif not TRITON_INTERPRETED and not torch.cuda.is_available():
+        _reasons["triton"] = (
+            "torch.cuda.is_available() is False: TRITON_INTERPRET=1 in the environment runs its kernels without a GPU"
+        )
     for operator in OPERATORS.values():
         for name, device in _DEVICES.items():
             key = device.upper()
@@ -283,6 +321,14 @@ def instruction_set() -> str | None:
         return None
     name: str = importlib.import_module("trady_kernels._C").isa()
     return name
+
+
+def triton_version() -> str | None:
+    """Version of the installed Triton, without importing it; None without one."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def cpu_name() -> str:

@@ -1,8 +1,13 @@
-"""The one table by which ``auto`` takes a C++ kernel or ATen on the CPU: shipped limits, or a user's own.
+"""The one table by which ``auto`` takes a kernel of ours or ATen: shipped limits, or a user's own, for each device type.
+
+==========  ============================================================
+``cpu``     C++ up to a limit, then ATen (oneDNN, BLAS)
+``cuda``    Triton up to a limit, then ATen (cuDNN, cuBLAS); CUDA C++ for convolutions in groups
+==========  ============================================================
 
 ``trady bench --tune`` measures the limits on the machine it runs on and writes them to :func:`table_path`. They are
 read when the package is imported, so that no call and no traced graph reads a file, and only where they were made on
-this CPU, instruction set and version of torch.
+this machine: the same CPU and instruction set or GPU, the same versions of torch and Triton.
 """
 
 from __future__ import annotations
@@ -17,17 +22,17 @@ from typing import Any
 
 import torch
 
-from trady_kernels.ops.backend import cpu_name, instruction_set
+from trady_kernels.ops.backend import cpu_name, instruction_set, triton_version
 
 ANY = 1 << 62
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Up to how many channels a C++ kernel is taken; above, ATen on the compact input.
+    """Up to how many channels a kernel of ours is taken; above, ATen on the compact input.
 
-    A dtype without a limit always runs in C++: ATen rounds the sums of the half types to the half type before they
-    can be widened.
+    On the CPU a dtype without a limit always runs in C++: ATen rounds the sums of the half types to the half type
+    before they can be widened. On a GPU it always runs in ATen.
 
     Attributes:
         operator: name of the operator.
@@ -101,16 +106,56 @@ _OTHERS = (
 
 _SHIPPED = {"avx512": _AVX512, "avx512_bf16": _AVX512, "avx512_amx": _AMX}
 
-#: What a table may have limits for.
-KEYS: tuple[Key, ...] = tuple(dict.fromkeys(limit.key for limit in _AVX512))
+#: Not measured: no GPU has been at hand. cuDNN pads few channels to 8, and reads grad_output once for each tap.
+_GPU = (
+    *(
+        Limit(operator, family, memory_format, dtype, 16)
+        for operator, family, formats in (
+            ("conv2d_channel_grad", "1x1", (_CONTIGUOUS, _CHANNELS_LAST)),
+            ("conv2d_channel_grad", "1x1 strided", (_CONTIGUOUS, _CHANNELS_LAST)),
+            ("conv2d_channel_grad", "kxk", (_CONTIGUOUS, _CHANNELS_LAST)),
+            ("linear_channel_grad", "linear", (_CONTIGUOUS,)),
+        )
+        for memory_format in formats
+        for dtype in (_F32, torch.bfloat16, torch.float16)
+    ),
+    *(
+        Limit("conv2d_channel_grad", "grouped", memory_format, dtype, ANY)
+        for memory_format in (_CONTIGUOUS, _CHANNELS_LAST)
+        for dtype in (_F32, torch.bfloat16, torch.float16, _F64)
+    ),
+)
+
+#: What a table may have limits for, by device type.
+KEYS: dict[str, tuple[Key, ...]] = {
+    "cpu": tuple(dict.fromkeys(limit.key for limit in _AVX512)),
+    "cuda": tuple(limit.key for limit in _GPU),
+}
 
 
-def shipped() -> tuple[Limit, ...]:
-    """The limits that come with the package for the instruction set that the C++ kernels run on."""
-    return _SHIPPED.get(instruction_set() or "", _OTHERS)
+def shipped(device: str = "cpu") -> tuple[Limit, ...]:
+    """The limits that come with the package for a device type and, on the CPU, the C++ kernels' instruction set."""
+    if device == "cpu":
+        return _SHIPPED.get(instruction_set() or "", _OTHERS)
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        # Triton has no matrix units there: half types would be widened one by one.
+        return tuple(
+            limit
+            for limit in _GPU
+            if limit.dtype in (_F32, _F64) or own_kernel("cuda", limit.family) != "triton"
+        )
+    return _GPU
 
 
-def cpp_or_aten(
+def own_kernel(device: str, family: str) -> str:
+    """Backend of the kernel that a limit is for."""
+    if device == "cpu":
+        return "cpp"
+    return "cuda" if family == "grouped" else "triton"
+
+
+def own_or_aten(
+    device: str,
     operator: str,
     family: str,
     memory_format: torch.memory_format,
@@ -118,21 +163,23 @@ def cpp_or_aten(
     channels: int,
     pixels: int,
 ) -> str:
-    """``"cpp"`` or ``"aten"`` by the table in force. Simple comparisons only: sizes may be symbolic.
+    """:func:`own_kernel` or ``"aten"`` by the table in force. Simple comparisons only: sizes may be symbolic.
 
     Args:
+        device: type of the tensors' device, ``"cpu"`` or ``"cuda"``.
         operator, family, memory_format, dtype: the limit's.
         channels: the number that :attr:`Limit.most_channels` is for.
         pixels: of the output, in the whole batch; a linear layer's rows.
     """
-    for limit in _limits.get((operator, family, memory_format, dtype), ()):
+    for limit in _limits[device].get((operator, family, memory_format, dtype), ()):
         if limit.most_pixels == ANY or pixels <= limit.most_pixels:
-            return "cpp" if limit.most_channels == ANY or channels <= limit.most_channels else "aten"
-    return "cpp"
+            few = limit.most_channels == ANY or channels <= limit.most_channels
+            return own_kernel(device, family) if few else "aten"
+    return "cpp" if device == "cpu" else "aten"
 
 
 def limited(operator: str) -> bool:
-    """Whether any limit of the table in force sends calls of ``operator`` to ATen."""
+    """Whether any limit of the CPU's table in force sends calls of ``operator`` to ATen."""
     return operator in _limited
 
 
@@ -154,61 +201,76 @@ class Table:
     ignored: str | None
 
 
-def table_path() -> Path | None:
+DEVICES = ("cpu", "cuda")
+
+
+def table_path(device: str = "cpu") -> Path | None:
     """File of the user's own limits: ``TRADY_CHOICE``, or ``trady_kernels/choice.json`` in the user's configuration.
 
-    None where ``TRADY_CHOICE`` is set and empty: the shipped limits then hold.
+    A GPU's has ``-cuda`` behind the name. None where ``TRADY_CHOICE`` is set and empty: the shipped limits then hold.
     """
     if "TRADY_CHOICE" in os.environ:
-        return Path(os.environ["TRADY_CHOICE"]) if os.environ["TRADY_CHOICE"] else None
-    folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(folder) / "trady_kernels" / "choice.json"
+        if not os.environ["TRADY_CHOICE"]:
+            return None
+        path = Path(os.environ["TRADY_CHOICE"])
+    else:
+        folder = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+        path = Path(folder) / "trady_kernels" / "choice.json"
+    return path if device == "cpu" else path.with_stem(f"{path.stem}-{device}")
 
 
-def this_machine() -> dict[str, str]:
-    """What limits hold for: CPU, instruction set of the C++ kernels, version of torch."""
-    return {"cpu": cpu_name(), "instruction_set": instruction_set() or "none", "torch": torch.__version__}
+def this_machine(device: str = "cpu") -> dict[str, str]:
+    """What limits hold for: CPU and instruction set of the C++ kernels, or GPU and Triton; version of torch."""
+    if device == "cpu":
+        here = {"cpu": cpu_name(), "instruction_set": instruction_set() or "none"}
+    else:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        here = {"gpu": gpu, "triton": triton_version() or "none"}
+    return {**here, "torch": torch.__version__}
 
 
 def load() -> None:
     """Put the user's limits in force, or the shipped ones, with a warning where a file cannot be used."""
-    global _table
-    path = table_path()
-    _put_in_force(_by_key(shipped()))
-    _table = Table(None, {}, None)
+    for device in DEVICES:
+        _load(device)
+
+
+def _load(device: str) -> None:
+    path = table_path(device)
+    _put_in_force(device, _by_key(shipped(device)))
+    _tables[device] = Table(None, {}, None)
     if path is None or not os.path.exists(path):
-        if path is not None and "TRADY_CHOICE" in os.environ:
-            _table = Table(
-                path, {}, "there is no such file"
-            )  # no warning: trady bench --tune may be about to make it
+        if path is not None and "TRADY_CHOICE" in os.environ and device == "cpu":
+            # No warning: trady bench --tune may be about to make it.
+            _tables[device] = Table(path, {}, "there is no such file")
         return
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        limits, made = parse(content)
-        here = this_machine()
+        limits, made = parse(content, device)
+        here = this_machine(device)
         other = [f"{name} {made[name]!r}, here {here[name]!r}" for name in here if made[name] != here[name]]
         if other:
             raise ValueError(f"made with {', '.join(other)}")
     except (OSError, ValueError) as error:
-        _table = Table(path, {}, str(error))
+        _tables[device] = Table(path, {}, str(error))
         warnings.warn(
             f"{path} is ignored, the shipped limits hold ({error}): make it anew with trady bench --tune, or remove it",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return
-    _put_in_force(_by_key(shipped()) | _by_key(limits))
-    _table = Table(path, made, None)
+    _put_in_force(device, _by_key(shipped(device)) | _by_key(limits))
+    _tables[device] = Table(path, made, None)
 
 
-def in_force() -> Table:
+def in_force(device: str = "cpu") -> Table:
     """Where the limits in force come from."""
-    return _table
+    return _tables[device]
 
 
-def limits_in_force() -> list[Limit]:
+def limits_in_force(device: str = "cpu") -> list[Limit]:
     """The limits themselves."""
-    return [limit for limits in _limits.values() for limit in limits]
+    return [limit for limits in _limits[device].values() for limit in limits]
 
 
 def _by_key(limits: Iterable[Limit]) -> dict[Key, tuple[Limit, ...]]:
@@ -218,30 +280,35 @@ def _by_key(limits: Iterable[Limit]) -> dict[Key, tuple[Limit, ...]]:
     return found
 
 
-def _put_in_force(limits: dict[Key, tuple[Limit, ...]]) -> None:
-    global _limits, _limited
-    _limits = limits
-    _limited = {limit.operator for of in limits.values() for limit in of if limit.most_channels != ANY}
+def _put_in_force(device: str, limits: dict[Key, tuple[Limit, ...]]) -> None:
+    global _limited
+    _limits[device] = limits
+    if device == "cpu":
+        _limited = {limit.operator for of in limits.values() for limit in of if limit.most_channels != ANY}
 
 
-_limits: dict[Key, tuple[Limit, ...]] = {}
+_limits: dict[str, dict[Key, tuple[Limit, ...]]] = {device: {} for device in DEVICES}
 _limited: set[str] = set()
-_table = Table(None, {}, None)
+_tables = {device: Table(None, {}, None) for device in DEVICES}
 
 
 # ---- the file -------------------------------------------------------------------------------------------
 
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_MADE = ("cpu", "instruction_set", "torch", "date")
+_DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
-def render(limits: Iterable[Limit], date: str) -> dict[str, Any]:
+def render(limits: Iterable[Limit], date: str, device: str = "cpu") -> dict[str, Any]:
     """Limits measured on this machine, as JSON takes them; no limit (:data:`ANY`) is null."""
     formats = {value: name for name, value in _FORMATS.items()}
     dtypes = {value: name for name, value in _DTYPES.items()}
     return {
-        "made": {**this_machine(), "date": date},
+        "made": {**this_machine(device), "date": date},
         "limits": [
             {
                 "operator": limit.operator,
@@ -256,29 +323,30 @@ def render(limits: Iterable[Limit], date: str) -> dict[str, Any]:
     }
 
 
-def parse(content: Any) -> tuple[list[Limit], dict[str, str]]:
-    """Limits of a file that :func:`render` made, and what it says about itself.
+def parse(content: Any, device: str = "cpu") -> tuple[list[Limit], dict[str, str]]:
+    """Limits of a file that :func:`render` made for a device type, and what it says about itself.
 
     Raises:
         ValueError: anything that ``render`` does not write, and limits for calls that ATen must not get.
     """
+    expected = (*this_machine(device), "date")
     made = content.get("made") if isinstance(content, dict) else None
-    if not isinstance(made, dict) or not all(isinstance(made.get(name), str) for name in _MADE):
-        raise ValueError(f"made: got {made!r}, expected texts for {', '.join(_MADE)}")
+    if not isinstance(made, dict) or not all(isinstance(made.get(name), str) for name in expected):
+        raise ValueError(f"made: got {made!r}, expected texts for {', '.join(expected)}")
     rows = content.get("limits")
     if not isinstance(rows, list):
         raise ValueError(f"limits: got {rows!r}, expected a list")
-    limits = [_limit(f"limits[{index}]", row) for index, row in enumerate(rows)]
+    limits = [_limit(f"limits[{index}]", row, device) for index, row in enumerate(rows)]
     for key, of in _by_key(limits).items():
         pixels = [limit.most_pixels for limit in of]
         if pixels[-1] != ANY or pixels != sorted(set(pixels)):
             raise ValueError(
                 f"limits: got most_pixels {pixels} for {key[:2]}, expected them to grow and to end in null"
             )
-    return limits, {name: made[name] for name in _MADE}
+    return limits, {name: made[name] for name in expected}
 
 
-def _limit(name: str, row: Any) -> Limit:
+def _limit(name: str, row: Any, device: str) -> Limit:
     if not isinstance(row, dict):
         raise ValueError(f"{name}: got {row!r}, expected an object")
     numbers: list[int] = []
@@ -298,7 +366,7 @@ def _limit(name: str, row: Any) -> Limit:
         _DTYPES.get(str(row.get("dtype"))),  # type: ignore[arg-type]
         *numbers,
     )
-    if limit.key not in KEYS:
+    if limit.key not in KEYS[device]:
         raise ValueError(
             f"{name}: got operator {row.get('operator')!r}, family {row.get('family')!r}, memory format "
             f"{row.get('memory_format')!r} and dtype {row.get('dtype')!r}, for which there is no choice"

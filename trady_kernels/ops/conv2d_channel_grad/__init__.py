@@ -9,10 +9,14 @@ from typing import Any
 import torch
 
 from trady_kernels.ops.backend import Operator
-from trady_kernels.ops.choice import cpp_or_aten, limited
+from trady_kernels.ops.choice import limited, own_or_aten
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad as aten
+from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad_squares as aten_squares
 from trady_kernels.ops.conv2d_channel_grad.aten import conv2d_channel_grad_with_bias as aten_with_bias
 from trady_kernels.ops.conv2d_channel_grad.reference import conv2d_channel_grad as reference
+from trady_kernels.ops.conv2d_channel_grad.reference import (
+    conv2d_channel_grad_squares as reference_squares,
+)
 from trady_kernels.ops.conv2d_channel_grad.reference import (
     conv2d_channel_grad_with_bias as reference_with_bias,
 )
@@ -125,12 +129,14 @@ def _choose(
     geometry: Sequence[int],
     groups: int,
 ) -> str:
-    if input_selected.is_cuda:
-        return "aten"
-    if groups != 1 or not limited("conv2d_channel_grad"):  # no table has limits for groups
+    on_gpu = input_selected.is_cuda
+    if not on_gpu and (
+        groups != 1 or not limited("conv2d_channel_grad")
+    ):  # the CPU's has no limits for groups
         return "cpp"
     kind = family(geometry[:2], geometry[2:4], groups)
-    return cpp_or_aten(
+    return own_or_aten(
+        "cuda" if on_gpu else "cpu",
         "conv2d_channel_grad",
         kind,
         memory_format_of(grad_output),
@@ -138,6 +144,11 @@ def _choose(
         channels_to_choose_by(kind, channels.shape[0], grad_output.shape[1]),
         grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3],
     )
+
+
+def _fake_squares(*args: Any) -> torch.Tensor:
+    grad = _fake(*args)
+    return grad.new_empty(grad.shape[0])
 
 
 def _fake_with_bias(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,6 +177,7 @@ _operator = Operator(
     choose=_choose,
     validate=_validate,
     cpp_checks=True,
+    triton=f"{__name__}.triton_kernel",
 )
 
 
@@ -177,6 +189,19 @@ _with_bias = Operator(
     choose=_choose,
     validate=_validate_with_bias,
     cpp_checks=True,
+    triton=f"{__name__}.triton_kernel",
+)
+
+
+_squares = Operator(
+    f"conv2d_channel_grad_squares{_ARGUMENTS} -> Tensor",
+    reference=_of_geometry(reference_squares),
+    fake=_fake_squares,
+    kernels={"aten": _of_geometry(aten_squares)},
+    choose=_choose,
+    validate=_validate,
+    cpp_checks=True,
+    triton=f"{__name__}.triton_kernel",
 )
 
 
@@ -245,3 +270,34 @@ def conv2d_channel_grad_with_bias(
     """
     geometry = (*kernel_size, *stride, *padding, *dilation)
     return _with_bias.call(input_selected, grad_output, channels, in_channels, geometry, groups)
+
+
+def conv2d_channel_grad_squares(
+    input_selected: torch.Tensor,  # (N, k, H, W)
+    grad_output: torch.Tensor,  # (N, C', H', W')
+    channels: torch.Tensor,  # (k,)
+    in_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:  # (k,)
+    r"""Squared norm of each selected channel's weight gradient, which never exists as a whole.
+
+    .. math:: \|dW[c]\|_2^2 = \sum_{o, i, j} dW[c, o, i, j]^2
+
+    What RGN sums the roots of (TraDy, arXiv 2510.19675, equation 8).
+
+    Args:
+        input_selected, grad_output, channels, in_channels, kernel_size, stride, padding, dilation, groups: as
+            :func:`conv2d_channel_grad` takes them.
+
+    Returns:
+        ``(k,)`` in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or groups that do not belong to one convolution.
+    """
+    geometry = (*kernel_size, *stride, *padding, *dilation)
+    return _squares.call(input_selected, grad_output, channels, in_channels, geometry, groups)

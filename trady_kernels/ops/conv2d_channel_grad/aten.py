@@ -8,6 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trady_kernels.ops.squares import SQUARED_ROWS
+
+_HALF_TYPES = (torch.bfloat16, torch.float16)
+
 
 def conv2d_channel_grad(
     input_selected: torch.Tensor,  # (N, k, H, W)
@@ -28,19 +32,22 @@ def conv2d_channel_grad(
         return grad_output.new_zeros((k, out_per_group, *kernel_size), dtype=accumulate)
     if groups == 1 and tuple(kernel_size) == (1, 1):
         return _of_points(input_selected, grad_output, stride, padding).to(accumulate)
+    if groups == 1 and input_selected.is_cuda and input_selected.dtype in _HALF_TYPES and k % 8:
+        # cuDNN's matrix units take channels of the half types by eights, and slower kernels anything else.
+        input_selected = F.pad(input_selected, (0, 0, 0, 0, 0, -k % 8))
     if groups > 1:
         outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
         outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()
         grad_output = grad_output.index_select(1, outputs)
         shape, conv_groups = (k * out_per_group, 1, *kernel_size), k
     else:
-        shape, conv_groups = (out_per_group, k, *kernel_size), 1
+        shape, conv_groups = (out_per_group, input_selected.shape[1], *kernel_size), 1
     grad = _convolution_backward(
         grad_output, input_selected, shape, stride, padding, dilation, groups=conv_groups
     ).to(accumulate)
     if groups > 1:
         return grad.reshape(k, out_per_group, *kernel_size)
-    return grad.transpose(0, 1).contiguous()
+    return grad.transpose(0, 1)[:k].contiguous()
 
 
 def _of_points(
@@ -94,6 +101,15 @@ def _convolution_backward(
         groups,
         [False, True, False],
     )[1]
+
+
+def conv2d_channel_grad_squares(
+    input_selected: torch.Tensor, grad_output: torch.Tensor, channels: torch.Tensor, *args: Any
+) -> torch.Tensor:  # (k,)
+    """A block of channels at a time, so that the gradient never exists as a whole."""
+    pairs = zip(input_selected.split(SQUARED_ROWS, 1), channels.split(SQUARED_ROWS), strict=True)
+    blocks = [conv2d_channel_grad(x, grad_output, of, *args).square().sum((1, 2, 3)) for x, of in pairs]
+    return torch.cat(blocks)
 
 
 def conv2d_channel_grad_with_bias(

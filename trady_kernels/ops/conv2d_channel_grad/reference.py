@@ -48,6 +48,11 @@ def conv2d_channel_grad(
     return grad
 
 
+def conv2d_channel_grad_squares(*args: Any) -> torch.Tensor:  # (k,)
+    r"""Squared norm of each channel's gradient, :math:`\|dW[c]\|^2 = \sum_{o, i, j} dW[c, o, i, j]^2`."""
+    return conv2d_channel_grad(*args).square().sum((1, 2, 3))
+
+
 def conv2d_channel_grad_with_bias(
     input_selected: torch.Tensor, grad_output: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (k, C', kh, kw), (C',)

@@ -42,6 +42,7 @@ _operator = Operator(
     choose=by_device,
     validate=_validate,
     cpp_checks=True,
+    triton=f"{__name__}.triton_kernel",
 )
 
 
@@ -55,8 +56,8 @@ def gather_channels(
     Args:
         input: ``(N, C, ...)``, any floating dtype, contiguous, channels_last or strided.
         channels: ``(k,)`` int64 indices into dimension 1, ``0 <= k <= C``, on the input's device.
-        dtype: of the result, for floating input; None for the input's own. Converted in the same pass over memory
-            (on the CPU), rounded as ``Tensor.to`` rounds.
+        dtype: of the result, for floating input; None for the input's own. Converted in the same pass over memory,
+            rounded as ``Tensor.to`` rounds.
 
     Returns:
         ``(N, k, ...)`` in ``dtype``; a fresh tensor also where all channels are selected.

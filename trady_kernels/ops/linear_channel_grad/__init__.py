@@ -7,14 +7,21 @@ import math
 import torch
 
 from trady_kernels.ops.backend import Operator
-from trady_kernels.ops.choice import cpp_or_aten, limited
+from trady_kernels.ops.choice import limited, own_or_aten
 from trady_kernels.ops.linear_channel_grad.aten import linear_channel_grad as aten
+from trady_kernels.ops.linear_channel_grad.aten import linear_channel_grad_squares as aten_squares
 from trady_kernels.ops.linear_channel_grad.reference import linear_channel_grad as reference
+from trady_kernels.ops.linear_channel_grad.reference import linear_channel_grad_squares as reference_squares
 
 
 def _fake(input_selected: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
     shape = (input_selected.shape[-1], grad_output.shape[-1])
     return grad_output.new_empty(shape, dtype=torch.promote_types(grad_output.dtype, torch.float32))
+
+
+def _fake_squares(input_selected: torch.Tensor, grad_output: torch.Tensor) -> torch.Tensor:
+    grad = _fake(input_selected, grad_output)
+    return grad.new_empty(grad.shape[0])
 
 
 def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
@@ -31,11 +38,11 @@ def _validate(input_selected: torch.Tensor, grad_output: torch.Tensor) -> None:
 
 
 def _choose(input_selected: torch.Tensor, grad_output: torch.Tensor) -> str:
-    if input_selected.is_cuda:
-        return "aten"
-    if not limited("linear_channel_grad"):
+    on_gpu = input_selected.is_cuda
+    if not on_gpu and not limited("linear_channel_grad"):
         return "cpp"
-    return cpp_or_aten(
+    return own_or_aten(
+        "cuda" if on_gpu else "cpu",
         "linear_channel_grad",
         "linear",
         torch.contiguous_format,
@@ -53,6 +60,19 @@ _operator = Operator(
     choose=_choose,
     validate=_validate,
     cpp_checks=True,
+    triton=f"{__name__}.triton_kernel",
+)
+
+
+_squares = Operator(
+    "linear_channel_grad_squares(Tensor input_selected, Tensor grad_output) -> Tensor",
+    reference=reference_squares,
+    fake=_fake_squares,
+    kernels={"aten": aten_squares},
+    choose=_choose,
+    validate=_validate,
+    cpp_checks=True,
+    triton=f"{__name__}.triton_kernel",
 )
 
 
@@ -77,3 +97,25 @@ def linear_channel_grad(
         ValueError: leading shapes or dtypes differ.
     """
     return _operator.call(input_selected, grad_output)
+
+
+def linear_channel_grad_squares(
+    input_selected: torch.Tensor,  # (..., k)
+    grad_output: torch.Tensor,  # (..., O)
+) -> torch.Tensor:  # (k,)
+    r"""Squared norm of each selected feature's weight gradient, which never exists as a whole.
+
+    .. math:: \|dW[c]\|_2^2 = \sum_o dW[c, o]^2
+
+    What RGN sums the roots of (TraDy, arXiv 2510.19675, equation 8).
+
+    Args:
+        input_selected, grad_output: as :func:`linear_channel_grad` takes them.
+
+    Returns:
+        ``(k,)`` in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: leading shapes or dtypes differ.
+    """
+    return _squares.call(input_selected, grad_output)

@@ -17,3 +17,10 @@ def linear_channel_grad(
     x = input_selected.to(accumulate).flatten(0, -2)
     dy = grad_output.to(accumulate).flatten(0, -2)
     return torch.einsum("nk,no->ko", x, dy)
+
+
+def linear_channel_grad_squares(
+    input_selected: torch.Tensor, grad_output: torch.Tensor
+) -> torch.Tensor:  # (k,)
+    r"""Squared norm of each feature's gradient, :math:`\|dW[c]\|^2 = \sum_o dW[c, o]^2`."""
+    return linear_channel_grad(input_selected, grad_output).square().sum(1)

@@ -87,6 +87,7 @@ _operator = Operator(
     kernels={},
     choose=by_device,
     validate=_validate,
+    triton=f"{__name__}.triton_kernel",
 )
 
 
@@ -139,6 +140,7 @@ _operator_backward = Operator(
     kernels={},
     choose=by_device,
     validate=_validate_backward,
+    triton=f"{__name__}.triton_kernel",
 )
 
 

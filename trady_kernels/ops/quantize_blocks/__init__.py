@@ -60,6 +60,7 @@ _quantize = Operator(
     kernels={},
     choose=by_device,
     validate=_validate_quantize,
+    triton=f"{__name__}.triton_kernel",
 )
 _dequantize = Operator(
     "dequantize_blocks(Tensor codes, Tensor scales, ScalarType dtype) -> Tensor",
@@ -68,6 +69,7 @@ _dequantize = Operator(
     kernels={},
     choose=by_device,
     validate=_validate_dequantize,
+    triton=f"{__name__}.triton_kernel",
 )
 
 

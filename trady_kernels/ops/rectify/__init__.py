@@ -36,6 +36,7 @@ _operator = Operator(
     kernels={},
     choose=by_device,
     validate=_validate,
+    triton=f"{__name__}.triton_kernel",
 )
 _operator_ = Operator(
     "rectify_(Tensor(a!) input, float min, float? max, float? slope) -> Tensor",
@@ -44,6 +45,7 @@ _operator_ = Operator(
     kernels={},
     choose=by_device,
     validate=_validate,
+    triton=f"{__name__}.triton_kernel",
 )
 
 

@@ -31,6 +31,7 @@ _operator = Operator(
     kernels={},
     choose=by_device,
     validate=_validate,
+    triton=f"{__name__}.triton_kernel",
 )
 
 

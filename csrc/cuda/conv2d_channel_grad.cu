@@ -1,0 +1,582 @@
+// conv2d_channel_grad for depthwise and grouped layers: each selected plane of the input against the planes of
+// grad_output that it belongs to, which are read where they lie.
+//
+// An output pixel of a depthwise layer of stride 1 costs two elements and kh * kw multiply-adds. In the time in which
+// the DRAM of an H100 delivers 8 bytes (3.35 TB/s) its 132 multiprocessors issue 70 instructions a lane (at 1.75 GHz):
+// 70 an output pixel in float32, 35 in half precision. So a 3x3 kernel is bound by memory if the rest is kept from
+// costing much more than its 9 multiply-adds, 5x5 (25) is at the border in half precision, and 7x7 (49) beyond it
+// there. Hence:
+// * A thread has a column, and up to eight rows of grad_output in registers; each element of the input that it loads is
+//   multiplied by all of those rows that it meets: (rows + k - 1) * k + rows loads for rows * k * k products.
+// * Elements come from shared memory. Planes of 7x7 and 14x14 begin anywhere in a sector and have rows of 14 to 56
+// bytes,
+//   so they are copied there as flat runs, by aligned 16-byte vectors which contain them: no vector with a byte of a
+//   tensor in it leaves the page, or torch's allocation, and what else it brings is not looked at. Copies of the next
+//   tile are in flight, without a register, while a tile is multiplied.
+// * Columns outside of the map are multiplied too, and their sums dropped in the end: a thread has one column for good.
+// * Memory formats without dense planes are read directly; the first-level cache serves what neighbours share. In
+//   channels_last, adjacent threads have adjacent selected channels.
+// Sums of a block go to a partial buffer, and a second kernel adds them in a fixed order.
+#include "conv2d_channel_grad.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "elements.h"
+#include "launch.h"
+#include "layout.h"
+
+namespace trady::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// ---- kernels ------------------------------------------------------------------------------------------------
+
+// The first plane of grad_output that the selected channel j belongs to.
+__device__ int64_t first_output(const Conv2dChannelGrad& q, const int64_t* channels, int64_t j) {
+  const int64_t channel = channels[j];
+  assert(0 <= channel && channel < q.in_channels && "conv2d_channel_grad: an index in channels is out of range");
+  return static_cast<uint32_t>(channel) / static_cast<uint32_t>(q.in_per_group) * q.outputs;
+}
+
+// Adds up `sums` of the threads that are equal modulo `lanes`, a power of two up to 32, in a fixed order, and hands
+// them to store(index, lane, sum). All threads of the block call it; nobody else uses `scratch` by then.
+constexpr int SUMS_TOGETHER = 8;
+template <int COUNT, class Sum, class Store>
+__device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes, Sum (*scratch)[SUMS_TOGETHER][32],
+                                            const Store& store) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int base = 0; base < COUNT; base += SUMS_TOGETHER) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < SUMS_TOGETHER && base + i < COUNT; ++i) {
+      Sum sum = sums[base + i];
+      for (int apart = 16; apart >= lanes; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
+      if (lane < lanes) scratch[warp][i][lane] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < min(SUMS_TOGETHER, COUNT - base) * lanes; i += blockDim.x) {
+      Sum sum = scratch[0][i / lanes][i % lanes];
+      for (int w = 1; w < warps; ++w) sum += scratch[w][i / lanes][i % lanes];
+      store(base + i / lanes, i % lanes, sum);
+    }
+  }
+}
+
+// Rows of grad_output, from `row` on, times the rows of the input that they meet, of which `top` is the first.
+template <int K, int S, int ROWS, int OUTPUTS, class Planes>
+__device__ __forceinline__ void multiply_rows(const Planes& planes, int row, int top, int height,
+                                              float (&sums)[OUTPUTS * K * K]) {
+  float grad[OUTPUTS][ROWS];
+#pragma unroll
+  for (int o = 0; o < OUTPUTS; ++o) {
+#pragma unroll
+    for (int h = 0; h < ROWS; ++h) grad[o][h] = planes.grad(o, row + h);
+  }
+#pragma unroll
+  for (int r = 0; r < (ROWS - 1) * S + K; ++r) {
+    if (static_cast<unsigned>(top + r) >= static_cast<unsigned>(height)) continue;
+    float pixels[K];
+#pragma unroll
+    for (int j = 0; j < K; ++j) pixels[j] = planes.input(top + r, j);
+#pragma unroll
+    for (int h = 0; h < ROWS; ++h) {
+      const int i = r - h * S;
+      if (i < 0 || i >= K) continue;
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; ++o) {
+#pragma unroll
+        for (int j = 0; j < K; ++j) sums[(o * K + i) * K + j] += grad[o][h] * pixels[j];
+      }
+    }
+  }
+}
+
+// Never a row that is not there: it would have to be multiplied by zero, and infinity times zero is NaN.
+template <int K, int S, int MOST_ROWS, int OUTPUTS, class Planes>
+__device__ __forceinline__ void multiply_item(const Planes& planes, int row, int rows, int top, int height,
+                                              float (&sums)[OUTPUTS * K * K]) {
+  if (rows == MOST_ROWS) {
+    multiply_rows<K, S, MOST_ROWS, OUTPUTS>(planes, row, top, height, sums);
+    return;
+  }
+  if constexpr (MOST_ROWS == 8) {
+    if (rows == 7) {  // of 7, 14 and 28
+      multiply_rows<K, S, 7, OUTPUTS>(planes, row, top, height, sums);
+      return;
+    }
+    if (rows & 4) {
+      multiply_rows<K, S, 4, OUTPUTS>(planes, row, top, height, sums);
+      row += 4;
+      top += 4 * S;
+    }
+  }
+  if (rows & 2) {
+    multiply_rows<K, S, 2, OUTPUTS>(planes, row, top, height, sums);
+    row += 2;
+    top += 2 * S;
+  }
+  if (rows & 1) multiply_rows<K, S, 1, OUTPUTS>(planes, row, top, height, sums);
+}
+
+// Sums of the taps whose column lies outside of the map: of whatever was there.
+template <int K, int OUTPUTS>
+__device__ __forceinline__ void drop_outside(int left, int width, float (&sums)[OUTPUTS * K * K]) {
+#pragma unroll
+  for (int j = 0; j < K; ++j) {
+    if (static_cast<unsigned>(left + j) < static_cast<unsigned>(width)) continue;
+#pragma unroll
+    for (int i = 0; i < OUTPUTS * K; ++i) sums[i * K + j] = 0;
+  }
+}
+
+// Blocks of a multiprocessor that registers are sought for: what a thread holds are its sums and rows.
+constexpr int resident_blocks(int k, int outputs) { return k == 7 ? 2 : k == 5 || outputs > 1 ? 3 : 4; }
+
+// ---- planes through shared memory ---------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+}
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Of this thread; those of the last groups may still be under way.
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
+}
+#else
+__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global) { *shared = *global; }
+__device__ __forceinline__ void end_of_copies() {}
+template <int GROUPS>
+__device__ __forceinline__ void wait_for_copies() {}
+#endif
+
+// Runs of `length` elements, one an image, with `vectors` of room for each.
+template <class T>
+__device__ __forceinline__ void copy_runs(uint4* shared, int vectors, uint32_t inverse, const T* first,
+                                          int64_t batch_stride, int images, int length) {
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(images * vectors); i += blockDim.x) {
+    const unsigned image = static_cast<unsigned>(static_cast<uint64_t>(i) * inverse >> 32);  // i / vectors
+    const unsigned vector = i - image * vectors;
+    const auto address = reinterpret_cast<uintptr_t>(first + image * batch_stride);
+    const unsigned before = address % VECTOR_BYTES;
+    if (vector * VECTOR_BYTES >= before + length * static_cast<unsigned>(sizeof(T))) continue;
+    copy_later(shared + i, reinterpret_cast<const uint4*>(address - before) + vector);
+  }
+}
+
+// The run's first element, in its room.
+template <class T>
+__device__ __forceinline__ const T* copied_run(const uint4* shared, int vectors, const T* first, int64_t batch_stride,
+                                               int image) {
+  const auto address = reinterpret_cast<uintptr_t>(first + image * batch_stride);
+  return reinterpret_cast<const T*>(shared + image * vectors) + address % VECTOR_BYTES / sizeof(T);
+}
+
+// A thread's column of planes in shared memory.
+template <class T, int OUTPUTS>
+struct SharedColumn {
+  const T* inputs;  // where the first tap's element of row 0 would lie
+  const T* grads[OUTPUTS];
+  int width, out_width;
+  __device__ __forceinline__ float input(int row, int j) const { return static_cast<float>(inputs[row * width + j]); }
+  __device__ __forceinline__ float grad(int o, int row) const { return static_cast<float>(grads[o][row * out_width]); }
+};
+
+template <class T, int K, int S, int OUTPUTS>
+__global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
+    staged_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
+                float* __restrict__ partial, const Conv2dChannelGrad q, const StagedPlan plan) {
+  // In the end the same memory adds up the threads' sums.
+  __shared__ uint4 stages[2][STAGE_VECTORS];
+  static_assert(sizeof(float[SUM_THREADS / 32][SUMS_TOGETHER][32]) <= sizeof(stages));
+  const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
+  const int64_t j = blockIdx.x / passes;
+  const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
+  input += j * q.input_stride[1];
+  grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1];
+
+  const int height = static_cast<int>(q.height), width = static_cast<int>(q.width);
+  const int out_height = static_cast<int>(q.out_height), out_width = static_cast<int>(q.out_width);
+  const int column = threadIdx.x % plan.columns, slot = threadIdx.x / plan.columns;
+  const int top = static_cast<int>(q.padding[0]), left = column * S - static_cast<int>(q.padding[1]);
+
+  struct Tile {
+    const T *input, *grad;
+    int images, first_row, last_row;
+    Rows met;
+  };
+  const auto tile_of = [&](int index) {
+    const int strip = index % plan.strips;
+    const int64_t image = static_cast<int64_t>(index / plan.strips) * plan.planes;
+    const int strip_rows = plan.strip_items * plan.item_rows, first_row = strip * strip_rows;
+    const int last_row = min(out_height, first_row + strip_rows);
+    const Rows met = rows_met(q, first_row, last_row);
+    return Tile{input + image * q.input_stride[0] + met.begin * width,
+                grad_output + image * q.grad_stride[0] + first_row * out_width,
+                static_cast<int>(min(static_cast<int64_t>(plan.planes), q.batch - image)),
+                first_row,
+                last_row,
+                met};
+  };
+  const auto grad_room = [&](uint4* stage, int o) {
+    return stage + MARGIN_VECTORS + plan.planes * (plan.input_vectors + o * plan.grad_vectors);
+  };
+  const auto grad_of = [&](const Tile& tile, int o) { return tile.grad + min(o, last_output) * q.grad_stride[1]; };
+  const auto copy = [&](int index, uint4* stage) {
+    const Tile tile = tile_of(index);
+    copy_runs(stage + MARGIN_VECTORS, plan.input_vectors, plan.input_inverse, tile.input, q.input_stride[0],
+              tile.images, (tile.met.end - tile.met.begin) * width);
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; ++o) {
+      copy_runs(grad_room(stage, o), plan.grad_vectors, plan.grad_inverse, grad_of(tile, o), q.grad_stride[0],
+                tile.images, (tile.last_row - tile.first_row) * out_width);
+    }
+    end_of_copies();
+  };
+
+  float sums[OUTPUTS * K * K] = {};
+  const auto share = [&](int64_t split) { return static_cast<int>(plan.tiles * split / plan.splits); };
+  const int end = share(blockIdx.y + 1);
+  int index = share(blockIdx.y), current = 0;
+  copy(index, stages[current]);
+  for (; index < end; ++index, current ^= 1) {
+    if (index + 1 < end) {
+      copy(index + 1, stages[current ^ 1]);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    __syncthreads();
+    uint4* stage = stages[current];
+    const Tile tile = tile_of(index);
+    const int plane_items = (tile.last_row - tile.first_row + plan.item_rows - 1) / plan.item_rows;
+    const int items = slot < plan.slots ? tile.images * plane_items : 0;
+    for (int item = slot; item < items; item += plan.slots) {
+      const int image = item / plane_items, row = item % plane_items * plan.item_rows;  // row of the tile
+      SharedColumn<T, OUTPUTS> planes;
+      planes.inputs = copied_run(stage + MARGIN_VECTORS, plan.input_vectors, tile.input, q.input_stride[0], image) -
+                      tile.met.begin * width + left;
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; ++o) {
+        planes.grads[o] =
+            copied_run(grad_room(stage, o), plan.grad_vectors, grad_of(tile, o), q.grad_stride[0], image) + column;
+      }
+      planes.width = width;
+      planes.out_width = out_width;
+      multiply_item<K, S, STAGED_ROWS, OUTPUTS>(planes, row, min(plan.item_rows, tile.last_row - tile.first_row - row),
+                                                (tile.first_row + row) * S - top, height, sums);
+    }
+    __syncthreads();
+  }
+  drop_outside<K, OUTPUTS>(left, width, sums);
+  partial += blockIdx.y * q.elements() + (j * outputs + output) * (K * K);
+  add_threads(sums, 1, reinterpret_cast<float (*)[SUMS_TOGETHER][32]>(stages), [&](int i, int, float sum) {
+    if (i < (last_output + 1) * K * K) partial[i] = sum;
+  });
+}
+
+// ---- planes as they lie -------------------------------------------------------------------------------------
+
+// A thread's column of planes with any strides.
+template <class T, int K, int OUTPUTS>
+struct StridedColumn {
+  const T* inputs;
+  const T* grads[OUTPUTS];
+  int columns[K];  // offsets of the taps' columns, of those outside the map of another one
+  int row_stride, grad_row_stride;
+  __device__ __forceinline__ float input(int row, int j) const {
+    return static_cast<float>(inputs[row * row_stride + columns[j]]);
+  }
+  __device__ __forceinline__ float grad(int o, int row) const {
+    return static_cast<float>(grads[o][row * grad_row_stride]);
+  }
+};
+
+template <class T, int K, int S, int OUTPUTS>
+__global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
+    direct_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
+                float* __restrict__ partial, const Conv2dChannelGrad q, const DirectPlan plan) {
+  __shared__ float scratch[SUM_THREADS / 32][SUMS_TOGETHER][32];
+  const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
+  const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
+  const int64_t first_channel = static_cast<int64_t>(blockIdx.x / passes) * plan.lanes;
+  const int64_t j = first_channel + threadIdx.x % plan.lanes;
+  const int position = threadIdx.x / plan.lanes, slot = position / plan.columns;
+  const int chunk = blockIdx.y % plan.chunks, split = blockIdx.y / plan.chunks;
+  const int column = chunk * plan.columns + position % plan.columns;
+  const int height = static_cast<int>(q.height), width = static_cast<int>(q.width);
+  const int out_height = static_cast<int>(q.out_height);
+  const int top = static_cast<int>(q.padding[0]), left = column * S - static_cast<int>(q.padding[1]);
+
+  float sums[OUTPUTS * K * K] = {};
+  if (j < q.selected && slot < plan.slots && column < q.out_width) {
+    StridedColumn<T, K, OUTPUTS> planes;
+    planes.row_stride = static_cast<int>(q.input_stride[2]);
+    planes.grad_row_stride = static_cast<int>(q.grad_stride[2]);
+#pragma unroll
+    for (int i = 0; i < K; ++i) {
+      planes.columns[i] = min(max(left + i, 0), width - 1) * static_cast<int>(q.input_stride[3]);
+    }
+    input += j * q.input_stride[1];
+    grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1] + column * q.grad_stride[3];
+    const auto share = [&](int64_t of) { return static_cast<int>(plan.items * of / plan.splits); };
+    const int end = share(split + 1);
+    for (int item = share(split) + slot; item < end; item += plan.slots) {
+      const int image = item / plan.plane_items, row = item % plan.plane_items * plan.item_rows;
+      planes.inputs = input + image * q.input_stride[0];
+#pragma unroll
+      for (int o = 0; o < OUTPUTS; ++o) {
+        planes.grads[o] = grad_output + image * q.grad_stride[0] + min(o, last_output) * q.grad_stride[1];
+      }
+      multiply_item<K, S, DIRECT_ROWS, OUTPUTS>(planes, row, min(plan.item_rows, out_height - row), row * S - top,
+                                                height, sums);
+    }
+    drop_outside<K, OUTPUTS>(left, width, sums);
+  }
+  partial += blockIdx.y * q.elements();
+  add_threads(sums, plan.lanes, scratch, [&](int i, int lane, float sum) {
+    const int64_t channel = first_channel + lane;
+    if (channel < q.selected && i < (last_output + 1) * K * K) {
+      partial[(channel * outputs + output) * (K * K) + i] = sum;
+    }
+  });
+}
+
+// ---- any kernel ---------------------------------------------------------------------------------------------
+
+// A block has a channel and an output: the planes once for every eight taps, after the first time from the caches.
+template <class T, class Sum>
+__global__ void __launch_bounds__(GENERAL_THREADS)
+    general_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
+                 Sum* __restrict__ partial, const Conv2dChannelGrad q, const GeneralPlan plan) {
+  __shared__ Sum scratch[GENERAL_THREADS / 32][SUMS_TOGETHER][32];
+  const int64_t j = blockIdx.x / q.outputs, output = blockIdx.x % q.outputs;
+  input += j * q.input_stride[1];
+  grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1];
+  partial += blockIdx.y * q.elements() + blockIdx.x * q.taps();
+
+  const auto out_width = static_cast<uint32_t>(q.out_width);
+  const uint32_t plane = static_cast<uint32_t>(q.out_height) * out_width;
+  const int64_t begin = blockIdx.y * plan.pixels, pixels = q.batch * static_cast<int64_t>(plane);
+  // Pixels counted from the beginning of the first image on: 32 bits are enough.
+  const int64_t first_image = begin / plane;
+  const auto first = static_cast<uint32_t>(begin - first_image * plane);
+  const auto count = static_cast<uint32_t>(min(plan.pixels, pixels > begin ? pixels - begin : 0));
+  const int taps = static_cast<int>(q.taps()), kernel_width = static_cast<int>(q.kernel[1]);
+
+  for (int base = 0; base < taps; base += SUMS_TOGETHER) {
+    Sum sums[SUMS_TOGETHER] = {};
+    int64_t rows[SUMS_TOGETHER], columns[SUMS_TOGETHER];
+#pragma unroll
+    for (int t = 0; t < SUMS_TOGETHER; ++t) {
+      const int tap = min(base + t, taps - 1);
+      rows[t] = tap / kernel_width * q.dilation[0] - q.padding[0];
+      columns[t] = tap % kernel_width * q.dilation[1] - q.padding[1];
+    }
+    for (uint32_t p = threadIdx.x; p < count; p += GENERAL_THREADS) {
+      const uint32_t from_image = first + p, pixel = from_image % plane;
+      const int64_t image = first_image + from_image / plane, row = pixel / out_width, column = pixel % out_width;
+      const Sum grad =
+          static_cast<Sum>(grad_output[image * q.grad_stride[0] + row * q.grad_stride[2] + column * q.grad_stride[3]]);
+      const T* inputs = input + image * q.input_stride[0];
+#pragma unroll
+      for (int t = 0; t < SUMS_TOGETHER; ++t) {
+        const int64_t h = row * q.stride[0] + rows[t], w = column * q.stride[1] + columns[t];
+        if (h < 0 || h >= q.height || w < 0 || w >= q.width) continue;
+        sums[t] += grad * static_cast<Sum>(inputs[h * q.input_stride[2] + w * q.input_stride[3]]);
+      }
+    }
+    add_threads(sums, 1, scratch, [&](int i, int, Sum sum) {
+      if (base + i < taps) partial[base + i] = sum;
+    });
+  }
+}
+
+// ---- the second stage ---------------------------------------------------------------------------------------
+
+// `adders` lanes, a power of two, for each element.
+template <class Sum>
+__global__ void add_parts(const Sum* __restrict__ partial, Sum* __restrict__ out, int64_t elements, int parts,
+                          int adders) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x, element = thread / adders;
+  Sum sum = 0;
+  if (element < elements) {
+    for (int part = static_cast<int>(thread % adders); part < parts; part += adders) {
+      sum += partial[part * elements + element];
+    }
+  }
+  for (int apart = adders / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
+  if (thread % adders == 0 && element < elements) out[element] = sum;
+}
+
+// ---- host ---------------------------------------------------------------------------------------------------
+
+struct Call {
+  const Tensor &input, &grad_output;
+  const int64_t* channels;
+  const Tensor& out;
+  cudaStream_t stream;
+  const Conv2dChannelGrad& q;
+};
+
+// Runs first(buffer) with room for `parts` of the result, and adds them up.
+template <class Sum, class First>
+void in_two_stages(const Call& call, int64_t parts, const First& first) {
+  auto* out = static_cast<Sum*>(call.out.mutable_data_ptr());
+  if (parts == 1) return first(out);
+  const int64_t elements = call.q.elements();
+  const Tensor partial = new_empty(call.out, std::vector<int64_t>{parts, elements}, call.out.scalar_type());
+  first(static_cast<Sum*>(partial.mutable_data_ptr()));
+  int adders = 1;
+  while (adders < 32 && adders < parts) adders *= 2;
+  launch(add_parts<Sum>, static_cast<unsigned>(ceil_div(elements * adders, SUM_THREADS)), SUM_THREADS, call.stream,
+         static_cast<const Sum*>(partial.const_data_ptr()), out, elements, parts, adders);
+}
+
+constexpr unsigned whole_warps(int threads) { return static_cast<unsigned>((threads + 31) / 32 * 32); }
+
+template <class T, int K, int S, int OUTPUTS>
+void usual(const Call& call) {
+  const Conv2dChannelGrad& q = call.q;
+  const auto* input = static_cast<const T*>(call.input.const_data_ptr());
+  const auto* grad_output = static_cast<const T*>(call.grad_output.const_data_ptr());
+  const int64_t passes = ceil_div(q.outputs, OUTPUTS);
+  if (is_dense_plane(q.height, q.width, q.input_stride) && is_dense_plane(q.out_height, q.out_width, q.grad_stride)) {
+    const StagedPlan plan = plan_staged(q, sizeof(T), OUTPUTS);
+    if (plan.planes) {
+      return in_two_stages<float>(call, plan.splits, [&](float* partial) {
+        launch(staged_sums<T, K, S, OUTPUTS>, dim3(static_cast<unsigned>(q.selected * passes), plan.splits),
+               whole_warps(plan.columns * plan.slots), call.stream, input, grad_output, call.channels, partial, q,
+               plan);
+      });
+    }
+  }
+  const DirectPlan plan = plan_direct(q, OUTPUTS);
+  const int64_t parts = static_cast<int64_t>(plan.chunks) * plan.splits;
+  in_two_stages<float>(call, parts, [&](float* partial) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(q.selected, plan.lanes) * passes), static_cast<unsigned>(parts));
+    launch(direct_sums<T, K, S, OUTPUTS>, grid, SUM_THREADS, call.stream, input, grad_output, call.channels, partial, q,
+           plan);
+  });
+}
+
+template <class T, int K, int S>
+void usual_of(const Call& call) {
+  // As many outputs as leave their sums and rows in registers.
+  constexpr int OUTPUTS_TOGETHER = K == 1 ? 4 : K == 3 ? 2 : 1;
+  call.q.outputs > 1 ? usual<T, K, S, OUTPUTS_TOGETHER>(call) : usual<T, K, S, 1>(call);
+}
+
+template <class T, int K>
+void usual_of(const Call& call) {
+  call.q.stride[0] == 1 ? usual_of<T, K, 1>(call) : usual_of<T, K, 2>(call);
+}
+
+template <class T>
+void usual_of(const Call& call) {
+  switch (call.q.kernel[0]) {
+    case 1:
+      return usual_of<T, 1>(call);
+    case 3:
+      return usual_of<T, 3>(call);
+    case 5:
+      return usual_of<T, 5>(call);
+    default:
+      return usual_of<T, 7>(call);
+  }
+}
+
+template <class T>
+void sums_of(const Call& call) {
+  using Sum = computed_in<T>;
+  if constexpr (!std::is_same_v<T, double>) {
+    if (is_usual(call.q)) return usual_of<T>(call);
+  }
+  const GeneralPlan plan = plan_general(call.q);
+  in_two_stages<Sum>(call, plan.splits, [&](Sum* partial) {
+    const dim3 grid(static_cast<unsigned>(call.q.selected * call.q.outputs), static_cast<unsigned>(plan.splits));
+    launch(general_sums<T, Sum>, grid, GENERAL_THREADS, call.stream, static_cast<const T*>(call.input.const_data_ptr()),
+           static_cast<const T*>(call.grad_output.const_data_ptr()), call.channels, partial, call.q, plan);
+  });
+}
+
+Tensor conv2d_channel_grad(const Tensor& input_selected, const Tensor& grad_output, const Tensor& channels,
+                           int64_t in_channels, const std::vector<int64_t>& geometry, int64_t groups) {
+  const auto input = input_selected.sizes(), outputs = grad_output.sizes();
+  STD_TORCH_CHECK(input.size() == 4 && outputs.size() == 4, "conv2d_channel_grad: input_selected and grad_output have ",
+                  input.size(), " and ", outputs.size(),
+                  " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
+  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long && channels.size(0) == input[1],
+                  "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ", input[1],
+                  " channels of input_selected");
+  STD_TORCH_CHECK(input_selected.scalar_type() == grad_output.scalar_type(),
+                  "conv2d_channel_grad: grad_output must have the dtype of input_selected");
+  STD_TORCH_CHECK(geometry.size() == 8,
+                  "conv2d_channel_grad: kernel_size, stride, padding and dilation must be pairs (height, width)");
+  STD_TORCH_CHECK(groups > 0 && in_channels % groups == 0 && outputs[1] % groups == 0,
+                  "conv2d_channel_grad: groups = ", groups, " must divide in_channels = ", in_channels,
+                  " and grad_output's channels = ", outputs[1]);
+  Conv2dChannelGrad q{};
+  for (int axis = 0; axis < 2; ++axis) {
+    q.kernel[axis] = geometry[axis];
+    q.stride[axis] = geometry[2 + axis];
+    q.padding[axis] = geometry[4 + axis];
+    q.dilation[axis] = geometry[6 + axis];
+    STD_TORCH_CHECK(q.kernel[axis] > 0 && q.stride[axis] > 0 && q.dilation[axis] > 0 && q.padding[axis] >= 0,
+                    "conv2d_channel_grad: kernel_size, stride and dilation must be positive, padding not negative");
+    const int64_t room = input[axis + 2] + 2 * q.padding[axis] - q.dilation[axis] * (q.kernel[axis] - 1) - 1;
+    STD_TORCH_CHECK(input[0] == outputs[0] && room >= 0 && outputs[axis + 2] == room / q.stride[axis] + 1,
+                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ", outputs[axis + 2],
+                    ", which is not what this convolution gives for input_selected, batch ", input[0]);
+  }
+  q.batch = input[0];
+  q.selected = input[1];
+  q.height = input[2];
+  q.width = input[3];
+  q.out_height = outputs[2];
+  q.out_width = outputs[3];
+  q.outputs = outputs[1] / groups;
+  q.in_channels = in_channels;
+  q.in_per_group = in_channels / groups;
+  for (int axis = 0; axis < 4; ++axis) {
+    q.input_stride[axis] = input_selected.stride(axis);
+    q.grad_stride[axis] = grad_output.stride(axis);
+  }
+  STD_TORCH_CHECK(in_channels <= MOST_OFFSET && q.selected * q.outputs <= MOST_OFFSET && q.taps() <= MOST_OFFSET &&
+                      q.out_height * q.out_width <= MOST_OFFSET,
+                  "conv2d_channel_grad: expected fewer than 2^31 channels, results of a tap and pixels of a map");
+
+  const OnDeviceOf device(input_selected);
+  check_device_of(input_selected, grad_output, "grad_output");
+  check_device_of(input_selected, channels, "channels");
+  const std::vector<int64_t> shape{q.selected, q.outputs, q.kernel[0], q.kernel[1]};
+  const auto accumulate = input_selected.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  if (q.elements() == 0 || grad_output.numel() == 0) return torch::stable::new_zeros(grad_output, shape, accumulate);
+  const Tensor out = new_empty(grad_output, shape, accumulate);
+  const Tensor index = torch::stable::contiguous(channels);
+  const Call call{
+      input_selected, grad_output, static_cast<const int64_t*>(index.const_data_ptr()), out, device.stream, q};
+  for_floating_type(input_selected, "input_selected", [&]<class T>() { sums_of<T>(call); });
+  return out;
+}
+
+}  // namespace
+}  // namespace trady::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(TRADY_LIBRARY, TRADY_DISPATCH_KEY, m) {
+  m.impl("conv2d_channel_grad", TORCH_BOX(&trady::cuda::conv2d_channel_grad));
+}

@@ -1,0 +1,84 @@
+"""Every .cu file compiles for every GPU it is meant for, and its kernels keep what they compute in registers."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+#: Compute capabilities: of every run, and of the slow set, with the code that later GPUs compile for themselves.
+USUAL, OTHERS = ("sm_80", "sm_90"), ("sm_75", "sm_86", "sm_89", "sm_100", "sm_120", "compute_90")
+
+
+def nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return found or pytest.skip("nvcc is not on PATH: install the CUDA toolkit")
+
+
+def compile(source: Path, architectures: tuple[str, ...], output: Path) -> str:
+    """What the compiler says about each kernel on each architecture."""
+    targets = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in architectures]
+    include = Path(torch.__file__).parent / "include"
+    options = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command = [nvcc(), *options, "-isystem", include, "-I", ROOT / "csrc", *targets]
+    done = subprocess.run(
+        [*map(str, command), "-Xptxas=-v", "-c", str(source), "-o", str(output)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "warning" in line]
+    assert not warnings, warnings
+    return done.stdout + done.stderr
+
+
+def outside_registers(report: str) -> dict[str, str]:
+    """Kernels that keep something in memory which should be in registers, with the compiler's words."""
+    found = {}
+    pattern = r"Function properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    matches = re.findall(pattern, report)
+    assert matches, report
+    for kernel, *numbers in matches:
+        if any(map(int, numbers)):
+            found[kernel] = "{} bytes of stack, {} spilled, {} loaded again".format(*numbers)
+    return found
+
+
+@pytest.mark.parametrize("stem", SOURCES)
+def test_usual(stem: str, tmp_path: Path) -> None:
+    report = compile(ROOT / "csrc" / "cuda" / f"{stem}.cu", USUAL, tmp_path / "object.o")
+    assert outside_registers(report) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", SOURCES)
+def test_others(stem: str, tmp_path: Path) -> None:
+    report = compile(ROOT / "csrc" / "cuda" / f"{stem}.cu", OTHERS, tmp_path / "object.o")
+    assert outside_registers(report) == {}
+
+
+_SPILLED = """
+__global__ void __launch_bounds__(1024) spilled(float* x, int count) {
+  float sums[128] = {};
+  for (int n = 0; n < count; ++n) {
+#pragma unroll
+    for (int k = 0; k < 128; ++k) sums[k] += x[n * 128 + k] * x[n];
+  }
+#pragma unroll
+  for (int k = 0; k < 128; ++k) x[k] = sums[k];
+}
+"""
+
+
+def test_what_is_spilled_is_seen(tmp_path: Path) -> None:
+    """The check can fail: a thread of 1024 has 64 registers, not 128."""
+    source = tmp_path / "spilled.cu"
+    source.write_text(_SPILLED)
+    (found,) = outside_registers(compile(source, USUAL[:1], tmp_path / "object.o")).items()
+    assert "spilled" in found[0] and " 0 spilled" not in found[1]
