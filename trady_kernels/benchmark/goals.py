@@ -1,4 +1,4 @@
-"""What the CPU kernels have to reach, held against measured rows."""
+"""What the kernels have to reach on each type of device, held against measured rows."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _depthwise(row: Row) -> bool:
 
 
 def _gradient(row: Row) -> bool:
-    return row.operator != "gather_channels"
+    return row.operator.endswith("_grad")
 
 
 def _float32(row: Row, memory_format: str = "contiguous") -> bool:
@@ -105,7 +105,7 @@ def _shares(text: str, applies: Callable[[Row], bool], bound: float) -> Goal:
     )
 
 
-GOALS = (
+_CPU = (
     Goal(
         "dense convolutions, k <= 12, float32: times ATen, geometric mean",
         lambda row: _dense(row) and _few(row) and _float32(row),
@@ -159,6 +159,48 @@ GOALS = (
     ),
 )
 
+_LARGE = 64 << 20
+
+
+def _of_copy(row: Row) -> float:
+    """Bandwidth, as a share of a copy's of as many bytes."""
+    return math.nan if row.roofline is None else row.roofline / row.auto
+
+
+_CUDA = (
+    Goal(
+        "depthwise and grouped, k <= C/4: times the best of cuDNN and the native kernel, geometric mean",
+        lambda row: _depthwise(row) and 4 * row.selected <= row.in_channels,
+        _to_peer,
+        geometric_mean,
+        3,
+    ),
+    Goal(
+        "dense convolutions, k <= 16: times cuDNN, geometric mean",
+        lambda row: _dense(row) and row.selected <= 16,
+        _to_peer,
+        geometric_mean,
+        1.5,
+    ),
+    Goal(
+        "dense convolutions, k <= 16: times cuDNN, worst",
+        lambda row: _dense(row) and row.selected <= 16,
+        _to_peer,
+        min,
+        0.95,
+    ),
+    Goal(
+        "gather and masks over 64 MB: share of the copy bandwidth, worst",
+        lambda row: not _gradient(row) and row.bytes >= _LARGE,
+        _of_copy,
+        min,
+        0.8,
+    ),
+)
+
+#: By type of device.
+GOALS = {"cpu": _CPU, "cuda": _CUDA}
+
 _GROWTH = "time(k) / time(C) - 1.3 k/C, C >= 64, k >= 16, worst"
 
 
@@ -184,7 +226,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     at_limit = [_at_limit(row) for row in rows]
     limited = {id(row): ideal for row, ideal in zip(rows, at_limit, strict=True)}
     found = []
-    goals, limits = (*GOALS, _growth(rows)), (*GOALS, _growth([row for row in at_limit if row is not None]))
+    device = rows[0].device if rows else "cpu"
+    goals, limits = [*GOALS[device]], [*GOALS[device]]
+    if device == "cpu":
+        goals.append(_growth(rows))
+        limits.append(_growth([row for row in at_limit if row is not None]))
     for goal, limit in zip(goals, limits, strict=True):
         about = [row for row in rows if goal.applies(row)]
         for name in dict.fromkeys(goal.by(row) for row in about):

@@ -20,7 +20,8 @@ from trady_kernels.benchmark.tune import Point, losses
 from trady_kernels.ops.choice import ANY, Key, Limit, limits_in_force
 from trady_kernels.provenance import describe
 
-_TIMES = ("auto", "cpp", "aten", "dense")
+#: Columns of times, by type of device.
+_TIMES = {"cpu": ("auto", "cpp", "aten", "dense"), "cuda": ("auto", "triton", "cuda", "aten", "dense")}
 _FAMILIES = ("1x1", "3x3", "5x5", "7x7", "depthwise 3x3", "depthwise 5x5", "linear")
 #: Classes of the number of selected channels, each up to this many.
 _CLASSES = {"1": 1, "2-4": 4, "5-12": 12, ">12": 1 << 62}
@@ -28,13 +29,14 @@ _CLASSES = {"1": 1, "2-4": 4, "5-12": 12, ">12": 1 << 62}
 
 def rows_table(rows: Sequence[Row]) -> str:
     """A line for each row: medians in microseconds, and the ratios that they are about."""
+    columns = _TIMES[rows[0].device if rows else "cpu"]
     lines = [
         f"{'layer':<26}{'k':>5}"
-        + "".join(f"{name + ' us':>10}" for name in (*_TIMES, "roofline"))
+        + "".join(f"{name + ' us':>10}" for name in (*columns, "roofline"))
         + f"{'aten/auto':>11}{'dense/auto':>11}{'auto/roof':>10}  kernel"
     ]
     for row in rows:
-        times = "".join(_number(row.microseconds.get(name), 10, 0) for name in _TIMES)
+        times = "".join(_number(row.microseconds.get(name), 10, 0) for name in columns)
         lines.append(
             f"{row.label:<26}{row.selected:>5}{times}{_number(row.roofline, 10, 1)}{row.ratio('aten'):>11.2f}"
             f"{row.ratio('dense'):>11.1f}{_number(_to_floor(row), 10, 2)}  {row.kernel}"
@@ -84,13 +86,15 @@ def goals_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def limits_table(limits: Sequence[Limit], measured: Mapping[Key, Sequence[Point]]) -> str:
+def limits_table(
+    limits: Sequence[Limit], measured: Mapping[Key, Sequence[Point]], device: str = "cpu"
+) -> str:
     """Each limit, and what the table loses over the faster kernel of each shape; beside it the limits now in force."""
     lines = [
-        f"{'operator':<21}{'family':<13}{'format':<15}{'dtype':<9}{'pixels':>9}{'C++ up to':>13}{'shapes':>8}"
+        f"{'operator':<21}{'family':<13}{'format':<15}{'dtype':<9}{'pixels':>9}{'ours up to':>13}{'shapes':>8}"
         f"{'loss':>8}{'worst':>7}{'before':>9}{'worst':>7}"
     ]
-    now = {key: [limit for limit in limits_in_force() if limit.key == key] for key in measured}
+    now = {key: [limit for limit in limits_in_force(device) if limit.key == key] for key in measured}
     for limit in limits:
         operator, family, memory_format, dtype = limit.key
         names = (str(memory_format).removeprefix("torch."), str(dtype).removeprefix("torch."))
@@ -117,7 +121,7 @@ def _number(value: float | None, width: int, places: int) -> str:
 def report(rows: Sequence[Row], roofline: Roofline) -> dict[str, object]:
     """Everything of a run as JSON takes it."""
     return {
-        **conditions(),
+        **conditions(rows[0].device if rows else "cpu"),
         "roofline": {
             "copy_bytes_per_second": {str(size): rate for size, rate in sorted(roofline.copy_rates.items())},
             "flops_per_second": roofline.peaks,
@@ -146,9 +150,10 @@ def json_argument(description: str | None) -> Path | None:
     return path
 
 
-def conditions() -> dict[str, object]:
+def conditions(device: str = "cpu") -> dict[str, object]:
     """What a figure needs beside it: command, versions, commit, machine, clock and load."""
-    facts = describe(torch.device("cpu")) | {"clock": clock().__name__}
+    clock_name = clock().__name__ if device == "cpu" else "CUDA events"
+    facts = describe(torch.device(device)) | {"clock": clock_name}
     if hasattr(os, "getloadavg"):
         facts["load_average"] = round(os.getloadavg()[0], 2)
     return facts

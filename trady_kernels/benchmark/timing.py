@@ -1,4 +1,4 @@
-"""Interleaved medians.
+"""Interleaved medians, by the host's clock or a GPU's events.
 
 All contenders of a row run interleaved, in a new order each round (the same orders in every run): the one after
 a large call starts with cold caches, and on a shared machine only figures of the same rounds compare. Rotating
@@ -12,7 +12,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -43,8 +44,55 @@ def clock() -> Callable[[], float]:
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
+def _on_host(calls: Sequence[Callable[[], object]]) -> list[float]:
+    now = clock()
+    times = []
+    for call in calls:
+        start = now()
+        call()
+        times.append(now() - start)
+    return times
+
+
+#: Bytes written before each call on a GPU, several times its cache: in a training step, too, others have been there.
+_FLUSHED = 1 << 28
+#: Clock cycles that a GPU waits before each call, a tenth of a millisecond: the host has by then launched all of it.
+_HEAD_START = 200_000
+
+
+@cache
+def _flush_buffer(device: int) -> torch.Tensor:
+    return torch.empty(_FLUSHED, dtype=torch.int8, device=f"cuda:{device}")
+
+
+def _on_gpu(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Between two events around each call, so that the time is the GPU's own and not the host's."""
+    buffer = _flush_buffer(torch.cuda.current_device())
+    events = []
+    for call in calls:
+        buffer.zero_()
+        torch.cuda._sleep(_HEAD_START)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+_SECONDS: dict[str, Callable[[Sequence[Callable[[], object]]], list[float]]] = {
+    "cpu": _on_host,
+    "cuda": _on_gpu,
+}
+
+
 def interleaved(
-    contenders: Mapping[Name, Callable[[], object]], rounds: int | None = None, *, seconds: float = 1.0
+    contenders: Mapping[Name, Callable[[], object]],
+    rounds: int | None = None,
+    *,
+    seconds: float = 1.0,
+    device: str = "cpu",
 ) -> dict[Name, float]:
     """Median microseconds of each contender over rounds of all of them, each in another order.
 
@@ -52,21 +100,22 @@ def interleaved(
         contenders: what to time, by name.
         rounds: how many; by default as many as fit into ``seconds``, from 5 to 100.
         seconds: see ``rounds``.
+        device: type of the device that they run on, ``"cpu"`` or ``"cuda"``.
     """
-    now = clock()
     names = list(contenders)
     times: dict[Name, list[float]] = {name: [] for name in names}
 
-    def one_round(order: list[Name]) -> None:
-        for name in order:
-            call = contenders[name]
-            start = now()
-            call()
-            times[name].append(now() - start)
+    def one_round(order: list[Name]) -> float:
+        start = time.perf_counter()
+        found = _SECONDS[device]([contenders[name] for name in order])
+        for name, value in zip(order, found, strict=True):
+            times[name].append(value)
+        return time.perf_counter() - start
 
-    one_round(names)  # to warm up
+    took = one_round(names)  # to warm up
     if rounds is None:
-        took = sum(values.pop() for values in times.values())
+        if device != "cpu":  # kernels were compiled in the first one
+            took = one_round(names)
         rounds = min(max(int(seconds / max(took, 1e-6)), FEWEST_ROUNDS), MOST_ROUNDS)
     for values in times.values():
         values.clear()

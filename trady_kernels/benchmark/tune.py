@@ -13,10 +13,8 @@ from trady_kernels.benchmark.layers import ConvLayer, Layer, selections
 from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Setting
 from trady_kernels.benchmark.timing import interleaved
 from trady_kernels.ops.backend import OPERATORS
-from trady_kernels.ops.choice import ANY, KEYS, Key, Limit
+from trady_kernels.ops.choice import ANY, KEYS, Key, Limit, own_kernel
 from trady_kernels.ops.conv2d_channel_grad import channels_to_choose_by, family
-
-KERNELS = ("cpp", "aten")
 
 #: Output pixels, or rows, that limits may be split at.
 _SPLITS = (64, 512, 1024, 2048, 8192)
@@ -26,26 +24,30 @@ _WORTH = 0.02
 
 @dataclass(frozen=True)
 class Point:
-    """Microseconds of both kernels at one shape, all that ``auto`` would spend in either included."""
+    """Microseconds of both kernels at one shape, all that ``auto`` would spend in either included.
+
+    Attributes:
+        ours: of the C++ kernel, or on a GPU of Triton's or CUDA C++.
+    """
 
     label: str
     threads: int
     pixels: int
     selected: int
     channels: int  # that the limit counts
-    cpp: float
+    ours: float
     aten: float
 
     def loss(self, most_channels: int) -> float:
         """Logarithm of the time under a limit over that of the faster kernel."""
-        taken = self.cpp if self.channels <= most_channels else self.aten
-        return math.log(taken / min(self.cpp, self.aten))
+        taken = self.ours if self.channels <= most_channels else self.aten
+        return math.log(taken / min(self.ours, self.aten))
 
 
 def key_of(operator: str, layer: Layer, setting: Setting) -> Key | None:
     """What the layer's limit is for; None where there is no choice."""
     key = (operator, _family(layer), FORMATS[setting.memory_format], DTYPES[setting.dtype])
-    return key if key in KEYS else None
+    return key if key in KEYS[setting.device] else None
 
 
 def pixels_of(layer: Layer, batch: int) -> int:
@@ -55,22 +57,24 @@ def pixels_of(layer: Layer, batch: int) -> int:
 
 def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
     """Time both kernels on a layer, at all its numbers of channels in one interleaved run."""
-    benchmark, kernels = BENCHMARKS[operator], {name: OPERATORS[operator].checked(name) for name in KERNELS}
+    benchmark, ours = BENCHMARKS[operator], own_kernel(setting.device, _family(layer))
+    kernels = {name: OPERATORS[operator].checked(name) for name in (ours, "aten")}
     wanted = setting.selected or selections(layer.in_channels)
     calls = benchmark.calls(layer, setting, sorted({k for k in wanted if k <= layer.in_channels}))
     times = interleaved(
         {
             (name, call.selected): partial(kernels[name], *benchmark.operands(call.arguments))
             for call in calls
-            for name in KERNELS
+            for name in kernels
         },
         setting.rounds,
         seconds=benchmark.seconds,
+        device=setting.device,
     )
     pixels, threads = pixels_of(layer, setting.batch), torch.get_num_threads()
     for call in calls:
         k = call.selected
-        yield Point(layer.label, threads, pixels, k, _channels(layer, k), times["cpp", k], times["aten", k])
+        yield Point(layer.label, threads, pixels, k, _channels(layer, k), times[ours, k], times["aten", k])
 
 
 def _channels(layer: Layer, selected: int) -> int:
@@ -112,9 +116,9 @@ def losses(limits: Sequence[Limit], measured: Iterable[Point]) -> tuple[float, f
 
 
 def _best_limit(of: Sequence[Point]) -> int:
-    """Half way, on a logarithmic scale, between the last number of channels for C++ and the first for ATen."""
+    """Half way, on a logarithmic scale, between the last number of channels for ours and the first for ATen."""
     counts = sorted({point.channels for point in of})
-    # Of equal ones the largest: C++ needs no copy of a layout.
+    # Of equal ones the largest: ours needs no copy of a layout.
     best = min(reversed([0, *counts]), key=lambda most: sum(point.loss(most) ** 2 for point in of))
     if best == 0:
         return 0

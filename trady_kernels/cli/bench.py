@@ -33,15 +33,16 @@ from trady_kernels.ops import choice
 from trady_kernels.ops.backend import unavailable
 
 _DESCRIPTION = """\
-Time the operators on the layers of real networks at batch 8, for few selected channels and shares of them, in both
-memory formats, float32 and bfloat16. Each stands beside
+Time the operators on the layers of real networks, for few selected channels and shares of them, in both memory
+formats, float32 and bfloat16. Each stands beside
 
   aten      ATen's call alone on an input that is compact already: gathering that is in nobody's time, gathering a
             depthwise layer's channels of grad_output in both's
   dense     the same call for all channels
   roofline  max(bytes / copy bandwidth, FLOPs / float32 FMA peak), each byte counted once, rates measured in this run
 
-and beside the C++ kernel where another was chosen. All contenders of a layer run interleaved in a new order each
+and beside the kernels of ours that were not chosen. On a GPU ATen's call is cuDNN's, also padded to 8 channels or, of
+depthwise layers, without cuDNN, the fastest counts; TF32 is off, times are between events. All contenders of a layer run interleaved in a new order each
 round; medians, in microseconds. On a shared machine only the ratios mean anything."""
 
 _EPILOG = """\
@@ -50,10 +51,14 @@ examples:
   trady bench --family 3x3 --format contiguous --dtype float32 --threads 1 --rounds 5
   trady bench --layer '64->64 @56' --selected 1,4,16
   trady bench --network resnet50 --json bench.json --plot bench.png
-  trady bench --tune"""
+  trady bench --tune
+  trady bench --device cuda --operator conv2d_channel_grad"""
 
 #: What is measured unless one is asked for; float64 has no peer worth measuring, but a choice of its own.
 _USUAL_DTYPES = ("float32", "bfloat16")
+#: By type of device: images or texts of a batch, and the networks unless one is asked for.
+_BATCH = {"cpu": 8, "cuda": 128}
+_NETWORKS = {"cpu": None, "cuda": ("mobilenet_v2", "resnet50", "vit_tiny", "bert_base")}
 _FAMILIES = tuple(dict.fromkeys(layer.family for layer in LAYERS))
 
 
@@ -70,8 +75,11 @@ def _counts(text: str) -> tuple[int, ...]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.add_argument("--device", choices=choice.DEVICES, default="cpu", help="default: %(default)s")
     parser.add_argument("--operator", choices=BENCHMARKS, help="this operator only (default: all)")
-    parser.add_argument("--network", choices=NETWORKS, help="this network's layers only (default: all)")
+    parser.add_argument(
+        "--network", choices=NETWORKS, help="this network's layers only (default: all; on a GPU some)"
+    )
     parser.add_argument("--family", choices=_FAMILIES, help="this kind of layer only (default: all)")
     parser.add_argument(
         "--layer", metavar="TEXT", default="", help="layers whose label has this in it, such as '64->64 @56'"
@@ -86,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", choices=FORMATS, help="memory format of the convolutions' tensors (default: both)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the inputs (default: float32 and bfloat16)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images or texts (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="images or texts (default: 8, on a GPU 128)")
     parser.add_argument(
         "--rounds",
         type=int,
@@ -137,12 +145,21 @@ def run(args: argparse.Namespace) -> int:
             f"--operator, --network, --family, --layer{', --dtype' if args.tune else ''}: no layer passes all "
             f"filters (--layer {args.layer!r}), expected some such as {CONVS[-1].label!r}"
         )
-    calm_malloc()
+    if args.device == "cpu":
+        calm_malloc()
+    else:
+        # The peer is cuDNN's best, and float32 means float32.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_num_threads(args.threads)
     return (_tune if args.tune else _bench)(args, parts)
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadUsage("--device: got 'cuda', but torch.cuda.is_available() is False; run trady doctor")
+    if args.batch_size is None:
+        args.batch_size = _BATCH[args.device]
     for name in ("batch_size", "rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -154,9 +171,10 @@ def _check(args: argparse.Namespace) -> None:
             raise BadUsage("--plot: --tune draws nothing; leave one of the two out")
         check_plottable(args.plot)
     if args.tune:
-        if unavailable("cpp"):
-            raise BadUsage(f"--tune: there is nothing to choose from: {unavailable('cpp')}")
-        if choice.table_path() is None:
+        ours = "cpp" if args.device == "cpu" else "triton"
+        if unavailable(ours):
+            raise BadUsage(f"--tune: there is nothing to choose from: {unavailable(ours)}")
+        if choice.table_path(args.device) is None:
             raise BadUsage(
                 "--tune: TRADY_CHOICE is empty in the environment; unset it, or give it a file's name"
             )
@@ -164,7 +182,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _bench(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
     console = make_console()
-    roofline = Roofline(args.threads)
+    roofline = Roofline(args.threads, args.device)
     rows: list[Row] = []
     for part in parts:
         found: list[Row] = []
@@ -174,15 +192,15 @@ def _bench(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
             except ArithmeticError as error:
                 raise Failed(str(error)) from error
         if found:
-            about = f"{part.title}, batch {args.batch_size}, {_threads(args)}"
+            about = f"{part.title}, batch {args.batch_size}, {_where(args)}"
             text = f"{about}\n{rows_table(found)}\n\n{summary_table(found)}\n"
             console.print(text, soft_wrap=True, markup=False)
-            if args.plot is not None:
+            if args.plot is not None and not BENCHMARKS[part.operator].whole:
                 plot_rows(part.file(args.plot) if len(parts) > 1 else args.plot, found, about)
         rows += found
+        if args.json is not None:  # after each part, so that a run that is ended early leaves what it has
+            write_json(args.json, report(rows, roofline))
     console.print(goals_table(rows), soft_wrap=True, markup=False)
-    if args.json is not None:
-        write_json(args.json, report(rows, roofline))
     return 0
 
 
@@ -190,7 +208,8 @@ def _tune(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
     """Measure both kernels, fit the limits, write the table."""
     console = make_console()
     measured: dict[choice.Key, list[Point]] = {}
-    numbers = sorted({1, args.threads})  # a limit holds for any number
+    # A limit holds for any number.
+    numbers = sorted({1, args.threads}) if args.device == "cpu" else [args.threads]
     for part in parts:
         for layer in _tracked(part, console):
             key = key_of(part.operator, layer, part.setting)
@@ -200,25 +219,23 @@ def _tune(args: argparse.Namespace, parts: Sequence[_Part]) -> int:
                 torch.set_num_threads(threads)
                 measured.setdefault(key, []).extend(points(part.operator, layer, part.setting))
     limits = [limit for key, of in measured.items() for limit in fit(key, of)]
-    console.print(limits_table(limits, measured), soft_wrap=True, markup=False)
-    path = choice.table_path()
+    console.print(limits_table(limits, measured, args.device), soft_wrap=True, markup=False)
+    path = choice.table_path(args.device)
     assert path is not None  # checked before the work
-    content = choice.render(limits, datetime.date.today().isoformat())
+    content = choice.render(limits, datetime.date.today().isoformat(), args.device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
     except OSError as error:
         raise Failed(f"{path} cannot be written: {error}") from error
-    on = " and ".join(str(threads) for threads in numbers)
-    console.print(
-        f"{on} thread{'s' * (args.threads > 1)}; wrote {path}, in force from the next start", markup=False
-    )
+    on = " and ".join(str(threads) for threads in numbers[:-1]) + " and " if len(numbers) > 1 else ""
+    console.print(f"{on}{_where(args)}; wrote {path}, in force from the next start", markup=False)
     if args.json is not None:
         shapes = [
             {**row, "points": [asdict(point) for point in measured[limit.key]]}
             for row, limit in zip(content["limits"], limits, strict=True)
         ]
-        write_json(args.json, {**conditions(), "limits": shapes})
+        write_json(args.json, {**conditions(args.device), "limits": shapes})
     return 0
 
 
@@ -226,7 +243,9 @@ def _tracked(part: _Part, console: Console) -> Iterable[Layer]:
     return track(part.layers, part.title, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _threads(args: argparse.Namespace) -> str:
+def _where(args: argparse.Namespace) -> str:
+    if args.device == "cuda":
+        return torch.cuda.get_device_name()
     return f"{args.threads} thread{'s' * (args.threads > 1)}"
 
 
@@ -240,9 +259,11 @@ def _tuned_parts(args: argparse.Namespace) -> Iterator[_Part]:
 
 
 def _parts(args: argparse.Namespace) -> Iterator[_Part]:
+    networks = (args.network,) if args.network else _NETWORKS[args.device]
+
     def wanted(layer: Layer) -> bool:
         return (
-            args.network in (None, layer.network)
+            (networks is None or layer.network in networks)
             and args.family in (None, layer.family)
             and args.layer in layer.label
         )
@@ -256,5 +277,7 @@ def _parts(args: argparse.Namespace) -> Iterator[_Part]:
         for memory_format in formats[:1] if linear else formats:  # a linear layer has but one
             for dtype in (args.dtype,) if args.dtype else _USUAL_DTYPES:
                 if layers:
-                    setting = Setting(memory_format, dtype, args.batch_size, args.selected, args.rounds)
+                    setting = Setting(
+                        memory_format, dtype, args.batch_size, args.selected, args.rounds, args.device
+                    )
                     yield _Part(operator, layers, setting)

@@ -86,7 +86,7 @@ def _panel(axes: Any, label: str, rows: Sequence[Row]) -> None:
     )
     axes.plot(k, [value / 1e6 for value in times], color=_AUTO, linewidth=1.1)
     for compiled in (True, False):
-        of = [row for row in rows if (row.kernel == "cpp") is compiled]
+        of = [row for row in rows if (row.kernel != "aten") is compiled]
         axes.plot(
             [row.selected for row in of],
             [row.auto / 1e6 for row in of],
@@ -117,7 +117,7 @@ def _legend(rows: Sequence[Row]) -> list[Any]:
 
     call = any("call" in row.microseconds for row in rows)
     handles: list[Any] = [
-        Line2D([], [], color=_AUTO, linewidth=1.1, marker="o", markersize=3.2, label="trady (C++)"),
+        Line2D([], [], color=_AUTO, linewidth=1.1, marker="o", markersize=3.2, label="trady"),
         Line2D(
             [],
             [],
