@@ -114,7 +114,7 @@ def plan(
         planes_are_dense(grad_output) and aligned_to_vectors(grad_output.flatten(2), 2)
     )
     sections, rows = (1, k * taps + with_bias) if groups == 1 else (k, taps)
-    block = tile(rows, grad_output.dtype, precision, aligned)
+    block = tile(rows, grad_output.dtype, precision, aligned, taps=True)
     row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
     parts = split(pixels, block.pixels, sections * row_tiles * output_tiles, multiprocessors)
     return Taps(block, sections, row_tiles, output_tiles, parts, along_channels, aligned)
@@ -579,7 +579,7 @@ def configurations() -> list[Configuration]:
                 WARPS,
                 block.stages,
             )
-            for name, precision, aligned, block in variants()
+            for name, precision, aligned, block in variants(taps=True)
             for along_channels in ((False, True) if aligned else (False,))
         ),
         *(

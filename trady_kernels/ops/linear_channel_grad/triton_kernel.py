@@ -51,8 +51,15 @@ class Tile:
     stages: int
 
 
-def tile(rows: int, dtype: torch.dtype, precision: str, aligned: bool) -> Tile:
-    """The tile for a number of rows; ``aligned`` where grad_output is loaded ``VECTOR`` elements at a time."""
+def tile(rows: int, dtype: torch.dtype, precision: str, aligned: bool, taps: bool = False) -> Tile:
+    """The tile for a number of rows.
+
+    Args:
+        rows: of results.
+        dtype, precision: of the product.
+        aligned: whether grad_output is loaded ``VECTOR`` elements at a time.
+        taps: whether rows are taps, each with a mask of its own.
+    """
     block = next((block for block in ROWS if block >= rows), ROWS[-1])
     # As many pixels and stages as registers hold, by what the compiler says for every GPU from Ampere to Blackwell.
     smallest, largest = block == ROWS[0], block == ROWS[-1]
@@ -61,7 +68,9 @@ def tile(rows: int, dtype: torch.dtype, precision: str, aligned: bool) -> Tile:
         return Tile(block, OUTPUTS, 64, 3) if aligned and not smallest else Tile(block, OUTPUTS, 32, 4)
     if precision == "ieee":
         # So do the operands of a product without tensor cores.
-        return Tile(block, OUTPUTS, 16, 2) if largest else Tile(block, OUTPUTS, 32, 3)
+        return Tile(block, OUTPUTS, 16, 2 if aligned else 3) if largest else Tile(block, OUTPUTS, 32, 3)
+    if largest and taps:
+        return Tile(block, OUTPUTS, 16, 4)
     return Tile(block, OUTPUTS, 32, 2 if smallest and not aligned else 3)
 
 
@@ -333,13 +342,13 @@ def linear_channel_grad_squares(
     return squares
 
 
-def variants() -> Iterator[tuple[str, str, bool, Tile]]:
+def variants(taps: bool = False) -> Iterator[tuple[str, str, bool, Tile]]:
     """Type, precision, whether aligned, and tile of every product, for :func:`configurations`."""
     for dtype, name in TYPES.items():
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
             for aligned in (False, True):
                 for rows in ROWS:
-                    yield name, precision, aligned, tile(rows, dtype, precision, aligned)
+                    yield name, precision, aligned, tile(rows, dtype, precision, aligned, taps)
 
 
 def configurations() -> list[Configuration]:
