@@ -181,3 +181,15 @@ def test_index_out_of_range_ends_in_an_assertion(index: int, layout: str, cuda_d
     )
     assert done.returncode != 0 and "went on" not in done.stdout
     assert "gather_channels: an index in channels is out of range" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong", (torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), torch.tensor([0], dtype=torch.int32))
+)
+def test_bad_channels(wrong: torch.Tensor, cuda_device: str) -> None:
+    """Refused before anything is read, though Python looks at arguments only after C++ has."""
+    input = torch.randn(2, 5, 3, 4, device=cuda_device)
+    with backend("cuda"), pytest.raises(ValueError, match="expected a 1-D int64 tensor"):
+        gather_channels(input, wrong.to(cuda_device))
+    with backend("cuda"), pytest.raises(ValueError, match="input: got 1 dimensions"):
+        gather_channels(input.flatten(), torch.tensor([0], device=cuda_device))

@@ -172,6 +172,26 @@ def test_a_group_that_does_not_exist_is_not_read(groups: int, index: int, triton
     torch.testing.assert_close(actual[[0, 2]], expected[[0, 2]], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_points_between_gaps_are_not_copied(
+    layout: str, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where pixels follow each other at one stride a 1x1 layer is a matrix product, and elsewhere the taps' kernel."""
+    products: list[torch.Tensor] = []
+    multiply = kernel.multiply
+
+    def noted(x: torch.Tensor, dy: torch.Tensor, *rest: object) -> None:
+        products.extend((x, dy))
+        multiply(x, dy, *rest)
+
+    monkeypatch.setattr(kernel, "multiply", noted)
+    case = ConvCase("", 2, 8, 12, (6, 5), 3, (1, 1))
+    args = arguments(case, torch.float32)
+    Exact(case, args).check(*results(triton_device, layout, args))
+    assert len(products) == (0 if layout in ("slices", "transposed") else 2)
+    assert all(tensor._base is not None for tensor in products)
+
+
 def test_strided_indices(triton_device: str) -> None:
     case = ConvCase("", 2, 8, 16, (7, 7), 3, padding=(1, 1), groups=4)
     x, dy, channels, *rest = arguments(case, torch.float32)

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "conv2d_checks.h"
 #include "dtype.h"
 #include "layout.h"
 #include "parallel.h"
@@ -82,30 +83,10 @@ bool sums_in_order(const Conv2dChannelGrad& q, const int64_t (&sizes)[4]) {
 // The weight gradient, and where `bias` is given that of the bias too, from the same pass.
 Tensor gradients(const Tensor& input_selected, const Tensor& grad_output, const Tensor& channels, int64_t in_channels,
                  const std::vector<int64_t>& geometry, int64_t groups, Tensor* bias) {
+  check_conv2d_channel_grad(input_selected, grad_output, channels, in_channels, geometry, groups);
   const auto input = input_selected.sizes(), outputs = grad_output.sizes();
-  STD_TORCH_CHECK(input.size() == 4 && outputs.size() == 4, "conv2d_channel_grad: input_selected and grad_output have ",
-                  input.size(), " and ", outputs.size(),
-                  " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
-  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long && channels.size(0) == input[1],
-                  "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ", input[1],
-                  " channels of input_selected");
-  STD_TORCH_CHECK(input_selected.scalar_type() == grad_output.scalar_type(),
-                  "conv2d_channel_grad: grad_output must have the dtype of input_selected");
-  STD_TORCH_CHECK(geometry.size() == 8,
-                  "conv2d_channel_grad: kernel_size, stride, padding and dilation must be pairs (height, width)");
   const int64_t *kernel_size = geometry.data(), *stride = kernel_size + 2, *padding = stride + 2,
                 *dilation = padding + 2;
-  STD_TORCH_CHECK(groups > 0 && in_channels % groups == 0 && outputs[1] % groups == 0,
-                  "conv2d_channel_grad: groups = ", groups, " must divide in_channels = ", in_channels,
-                  " and grad_output's channels = ", outputs[1]);
-  for (int axis = 0; axis < 2; axis++) {
-    STD_TORCH_CHECK(kernel_size[axis] > 0 && stride[axis] > 0 && dilation[axis] > 0 && padding[axis] >= 0,
-                    "conv2d_channel_grad: kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room = input[axis + 2] + 2 * padding[axis] - dilation[axis] * (kernel_size[axis] - 1) - 1;
-    STD_TORCH_CHECK(input[0] == outputs[0] && room >= 0 && outputs[axis + 2] == room / stride[axis] + 1,
-                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ", outputs[axis + 2],
-                    ", which is not what this convolution gives for input_selected, batch ", input[0]);
-  }
 
   Conv2dChannelGrad q{};
   q.dtype = dtype_of(input_selected, "input_selected");

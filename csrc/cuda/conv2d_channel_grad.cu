@@ -26,6 +26,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "conv2d_checks.h"
 #include "elements.h"
 #include "launch.h"
 #include "layout.h"
@@ -516,32 +517,14 @@ void sums_of(const Call& call) {
 
 Tensor conv2d_channel_grad(const Tensor& input_selected, const Tensor& grad_output, const Tensor& channels,
                            int64_t in_channels, const std::vector<int64_t>& geometry, int64_t groups) {
+  check_conv2d_channel_grad(input_selected, grad_output, channels, in_channels, geometry, groups);
   const auto input = input_selected.sizes(), outputs = grad_output.sizes();
-  STD_TORCH_CHECK(input.size() == 4 && outputs.size() == 4, "conv2d_channel_grad: input_selected and grad_output have ",
-                  input.size(), " and ", outputs.size(),
-                  " dimensions, expected (N, k, H, W) and (N, out_channels, H', W')");
-  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == ScalarType::Long && channels.size(0) == input[1],
-                  "conv2d_channel_grad: channels must be a 1-D int64 tensor with one index for each of the ", input[1],
-                  " channels of input_selected");
-  STD_TORCH_CHECK(input_selected.scalar_type() == grad_output.scalar_type(),
-                  "conv2d_channel_grad: grad_output must have the dtype of input_selected");
-  STD_TORCH_CHECK(geometry.size() == 8,
-                  "conv2d_channel_grad: kernel_size, stride, padding and dilation must be pairs (height, width)");
-  STD_TORCH_CHECK(groups > 0 && in_channels % groups == 0 && outputs[1] % groups == 0,
-                  "conv2d_channel_grad: groups = ", groups, " must divide in_channels = ", in_channels,
-                  " and grad_output's channels = ", outputs[1]);
   Conv2dChannelGrad q{};
   for (int axis = 0; axis < 2; ++axis) {
     q.kernel[axis] = geometry[axis];
     q.stride[axis] = geometry[2 + axis];
     q.padding[axis] = geometry[4 + axis];
     q.dilation[axis] = geometry[6 + axis];
-    STD_TORCH_CHECK(q.kernel[axis] > 0 && q.stride[axis] > 0 && q.dilation[axis] > 0 && q.padding[axis] >= 0,
-                    "conv2d_channel_grad: kernel_size, stride and dilation must be positive, padding not negative");
-    const int64_t room = input[axis + 2] + 2 * q.padding[axis] - q.dilation[axis] * (q.kernel[axis] - 1) - 1;
-    STD_TORCH_CHECK(input[0] == outputs[0] && room >= 0 && outputs[axis + 2] == room / q.stride[axis] + 1,
-                    "conv2d_channel_grad: grad_output's size along dimension ", axis + 2, " is ", outputs[axis + 2],
-                    ", which is not what this convolution gives for input_selected, batch ", input[0]);
   }
   q.batch = input[0];
   q.selected = input[1];

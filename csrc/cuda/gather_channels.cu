@@ -246,6 +246,9 @@ void convert(const Plan& plan) {
 
 Tensor gather_channels(const Tensor& input, const Tensor& channels,
                        std::optional<torch::headeronly::ScalarType> dtype) {
+  STD_TORCH_CHECK(input.dim() >= 2, "input: got ", input.dim(), " dimensions, expected at least 2, (N, C, ...)");
+  STD_TORCH_CHECK(channels.dim() == 1 && channels.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "channels: expected a 1-D int64 tensor");
   const OnDeviceOf device(input);
   check_device_of(input, channels, "channels");
   const bool channels_last = is_channels_last(input);
