@@ -65,7 +65,9 @@ def tile(rows: int, dtype: torch.dtype, precision: str, aligned: bool, taps: boo
     smallest, largest = block == ROWS[0], block == ROWS[-1]
     if dtype != torch.float32:
         # Elements of two bytes that are loaded one by one go through registers, all pixels of a block together.
-        return Tile(block, OUTPUTS, 64, 3) if aligned and not smallest else Tile(block, OUTPUTS, 32, 4)
+        # The largest tile's channels always are, where lanes go along them.
+        middle = not smallest and not largest
+        return Tile(block, OUTPUTS, 64, 3) if aligned and middle else Tile(block, OUTPUTS, 32, 4)
     if precision == "ieee":
         # So do the operands of a product without tensor cores.
         return Tile(block, OUTPUTS, 16, 2 if aligned else 3) if largest else Tile(block, OUTPUTS, 32, 3)
