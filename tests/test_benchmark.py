@@ -221,6 +221,28 @@ def reached(rows: list[Row]) -> dict[str, bool]:
     return {verdict.goal: verdict.reached for verdict in verdicts(rows)}
 
 
+def test_a_gpus_rows_have_goals_of_their_own() -> None:
+    """Every format and dtype; groups up to C/4, dense layers up to 16 channels, and bandwidths of large tensors alone."""
+    few = {"device": "cuda", "dtype": "bfloat16", "kernel": "triton"}
+    depthwise = {**few, "family": "depthwise 3x3", "kernel": "cuda"}
+    groups = "depthwise and grouped, k <= C/4: times the best of cuDNN and the native kernel, geometric mean"
+    dense = "dense convolutions, k <= 16: times cuDNN, geometric mean"
+    worst = "dense convolutions, k <= 16: times cuDNN, worst"
+    copied = "gather and masks over 64 MB: share of the copy bandwidth, worst"
+    assert reached([row(16, 10, 30, **depthwise), row(17, 10, 1, **depthwise)]) == {groups: True}
+    assert reached([row(1, 10, 14, **few), row(16, 10, 18, **few), row(17, 10, 1, **few)]) == {
+        dense: True,
+        worst: True,
+    }
+    assert (
+        reached([row(1, 10, 14, **few)])[dense] is False and reached([row(1, 10, 9.4, **few)])[worst] is False
+    )
+    large = {**few, "operator": "rectify", "bytes": 64 << 20}
+    assert reached([row(64, 12.5, 1, **large)]) == {copied: True}
+    assert reached([row(64, 12.6, 1, **large)]) == {copied: False}
+    assert reached([row(64, 20, 1, **{**large, "bytes": (64 << 20) - 1})]) == {}
+
+
 def test_goals_are_held_against_the_rows() -> None:
     geomean = "dense convolutions, k <= 12, float32: times ATen, geometric mean"
     worst = "dense convolutions, k <= 12, float32: times ATen, worst"

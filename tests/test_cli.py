@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("rich", reason="the commands need the extra 'cli'")
 
@@ -243,6 +244,15 @@ def test_bench_filters(filters: list[str], labels: set[str], tmp_path: Path) -> 
     for row in rows:
         whole = row["operator"] in ("rectify", "scale_by_bits")
         assert row["selected"] == (row["in_channels"] if whole else 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+def test_bench_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert (
+        "--device: got 'cuda', but torch.cuda.is_available() is False; run trady doctor"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.usefixtures("bench_here")

@@ -49,7 +49,7 @@ class Verdict:
     Attributes:
         figure: of the rows.
         limit: the figure that rows of an operator at the roofline of whole cache lines, and one call, would have; None
-            without compiled code and for bfloat16. Where it misses the goal, no kernel on this machine reaches it.
+            without compiled code and, on a CPU, for bfloat16. Where it misses the goal, no kernel on this machine reaches it.
         worst: the worst row in words.
     """
 
@@ -257,10 +257,10 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _at_limit(row: Row) -> Row | None:
-    """The row as an operator at the roofline would have it; None where there is none that holds, as for bfloat16, whose
-    roofline is drawn by float32's multiply-adds."""
+    """The row as an operator at the roofline would have it; None where there is none that holds, as for bfloat16 on a CPU,
+    whose roofline is drawn by float32's multiply-adds."""
     return (
         None
-        if row.limit is None or row.dtype == "bfloat16"
+        if row.limit is None or (row.device == "cpu" and row.dtype == "bfloat16")
         else replace(row, microseconds={**row.microseconds, "auto": row.limit})
     )
