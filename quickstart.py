@@ -224,7 +224,7 @@ def sanitize(arguments: list[str]) -> None:
     shutil.rmtree(site, ignore_errors=True)
     checked([PYTHON, "setup.py", "-q", "build", "--build-lib", site], TRADY_SANITIZE="1", TRADY_CUDA="0")
     checked([build / "trady_tests"])
-    stems = sorted(path.name.removesuffix(".isa.cpp") for path in (ROOT / "csrc" / "cpu").glob("*.isa.cpp"))
+    stems = sorted({path.name.partition(".")[0] for path in (ROOT / "csrc" / "cpu").iterdir()})
     tests = [path for stem in stems if (path := ROOT / "tests" / f"test_{stem}.py").exists()]
     # Leaks are those of Python and torch. Not python -m pytest: it would import the package of this folder. A sanitizer
     # ends the process, and a report that pytest had captured would be lost.

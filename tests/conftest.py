@@ -94,6 +94,8 @@ def cuda_device() -> Iterator[str]:
             pytest.skip(reason)
         yield "cuda"
         return
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("fibers change stacks, which AddressSanitizer does not follow")
     library = cuda_on_host.library()
     if isinstance(library, str):
         pytest.skip(library)

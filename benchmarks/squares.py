@@ -1,6 +1,6 @@
 """``conv2d_channel_grad_squares`` beside squaring the gradient itself, under pytest-benchmark.
 
-pytest benchmarks/channel_grad_squares.py
+pytest benchmarks/squares.py
 """
 
 from __future__ import annotations
