@@ -316,7 +316,8 @@ def test_gpu_stand_ins(family: str) -> None:
     without_cuda = {name: kernel for name, kernel in operator.kernels.items() if name != "cuda"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "kernels", without_cuda | {"triton": operator.kernels["reference"]})
-        assert operator._existing(name)[0] == "triton"
+        assert operator._existing(name, torch.float32)[0] == "triton"
+        assert operator._existing("cuda", torch.float64)[0] == "aten", "Triton refuses it"
         patch.delitem(operator.kernels, "triton")
         assert operator._existing(name)[0] == "aten"
 

@@ -121,7 +121,7 @@ class Operator:
             if is_dynamo_compiling():
                 self.validate(*args)
                 name = self.choose(*args) if _forced is None else self._forced(args[0])
-                name, kernel = self._existing(name)
+                name, kernel = self._existing(name, args[0].dtype)
                 return self._traced.get(name, kernel)(*args)
             if not late:
                 self.validate(*args)
@@ -136,15 +136,17 @@ class Operator:
                 if late:
                     self.validate(*args)
                 raise
-            name, kernel = self._existing(name)
+            name, kernel = self._existing(name, args[0].dtype)
             _last_kernel[self.name] = name
             return kernel(*args)
 
         return call
 
-    def _existing(self, name: str) -> tuple[str, Callable[..., Any]]:
+    def _existing(self, name: str, dtype: torch.dtype | None = None) -> tuple[str, Callable[..., Any]]:
         """The kernel of a backend, or what stands in for it."""
-        for stand_in in (name, *(("triton",) if name == "cuda" else ()), "aten", "reference"):
+        # Triton's sums are float32: for float64 it stands in only where there is nothing to sum, and no ATen either.
+        triton = name == "cuda" and not (dtype == torch.float64 and "aten" in self.kernels)
+        for stand_in in (name, *(("triton",) if triton else ()), "aten", "reference"):
             if stand_in in self.kernels:
                 return stand_in, self.kernels[stand_in]
         raise AssertionError(f"{self.name} has no reference")
