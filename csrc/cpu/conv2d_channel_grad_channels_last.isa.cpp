@@ -90,7 +90,7 @@ void block(const P* input, const int64_t* rows, const E* grad, const Stretches& 
             for (int v = 0; v < VECTORS; v++) sums[v * TAPS + t] = multiply_add(sums[v * TAPS + t], d[v], value);
           }
         } else {
-          operand_of<P> values[TAPS];
+          operand_of<P> values[ROWS * COLUMNS];  // GCC 13 does not know TAPS here
 #pragma GCC unroll 64
           for (int t = 0; t < TAPS; t++) values[t] = load_input(t);
 #pragma GCC unroll 16
