@@ -136,10 +136,12 @@ def compare(dense: nn.Sequential, folded: nn.Sequential, input: torch.Tensor, ro
     assert all(parameter.grad is None for parameter in folded[2].parameters())
 
 
-@pytest.fixture(params=(False, True), ids=("scaled weight", "scaled output"))
+@pytest.fixture(params=("weight", "weight, bias apart", "output"))
 def scaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the test with the norm going over the weight, and over the output."""
-    monkeypatch.setattr("trady_kernels.functional.conv2d._scales_output", lambda *_: request.param)
+    """Runs the test with the norm going over the weight, as on a CPU and as on a GPU, and over the output."""
+    functions = "trady_kernels.functional.conv2d"
+    monkeypatch.setattr(f"{functions}._scales_output", lambda *_: request.param == "output")
+    monkeypatch.setattr(f"{functions}._adds_bias_apart", lambda _: request.param == "weight, bias apart")
 
 
 @pytest.mark.usefixtures("scaled")

@@ -68,6 +68,10 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),
         (torch.randn(6, 0), torch.randn(6, 5)),
     ),
+    "fold_norm": (
+        (_images(6, 5, 3, 3), *(torch.rand(6) for _ in range(5)), 1e-5, torch.bfloat16),
+        (_images(6, 5, 3, 3, channels_last=True), None, None, None, None, torch.rand(6), 1e-5, torch.float32),
+    ),
     "quantize_blocks": (
         (torch.randn(3, 45),),
         (_images(2, 5, 3, 4, channels_last=True).double(),),
@@ -92,6 +96,11 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (_images(6, 2, 3, 3), torch.tensor([1, 3, 4]), torch.randn(3, 2, 3, 3), 3),
         (torch.randn(6, 5), torch.tensor([4]), torch.randn(1, 6), 1),
         (torch.randn(6, 5), torch.arange(0), torch.randn(0, 6), 1),
+    ),
+    "shift_channels_": (
+        (_images(2, 5, 3, 4), torch.randn(5)),
+        (_images(2, 5, 3, 4, channels_last=True).bfloat16(), torch.randn(5)),
+        (torch.randn(6, 5), torch.randn(5)),
     ),
     "max_pool2d_offsets": (
         (_images(2, 5, 7, 8), [3, 3], [2, 2], [1, 1], [1, 1], False),
@@ -176,7 +185,20 @@ def _events(name: str, arguments: tuple[Any, ...]) -> set[str]:
     return {event.key for event in profiler.key_averages()}
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+def test_reference_stands_in_where_only_a_gpu_has_a_kernel() -> None:
+    arguments = SAMPLES["fold_norm"][0]
+    for name in ("cpp", "triton", "aten"):
+        if unavailable(name):
+            continue
+        with backend(name):
+            torch.testing.assert_close(
+                OPERATORS["fold_norm"](*arguments)[0],
+                OPERATORS["fold_norm"].kernels["reference"](*arguments)[0],
+            )
+        assert last_kernel("fold_norm") == "reference"
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLES if not OPERATORS[name].stands_in])
 def test_compiled_operator_ran_and_not_the_reference(name: str) -> None:
     """On a CPU build of torch: the dispatcher has our kernel, and none of the reference's ATen calls happen."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"trady::{name}", "CPU")

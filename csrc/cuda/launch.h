@@ -26,7 +26,7 @@ struct OnDeviceOf {
   explicit OnDeviceOf(const torch::stable::Tensor& tensor) : guard(tensor.get_device_index()) {
     void* current = nullptr;
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &current) == AOTI_TORCH_SUCCESS,
-                  "no current CUDA stream");
+                    "no current CUDA stream");
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;

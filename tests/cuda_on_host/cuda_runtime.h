@@ -111,6 +111,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <class Value>
 Value __ldg(const Value* address) {
   return *address;

@@ -10,13 +10,19 @@ def cast_input(input: torch.Tensor) -> torch.Tensor:
 
     ``torch.amp.custom_fwd`` does not fit ``setup_context``, so the cast happens before the Function.
     """
-    if not torch._C._is_any_autocast_enabled() or input.is_meta:  # autocast knows no meta device
-        return input
-    device_type = input.device.type
+    dtype = autocast_dtype(input)
+    return input if dtype is input.dtype else input.to(dtype)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that autocast gives an operand of a convolution or matrix product here."""
+    if not torch._C._is_any_autocast_enabled() or tensor.is_meta:  # autocast knows no meta device
+        return tensor.dtype
+    device_type = tensor.device.type
     if (
         not torch.is_autocast_enabled(device_type)
-        or not input.is_floating_point()
-        or input.dtype == torch.float64
+        or not tensor.is_floating_point()
+        or tensor.dtype == torch.float64
     ):
-        return input
-    return input.to(torch.get_autocast_dtype(device_type))
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type)

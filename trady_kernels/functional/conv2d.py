@@ -9,17 +9,23 @@ import torch
 import torch.nn.functional as F
 
 from trady_kernels.functional.apply import apply
-from trady_kernels.functional.autocast import cast_input
+from trady_kernels.functional.autocast import autocast_dtype, cast_input
 from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.norm import (
     FrozenNorm,
     frozen_batch_norm_input_grad,
-    norm_scale,
     norm_trains,
     normalize,
 )
-from trady_kernels.ops import conv2d_channel_grad, conv2d_channel_grad_with_bias, gather_channels
+from trady_kernels.ops import (
+    conv2d_channel_grad,
+    conv2d_channel_grad_with_bias,
+    fold_norm,
+    gather_channels,
+    shift_channels_,
+)
+from trady_kernels.ops.fold_norm import norm_scale
 from trady_kernels.ops.layout import memory_format_of
 
 #: Zeros around the input: (left, right, top, bottom), the order that ``F.pad`` takes.
@@ -70,11 +76,25 @@ def _convolve(
     norm: FrozenNorm | None,
 ) -> torch.Tensor:
     """The very calls of ``nn.Conv2d.forward``, so that without margins and norm the output is bit-equal to it."""
+    shift: torch.Tensor | None = None
     if norm is not None and not _scales_output(
         _output_pixels(input, weight, stride, padding, dilation), weight
     ):
-        weight, bias = _with_norm(weight, bias, norm)
+        weight, _, folded = fold_norm(
+            weight,
+            bias,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            autocast_dtype(weight),
+        )
         norm = None
+        if _adds_bias_apart(input):
+            bias, shift = None, folded.to(torch.promote_types(weight.dtype, torch.float32))
+        else:
+            bias = folded.to(weight.dtype)
     if padding_mode != "zeros":
         input = F.pad(input, margins_of(padding, weight.shape[2:], dilation), mode=padding_mode)
         padding = (0, 0)
@@ -82,7 +102,21 @@ def _convolve(
         padding, by_hand = _split(padding)
         input = F.pad(input, by_hand)
     output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    if shift is not None:
+        shift_channels_(output, shift)
     return output if norm is None else normalize(output, norm)
+
+
+def _adds_bias_apart(input: torch.Tensor) -> bool:
+    """Whether our own pass adds the bias, and not ATen's behind cuDNN, which is slower.
+
+    The compiler fuses it with what follows; transforms know ATen's alone.
+    """
+    return (
+        input.is_cuda
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _scales_output(pixels: int, weight: torch.Tensor) -> bool:
@@ -107,20 +141,6 @@ def _output_pixels(
         extent = dilation[axis] * (weight.shape[axis + 2] - 1) + 1
         pixels *= (input.shape[axis + 2] + margin - extent) // stride[axis] + 1
     return pixels
-
-
-def _with_norm(
-    weight: torch.Tensor, bias: torch.Tensor | None, norm: FrozenNorm
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of the convolution that has the norm in it, in the weight's dtype."""
-    scale = norm_scale(norm.weight, norm.running_var, norm.eps)
-    mean = norm.running_mean if bias is None else norm.running_mean - bias
-    shift = -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
-    return _scaled(weight, scale, weight.dtype), shift.to(weight.dtype)
-
-
-def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (weight * scale.view(-1, 1, 1, 1)).to(dtype)
 
 
 def _row_scale(
@@ -227,13 +247,17 @@ class _SparseConv2d(torch.autograd.Function):
         padded = any(by_hand)
         mode = "constant" if padding_mode == "zeros" else padding_mode
 
-        scale = None
+        scale: torch.Tensor | None = None
         if running_var is not None:
             pixels = grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3]
-            if ctx.needs_input_grad[0] and _scales_output(pixels, weight):
+            if not ctx.needs_input_grad[0]:
+                scale = norm_scale(norm_weight, running_var, ctx.eps)
+            elif _scales_output(pixels, weight):
                 grad_output = frozen_batch_norm_input_grad(grad_output, norm_weight, running_var, ctx.eps)
             else:
-                scale = norm_scale(norm_weight, running_var, ctx.eps)
+                weight, scale = fold_norm(
+                    weight, None, norm_weight, None, None, running_var, ctx.eps, grad_output.dtype
+                )[:2]
         grad_input = grad_bias = grad_rows = None
         if ctx.needs_input_grad[3]:
             arguments = (
@@ -255,8 +279,7 @@ class _SparseConv2d(torch.autograd.Function):
                 grad_rows = grad_rows * _row_scale(scale, channels, shape[1], groups)
             grad_rows = grad_rows.to(rows_dtype)
         if ctx.needs_input_grad[0]:
-            dtype = grad_output.dtype
-            weight = weight.to(dtype) if scale is None else _scaled(weight, scale, dtype)
+            weight = weight.to(grad_output.dtype)
             size = shape
             if padded:
                 size = (*shape[:2], shape[2] + by_hand[2] + by_hand[3], shape[3] + by_hand[0] + by_hand[1])

@@ -20,13 +20,6 @@ def _scale_and_shift(
     return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, True)
 
 
-def norm_scale(weight: torch.Tensor | None, running_var: torch.Tensor, eps: float) -> torch.Tensor:
-    r""":math:`\gamma / \sqrt{\sigma^2 + \epsilon}` in the statistics' dtype, in float32 for half types."""
-    variance = running_var.to(torch.promote_types(running_var.dtype, torch.float32))
-    scale = torch.rsqrt(variance + eps)
-    return scale if weight is None else scale * weight
-
-
 class FrozenNorm(NamedTuple):
     """A batch norm in evaluation mode: what a convolution needs to fold it in.
 

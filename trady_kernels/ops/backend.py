@@ -62,6 +62,8 @@ class Operator:
         choose: takes the operator's arguments and returns the backend that ``auto`` uses for them.
             Where it has no kernel here, ATen's is taken, and where there is none, the reference.
         validate: takes the operator's arguments; raises ``ValueError`` / ``TypeError`` on bad ones.
+        stands_in: whether the reference stands in for a forced backend without a kernel: for what is ATen's own work
+            everywhere but on a GPU.
         cpp_checks: whether the C++ kernel refuses all that ``validate`` does. Before a small call in C++ a look at the
             arguments in Python costs as much as the call: it is then taken only once something has failed, for the words.
     """
@@ -75,6 +77,7 @@ class Operator:
         kernels: dict[str, Callable[..., Any]],
         choose: Callable[..., str],
         validate: Callable[..., None],
+        stands_in: bool = False,
         cpp_checks: bool = False,
         triton: str | None = None,
     ) -> None:
@@ -92,6 +95,7 @@ class Operator:
             self._add_triton(schema, fake, self.triton)
         self.choose = choose
         self.validate = validate
+        self.stands_in = stands_in
         self.cpp_checks = cpp_checks
         #: The operator as a function. To call an object costs its look-up and another interpreter loop: several
         #: microseconds where caches are cold, as long as a small kernel takes.
@@ -166,6 +170,8 @@ class Operator:
     def _forced(self, input: torch.Tensor) -> str:
         name = _forced or ""
         if name not in self.kernels:
+            if self.stands_in:
+                return "reference"
             raise NotImplementedError(
                 f"{self.name}: backend {name!r} has no kernel for this operator, "
                 f"expected one of {', '.join(self.kernels)}"

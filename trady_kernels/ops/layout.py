@@ -30,3 +30,8 @@ def is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def in_a_memory_format(tensor: torch.Tensor) -> bool:
+    """Whether the elements are dense and in order, or, in four dimensions, in the order of channels_last."""
+    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
