@@ -151,7 +151,11 @@ def test_work_is_counted() -> None:
     assert rows_alone.bytes == 4 * 8 * 32 * 28 * 56 + outputs + 4 * 32 * 128
     pixels_alone = conv2d_work(strided, torch.arange(32), 8, "channels_last", f32)
     assert pixels_alone.bytes == 4 * 8 * 32 * 28 * 28 + outputs + 4 * 32 * 128
-    assert gather_work(dense, 4, 8, bf16) == Work(2 * 2 * 8 * 4 * 56 * 56, 0, 2 * 2 * 8 * 4 * 56 * 56)
+    four, moved = torch.arange(4), 2 * 8 * 4 * 56 * 56
+    assert gather_work(dense, four, 8, "contiguous", bf16) == Work(2 * moved, 0, 2 * moved)
+    # A line of the CPU, or a sector of the GPU, for every pixel.
+    assert gather_work(dense, four, 8, "channels_last", bf16).lines == moved + 64 * 8 * 56 * 56
+    assert gather_work(dense, four, 8, "channels_last", bf16, "cuda").lines == moved + 32 * 8 * 56 * 56
     linear = LinearLayer("", 197, 192, 768)
     moved = 4 * (8 * 197 * 771 + 3 * 768)
     assert linear_work(linear, 3, 8, f32) == Work(moved, 2 * 8 * 197 * 3 * 768, moved)

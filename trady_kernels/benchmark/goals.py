@@ -163,8 +163,8 @@ _LARGE = 64 << 20
 
 
 def _of_copy(row: Row) -> float:
-    """Bandwidth, as a share of a copy's of as many bytes."""
-    return math.nan if row.roofline is None else row.roofline / row.auto
+    """Bandwidth, as a share of a copy's of as many bytes; a GPU reads whole sectors."""
+    return math.nan if row.lines is None else row.lines / row.auto
 
 
 _CUDA = (

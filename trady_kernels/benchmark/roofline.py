@@ -30,8 +30,8 @@ class Work:
     Attributes:
         bytes: read or written.
         flops: floating-point operations; an FMA is two.
-        lines: the bytes again, with those of a grouped layer's ``grad_output``, of which only some channels are read,
-            in whole cache lines.
+        lines: the bytes again, with those of a tensor of which only some channels are read, a grouped layer's
+            ``grad_output`` or what is gathered from, in whole cache lines.
     """
 
     bytes: int
@@ -160,24 +160,40 @@ def _grad_lines(
     layer: ConvLayer, channels: torch.Tensor, memory_format: str, dtype: torch.dtype, line: int
 ) -> int:
     """Bytes of the lines that the selected channels' outputs of one image are in."""
-    per_group, pixels = layer.out_channels // layer.groups, layer.out_size**2
+    per_group = layer.out_channels // layer.groups
     outputs = (channels.div(layer.in_channels // layer.groups, rounding_mode="floor") * per_group)[:, None]
     outputs = (outputs + torch.arange(per_group)).flatten()
+    return _lines_of(outputs, layer.out_channels, layer.out_size**2, memory_format, dtype, line)
+
+
+def _lines_of(
+    channels: torch.Tensor, count: int, pixels: int, memory_format: str, dtype: torch.dtype, line: int
+) -> int:
+    """Bytes of the lines that some of an image's ``count`` channels are in."""
     if memory_format == "channels_last":
-        starts = torch.arange(pixels)[:, None] * layer.out_channels + outputs
+        starts = torch.arange(pixels)[:, None] * count + channels
         length = dtype.itemsize
     else:
-        starts, length = outputs * pixels, pixels * dtype.itemsize
+        starts, length = channels * pixels, pixels * dtype.itemsize
     starts = starts.flatten() * dtype.itemsize
     first, last = starts // line, (starts + length - 1) // line
     shared = int((first[1:] == last[:-1]).sum())
     return line * (int((last - first + 1).sum()) - shared)
 
 
-def gather_work(layer: ConvLayer, selected: int, batch: int, dtype: torch.dtype) -> Work:
+def gather_work(
+    layer: ConvLayer,
+    channels: torch.Tensor,
+    batch: int,
+    memory_format: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> Work:
     """The selected channels, read and written."""
-    moved = 2 * batch * layer.size**2 * selected * dtype.itemsize
-    return Work(moved, 0, moved)
+    pixels = layer.size**2
+    moved = batch * pixels * channels.shape[0] * dtype.itemsize
+    read = _lines_of(channels, layer.in_channels, pixels, memory_format, dtype, _LINES[device])
+    return Work(2 * moved, 0, moved + batch * read)
 
 
 def mask_work(elements: int, dtype: torch.dtype) -> Work:

@@ -229,8 +229,9 @@ def gather_calls(layer: ConvLayer, setting: Setting, selected: Sequence[int]) ->
     dtype, x = DTYPES[setting.dtype], _input(layer, setting)
     calls = []
     for k in selected:
-        channels = _channels(layer, k).to(setting.device)
-        work = gather_work(layer, k, setting.batch, dtype)
+        order = _channels(layer, k)
+        channels = order.to(setting.device)
+        work = gather_work(layer, order, setting.batch, setting.memory_format, dtype, setting.device)
         calls.append(Call(k, (x, channels), partial(x.index_select, 1, channels), lambda y: y, work))
     return calls
 
