@@ -1,0 +1,80 @@
+"""``launch``: when a Triton kernel goes through Triton's own way to a launch, and when to the compiled variant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from trady_kernels.ops import triton_launch
+
+
+class Compiled:
+    """Stands in for what Triton returns of a launch: it launches again, with every argument by position."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments: self.launches.append((grid, *arguments))
+
+
+class Kernel:
+    """Stands in for a function under ``triton.jit``."""
+
+    arg_names = ("x", "y", "count", "BLOCK", "PRECISION")
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*arguments: Any, **constants: Any) -> Compiled:
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(triton_launch, "TRITON_INTERPRETED", False)
+    monkeypatch.setattr(triton_launch, "_variants", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Kernel()
+
+
+def launch(kernel: Kernel, x: Any, count: int = 5, block: int = 64) -> None:
+    triton_launch.launch(kernel, (3, 2), x, None, count, PRECISION="ieee", BLOCK=block, num_warps=4)
+
+
+def test_a_second_launch_takes_the_compiled_variant(kernel: Kernel) -> None:
+    x = torch.zeros(64)
+    launch(kernel, x)
+    launch(kernel, x, count=7)
+    launch(kernel, torch.ones(64), count=16)
+    (compiled,) = kernel.compiled
+    # Every argument in the kernel's order, whatever that of the call's constants.
+    assert [of[:1] + of[2:] for of in compiled.launches] == [
+        ((3, 2, 1), None, count, 64, "ieee") for count in (7, 16)
+    ]
+
+
+def test_what_is_compiled_anew(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(64)
+    launch(kernel, x)
+    for number, change in enumerate(
+        (
+            lambda: launch(kernel, x.bfloat16()),
+            lambda: launch(kernel, x[1:]),  # not aligned
+            lambda: launch(kernel, x, count=2**31),
+            lambda: launch(kernel, x, block=32),
+            lambda: launch(kernel, None),
+            lambda: monkeypatch.setattr(torch.cuda, "current_device", lambda: 1) or launch(kernel, x),
+        ),
+        start=2,
+    ):
+        change()
+        assert len(kernel.compiled) == number
+        change()
+        assert len(kernel.compiled) == number
