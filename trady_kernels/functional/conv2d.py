@@ -242,9 +242,12 @@ class _SparseConv2d(torch.autograd.Function):
         stride, padding, dilation, groups, padding_mode = ctx.convolution
         shape, memory_format = ctx.input_layout
         bias_dtype, rows_dtype = ctx.dtypes
-        margins = margins_of(padding, ctx.kernel_size, dilation)
-        symmetric, by_hand = _split(margins) if padding_mode == "zeros" else ((0, 0), margins)
-        padded = any(by_hand)
+        if padding_mode == "zeros" and len(padding) == 2:  # the usual case, at every layer of every step
+            symmetric, by_hand, padded = padding, (0, 0, 0, 0), False
+        else:
+            margins = margins_of(padding, ctx.kernel_size, dilation)
+            symmetric, by_hand = _split(margins) if padding_mode == "zeros" else ((0, 0), margins)
+            padded = any(by_hand)
         mode = "constant" if padding_mode == "zeros" else padding_mode
 
         scale: torch.Tensor | None = None
@@ -290,7 +293,7 @@ class _SparseConv2d(torch.autograd.Function):
                 inner = grad_input[:, :, by_hand[2] :, by_hand[0] :][:, :, : shape[2], : shape[3]]
                 grad_input = inner.clone(memory_format=memory_format)
             elif padded:
-                grad_input = _UNPAD[padding_mode](grad_input, shape, margins)
+                grad_input = _UNPAD[padding_mode](grad_input, shape, by_hand)
         if ctx.needs_input_grad[2]:
             if grad_bias is None:
                 grad_bias = grad_output.sum((0, 2, 3))
