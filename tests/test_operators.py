@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 import trady_kernels
+from trady_kernels.functional import relu6
 from trady_kernels.ops import available, backend, last_kernel
-from trady_kernels.ops.backend import BACKENDS, OPERATORS, unavailable
+from trady_kernels.ops.backend import BACKENDS, OPERATORS, by_device_or_fused, unavailable
 
 
 def _images(*shape: int, channels_last: bool = False) -> torch.Tensor:
@@ -289,3 +292,37 @@ def test_backend_blocks_nest_and_end_on_errors() -> None:
 
 def test_public_name() -> None:
     assert trady_kernels.backend is backend
+
+
+@pytest.mark.parametrize("name", ("rectify", "rectify_", "scale_by_bits", "pack_bits"))
+def test_a_gpus_compiled_graph_has_plain_operations_to_fuse(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    choose = OPERATORS[name].choose
+    assert (choose(on_gpu), choose(on_cpu)) == ("cuda", "cpp")
+    monkeypatch.setattr(sys.modules[by_device_or_fused.__module__], "is_dynamo_compiling", lambda: True)
+    assert (choose(on_gpu), choose(on_cpu)) == ("reference", "cpp")
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_plain_operations_of_bits_compile_to_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU's graph has, compiled for the CPU: the same output, gradient and bits."""
+    for name in ("rectify", "scale_by_bits", "pack_bits"):
+        monkeypatch.setattr(OPERATORS[name], "choose", lambda *_: "reference")
+
+    def activated(x: torch.Tensor) -> torch.Tensor:
+        return relu6(4 * x)  # exact: inductor rounds only at the end of what it fuses
+
+    x = _images(2, 5, 7, 3, channels_last=True).to(dtype).requires_grad_()
+    expected = activated(x)
+    grad_output = torch.randn_like(expected)
+    (expected_grad,) = torch.autograd.grad(expected, x, grad_output)
+    torch.compiler.reset()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        output = torch.compile(activated)(x)
+        (grad,) = torch.autograd.grad(output, x, grad_output)
+    assert not any("trady::" in event.key for event in profiler.key_averages())
+    assert torch.equal(output, expected) and torch.equal(grad, expected_grad)

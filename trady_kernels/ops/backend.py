@@ -214,6 +214,15 @@ def by_device(input: torch.Tensor, *_: object) -> str:
     return "cuda" if input.is_cuda else "cpp"
 
 
+def by_device_or_fused(input: torch.Tensor, *_: object) -> str:
+    """``choose`` of an elementwise operator: as :func:`by_device`, but what torch.compile fuses in a GPU's graph.
+
+    There a pass over memory of its own costs as much as those that it stands between, and inductor makes one of
+    them all. Its C++ for CPUs is slower than ours.
+    """
+    return "reference" if input.is_cuda and is_dynamo_compiling() else by_device(input)
+
+
 def last_kernel(operator: str) -> str | None:
     """Backend that the last eager call of ``operator`` ran on, or None before the first call."""
     return _last_kernel.get(operator)

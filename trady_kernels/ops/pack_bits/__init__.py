@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator, by_device
+from trady_kernels.ops.backend import Operator, by_device_or_fused
 from trady_kernels.ops.pack_bits.reference import pack_bits as reference
 
 
@@ -27,7 +27,7 @@ _operator = Operator(
     reference=reference,
     fake=_fake,
     kernels={},
-    choose=by_device,
+    choose=by_device_or_fused,
     validate=_validate,
     triton=f"{__name__}.triton_kernel",
 )
