@@ -70,6 +70,7 @@ _operator = Operator(
     choose=_choose,
     validate=_validate,
     stands_in=True,
+    cpp_checks=True,
 )
 
 

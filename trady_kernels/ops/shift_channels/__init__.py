@@ -39,6 +39,7 @@ _operator = Operator(
     choose=_choose,
     validate=_validate,
     stands_in=True,
+    cpp_checks=True,
 )
 
 
