@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from trady_kernels.batch import Example
 from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
+from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.schemes import find_scheme
 
 Counts = Literal["free", "fixed"]
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class ChannelSampler:
                 "calls every sparse layer: give sparsify the same example"
             )
         self.layers: dict[str, LayerCost] = {name: network.layers[name] for name in modules}
-        self.pool: list[str] = self._scheme.pool(self.layers, ranking)
+        self.pool: list[str] = self._scheme.pool(self.layers, ranking, self.budget)
         self.full_cost: Cost = total(cost.full for cost in self.layers.values())
         self._modules = modules
         self._network = network
@@ -121,6 +122,7 @@ class ChannelSampler:
         self._conversion = _report_or_none(model)
         self._generator = torch.Generator().manual_seed(seed)
         self._fixed: dict[str, int] | None = None
+        self._gradients = GradientNorms(modules if self._scheme.observes else {})
         self._select(self._draw(), None)
         if counts == "fixed":
             self._fixed = {name: len(channels) for name, channels in self._selection.items()}
@@ -165,22 +167,26 @@ class ChannelSampler:
         """
         if not self._scheme.every_epoch:
             return
-        before = self._generator.get_state()
+        before = self._generator.get_state(), self._scheme.state_dict()
         try:
+            for name, norms in self._gradients.means().items():
+                self._scheme.observe(name, self.layers[name].channels, self._selection[name], norms)
             self._select(self._draw(), optimizer)
         except BaseException:
-            self._generator.set_state(before)
+            self._generator.set_state(before[0])
+            self._scheme.load_state_dict(before[1])
             raise
 
     def _select(self, selection: dict[str, torch.Tensor], optimizer: Optimizer | None) -> None:
         for name, module in self._modules.items():
             module.select(selection[name], optimizer)
         self._selection = selection
+        self._gradients.restart()
 
     def _draw(self) -> dict[str, torch.Tensor]:
         sizes = [self.layers[name].channels for name in self.pool]
         starts = [0, *accumulate(sizes)]
-        order = self._scheme.order(starts[-1], self._generator)
+        order = self._scheme.order(dict(zip(self.pool, sizes, strict=True)), self._generator)
         if self._fixed is not None:
             taken = self._fill_counts(order, sizes)
         elif self._limit is None:
@@ -228,7 +234,7 @@ class ChannelSampler:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The current selection and the state of the generator: what the next draws depend on."""
+        """The current selection, the state of the generator and what a scheme has observed: what the next draws need."""
         return {
             "version": _VERSION,
             "scheme": self._scheme.name,
@@ -236,6 +242,8 @@ class ChannelSampler:
             "budget": str(self.budget),
             "pool": list(self.pool),
             "generator": self._generator.get_state(),
+            "observed": self._scheme.state_dict(),
+            "gradients": self._gradients.state_dict(),
             "selection": {name: channels.clone() for name, channels in self._selection.items()},
         }
 
@@ -266,7 +274,9 @@ class ChannelSampler:
         } != dict.fromkeys(self.layers, True):
             raise ValueError("state_dict: got a selection of other layers, expected one of this network's")
         self._generator.set_state(state_dict["generator"])
+        self._scheme.load_state_dict(state_dict["observed"])
         self._select(selection, None)
+        self._gradients.load_state_dict(state_dict["gradients"])
         if self._fixed is not None:
             self._fixed = {name: len(channels) for name, channels in selection.items()}
 

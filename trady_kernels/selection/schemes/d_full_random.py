@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trady_kernels.cost import LayerCost
+from trady_kernels.cost import Budget, LayerCost
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.schemes.scheme import Scheme
 
@@ -17,5 +17,7 @@ class DFullRandom(Scheme):
 
     name = "d-full-random"
 
-    def pool(self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None) -> list[str]:
+    def pool(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
+    ) -> list[str]:
         return list(layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from trady_kernels.cost import LayerCost
+from trady_kernels.cost import Budget, LayerCost
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.schemes.scheme import Scheme, ranked_pool
 
@@ -19,5 +19,7 @@ class STopKRandom(Scheme):
     every_epoch = False
     ranked = True
 
-    def pool(self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None) -> list[str]:
+    def pool(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
+    ) -> list[str]:
         return ranked_pool(layers, ranking)

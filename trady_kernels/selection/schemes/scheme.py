@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from trady_kernels.cost import LayerCost
+from trady_kernels.cost import Budget, LayerCost
 
 if TYPE_CHECKING:
     from trady_kernels.selection.ranking import LayerRanking
@@ -25,20 +25,50 @@ class Scheme(ABC):
         budgeted: whether a budget bounds the selection.
         every_epoch: whether ``resample()`` draws again; otherwise the first draw stays.
         ranked: whether the pool depends on a ranking of the layers.
+        observes: whether the order depends on the gradients of the channels that trained: the sampler then measures
+            their norms and hands them to :meth:`observe`.
     """
 
     name: ClassVar[str]
     budgeted: ClassVar[bool] = True
     every_epoch: ClassVar[bool] = True
     ranked: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
 
     @abstractmethod
-    def pool(self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None) -> list[str]:
-        """Names of the layers whose channels take part, in the order of ``layers``."""
+    def pool(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
+    ) -> list[str]:
+        """Names of the layers whose channels take part, in the order of ``layers``.
 
-    def order(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Permutation of the pool's ``count`` channels, layer after layer: the order of trying them."""
-        return torch.randperm(count, generator=generator)
+        Args:
+            layers: every sparse layer.
+            ranking: of them, or None.
+            budget: of the selection; None for a scheme without one.
+        """
+
+    def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+        """Permutation of the pool's channels, layer after layer as in ``sizes``: the order of trying them."""
+        return torch.randperm(sum(sizes.values()), generator=generator)
+
+    def observe(  # noqa: B027 - most schemes have nothing to note
+        self, layer: str, count: int, channels: torch.Tensor, norms: torch.Tensor
+    ) -> None:
+        """Take note of gradients since the last draw, before the next one.
+
+        Args:
+            layer: its name.
+            count: how many channels it has.
+            channels: ``(k,)``, those that trained.
+            norms: ``(k,)``, the mean norm of each one's gradient over the steps.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next orders depend on, beside the generator."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from what :meth:`state_dict` gave."""
 
 
 def ranked_pool(layers: Mapping[str, LayerCost], ranking: LayerRanking | None) -> list[str]:

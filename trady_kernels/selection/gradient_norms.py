@@ -1,0 +1,82 @@
+"""``GradientNorms``: how large the gradients of the selected channels are, step by step, without keeping one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.utils.hooks import RemovableHandle
+
+from trady_kernels.nn.channels import SparseChannels
+
+
+class GradientNorms:
+    """Norms of the rows of ``channel_weight``'s gradients, added up over backward passes.
+
+    A row is added when its gradient is complete: under gradient accumulation once a pass, of the sum so far.
+
+    Args:
+        layers: sparse layers by name; none costs nothing.
+    """
+
+    def __init__(self, layers: Mapping[str, SparseChannels]) -> None:
+        self._layers = layers
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps: dict[str, int] = {}
+        self._handles: dict[str, RemovableHandle] = {}
+        # The layers outlive this object; without it their hooks would add up for nobody.
+        weakref.finalize(self, _remove, self._handles)
+
+    def restart(self) -> None:
+        """Forget what was added up, and watch the rows that the layers have now."""
+        self._sums.clear()
+        self._steps.clear()
+        for name, layer in self._layers.items():
+            rows = layer.channel_weight
+            if name not in self._handles and rows.requires_grad:
+                self._handles[name] = rows.register_post_accumulate_grad_hook(
+                    _adding(name, self._sums, self._steps)
+                )
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """``{layer: (k,)}`` on the CPU, the mean over the passes that reached the layer; the same on every rank."""
+        found = {}
+        for name in self._layers:
+            if name in self._sums:
+                mean = self._sums[name] / self._steps[name]
+                if distributed.is_available() and distributed.is_initialized():
+                    distributed.all_reduce(mean)
+                found[name] = mean.cpu()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added up since the last :meth:`restart`."""
+        return {name: (total.cpu(), self._steps[name]) for name, total in self._sums.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on adding to what :meth:`state_dict` gave."""
+        for name, (total, steps) in state_dict.items():
+            self._sums[name] = torch.as_tensor(total).to(self._layers[name].channel_weight.device)
+            self._steps[name] = int(steps)
+
+
+def _adding(
+    name: str, sums: dict[str, torch.Tensor], steps: dict[str, int]
+) -> Callable[[torch.Tensor], None]:
+    def add(rows: torch.Tensor) -> None:
+        if rows.grad is None:
+            return
+        with torch.no_grad():
+            norms = torch.linalg.vector_norm(rows.grad.flatten(1).float(), dim=1)
+            sums[name] = sums[name] + norms if name in sums else norms
+        steps[name] = steps.get(name, 0) + 1
+
+    return add
+
+
+def _remove(handles: dict[str, RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
