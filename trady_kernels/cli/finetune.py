@@ -68,6 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=f"leave away the rows {' and '.join(BASELINES)}",
     )
+    add(
+        "--resampling",
+        "when channels are drawn again: epoch, '50 steps', or 'norm 60%', once their gradient has fallen so far",
+    )
     add("--ranking", "layer ranking to use instead of the one that ships for the model", metavar="FILE")
     add("--epochs", "passes over the training images", type=int)
     add("--warmup-epochs", "of them, with a rising learning rate", type=float)

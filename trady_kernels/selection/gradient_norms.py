@@ -26,6 +26,7 @@ class GradientNorms:
         self._layers = layers
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, int] = {}
+        self._latest: dict[str, torch.Tensor] = {}
         self._handles: dict[str, RemovableHandle] = {}
         # The layers outlive this object; without it their hooks would add up for nobody.
         weakref.finalize(self, _remove, self._handles)
@@ -34,11 +35,12 @@ class GradientNorms:
         """Forget what was added up, and watch the rows that the layers have now."""
         self._sums.clear()
         self._steps.clear()
+        self._latest.clear()
         for name, layer in self._layers.items():
             rows = layer.channel_weight
             if name not in self._handles and rows.requires_grad:
                 self._handles[name] = rows.register_post_accumulate_grad_hook(
-                    _adding(name, self._sums, self._steps)
+                    _adding(name, self._sums, self._steps, self._latest)
                 )
 
     def means(self) -> dict[str, torch.Tensor]:
@@ -52,6 +54,15 @@ class GradientNorms:
                 found[name] = mean.cpu()
         return found
 
+    def latest(self) -> float:
+        """Norm of the whole gradient of the selected channels in the latest pass; on a GPU the host waits for it."""
+        if not self._latest:
+            return 0.0
+        squares = torch.stack([norms.square().sum() for norms in self._latest.values()]).sum()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(squares)
+        return float(squares.sqrt())
+
     def state_dict(self) -> dict[str, Any]:
         """What was added up since the last :meth:`restart`."""
         return {name: (total.cpu(), self._steps[name]) for name, total in self._sums.items()}
@@ -64,7 +75,7 @@ class GradientNorms:
 
 
 def _adding(
-    name: str, sums: dict[str, torch.Tensor], steps: dict[str, int]
+    name: str, sums: dict[str, torch.Tensor], steps: dict[str, int], latest: dict[str, torch.Tensor]
 ) -> Callable[[torch.Tensor], None]:
     def add(rows: torch.Tensor) -> None:
         if rows.grad is None:
@@ -72,6 +83,7 @@ def _adding(
         with torch.no_grad():
             norms = torch.linalg.vector_norm(rows.grad.flatten(1).float(), dim=1)
             sums[name] = sums[name] + norms if name in sums else norms
+            latest[name] = norms
         steps[name] = steps.get(name, 0) + 1
 
     return add

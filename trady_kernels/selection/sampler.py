@@ -16,6 +16,7 @@ from trady_kernels.convert import ConversionReport, conversion_report, sparse_la
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
 from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.ranking import LayerRanking
+from trady_kernels.selection.resampling import Resampling, SinceDraw
 from trady_kernels.selection.schemes import find_scheme
 
 Counts = Literal["free", "fixed"]
@@ -65,10 +66,14 @@ class ChannelSampler:
         counts: "free" draws anew how many channels each layer trains; "fixed" keeps every layer's number
             from the first draw and changes only which channels, so that nothing that depends on shapes is
             rebuilt.
+        resampling: when to draw again: "epoch", where the loop calls :meth:`resample`; "50 steps" or "norm 60%", where
+            it calls :meth:`step` after every step: every 50 of them, or once the norm of the selected channels'
+            gradient has fallen under 60% of its first value (each the mean of five steps).
         seed: of the draws.
 
     Attributes:
         budget: the parsed ``Budget``, or None.
+        resampling: the parsed rule.
         layers: ``{layer name: LayerCost}`` of every sparse layer.
         pool: names of the layers that take part.
         full_cost: ``Cost`` of all channels of all sparse layers.
@@ -88,11 +93,13 @@ class ChannelSampler:
         scheme: str = "trady",
         ranking: LayerRanking | None = None,
         counts: Counts = "free",
+        resampling: str = "epoch",
         seed: int = 0,
     ) -> None:
         self._scheme = find_scheme(scheme)
         if counts not in ("free", "fixed"):
             raise ValueError(f"counts: got {counts!r}, expected 'free' or 'fixed'")
+        self.resampling = Resampling.parse(resampling)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: got {seed!r}, expected an int")
         if ranking is not None and not isinstance(ranking, LayerRanking):
@@ -122,7 +129,9 @@ class ChannelSampler:
         self._conversion = _report_or_none(model)
         self._generator = torch.Generator().manual_seed(seed)
         self._fixed: dict[str, int] | None = None
-        self._gradients = GradientNorms(modules if self._scheme.observes else {})
+        watches = self._scheme.observes or self.resampling.kind == "norm"
+        self._gradients = GradientNorms(modules if watches else {})
+        self._since_draw = SinceDraw()
         self._select(self._draw(), None)
         if counts == "fixed":
             self._fixed = {name: len(channels) for name, channels in self._selection.items()}
@@ -169,7 +178,7 @@ class ChannelSampler:
             return
         before = self._generator.get_state(), self._scheme.state_dict()
         try:
-            for name, norms in self._gradients.means().items():
+            for name, norms in self._gradients.means().items() if self._scheme.observes else ():
                 self._scheme.observe(name, self.layers[name].channels, self._selection[name], norms)
             self._select(self._draw(), optimizer)
         except BaseException:
@@ -177,11 +186,31 @@ class ChannelSampler:
             self._scheme.load_state_dict(before[1])
             raise
 
+    def step(self, optimizer: Optimizer | None = None) -> bool:
+        """Tell that a training step is done; draw again if the rule of ``resampling`` asks for it.
+
+        Args:
+            optimizer: as for :meth:`resample`.
+
+        Returns:
+            Whether new channels train from now on.
+        """
+        if self.resampling.kind == "epoch" or not self._scheme.every_epoch:
+            return False
+        self._since_draw.count()
+        if self.resampling.kind == "norm":
+            self._since_draw.note(self._gradients.latest())
+        if not self._since_draw.is_due(self.resampling):
+            return False
+        self.resample(optimizer)
+        return True
+
     def _select(self, selection: dict[str, torch.Tensor], optimizer: Optimizer | None) -> None:
         for name, module in self._modules.items():
             module.select(selection[name], optimizer)
         self._selection = selection
         self._gradients.restart()
+        self._since_draw = SinceDraw()
 
     def _draw(self) -> dict[str, torch.Tensor]:
         sizes = [self.layers[name].channels for name in self.pool]
@@ -244,6 +273,8 @@ class ChannelSampler:
             "generator": self._generator.get_state(),
             "observed": self._scheme.state_dict(),
             "gradients": self._gradients.state_dict(),
+            "resampling": str(self.resampling),
+            "since_draw": self._since_draw.state_dict(),
             "selection": {name: channels.clone() for name, channels in self._selection.items()},
         }
 
@@ -262,7 +293,7 @@ class ChannelSampler:
                 f"state_dict: got {type(state_dict).__name__} with other entries, expected what "
                 "ChannelSampler.state_dict() returned"
             )
-        for key in ("version", "scheme", "counts", "budget", "pool"):
+        for key in ("version", "scheme", "counts", "budget", "pool", "resampling"):
             if state_dict[key] != ours[key]:
                 raise ValueError(
                     f"state_dict: got {key} {_short(state_dict[key])}, expected {_short(ours[key])}, that of "
@@ -277,6 +308,7 @@ class ChannelSampler:
         self._scheme.load_state_dict(state_dict["observed"])
         self._select(selection, None)
         self._gradients.load_state_dict(state_dict["gradients"])
+        self._since_draw.load_state_dict(state_dict["since_draw"])
         if self._fixed is not None:
             self._fixed = {name: len(channels) for name, channels in selection.items()}
 
@@ -329,7 +361,7 @@ class ChannelSampler:
 
     def _notes(self) -> list[str]:
         full, cost, limit = self.full_cost, self.cost, self._limit
-        notes = [f"scheme {self._scheme.name}, counts {self._counts}"]
+        notes = [f"scheme {self._scheme.name}, counts {self._counts}, resampling {self.resampling}"]
         if self.budget is None or limit is None:
             notes.append(f"the scheme {self._scheme.name} has no budget")
         else:

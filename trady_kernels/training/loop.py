@@ -123,6 +123,7 @@ def train_scheme(
         head=classifier_name(model, len(data.classes)),
         budget=settings.budget,
         ranking=find_ranking(settings.ranking, settings.model),
+        resampling=settings.resampling,
         seed=settings.seed,
     )
     result = SchemeResult(
@@ -202,6 +203,7 @@ def _train_epoch(
         loss.backward()
         optimizer.step()
         scheduler.step()
+        regime.step(optimizer)
         losses.append(loss.item())  # on a GPU this also waits for the step to end
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):

@@ -47,6 +47,9 @@ class Regime(Protocol):
     def resample(self, optimizer: torch.optim.Optimizer) -> None:
         """Choose the next epoch's channels; the first epoch's are chosen already."""
 
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """A training step is done: choose channels anew if the settings ask for it."""
+
     def train_mode(self) -> None:
         """Put the network into training mode, norm statistics frozen."""
 
@@ -77,6 +80,7 @@ def prepare_regime(
     head: str | None,
     budget: int | str,
     ranking: LayerRanking | None,
+    resampling: str,
     seed: int,
 ) -> Regime:
     """Make a plain network ready for a scheme, in place.
@@ -88,6 +92,7 @@ def prepare_regime(
         head: name of the classifier, which trains whole; None to look for it.
         budget: for the schemes that have one.
         ranking: for the schemes that take one.
+        resampling: when they draw again.
         seed: of the sampler's draws.
 
     Raises:
@@ -95,7 +100,7 @@ def prepare_regime(
     """
     if scheme == "full":
         return _Dense(model, example_input, head)
-    return _Sparse(scheme, model, example_input, head, budget, ranking, seed)
+    return _Sparse(scheme, model, example_input, head, budget, ranking, resampling, seed)
 
 
 class _Dense:
@@ -109,6 +114,9 @@ class _Dense:
         return list(self.model.parameters())
 
     def resample(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
         pass
 
     def train_mode(self) -> None:
@@ -133,11 +141,18 @@ class _Sparse:
         head: str | None,
         budget: int | str,
         ranking: LayerRanking | None,
+        resampling: str,
         seed: int,
     ) -> None:
         self.model = sparsify(model, example_input, head=head or "auto")
         self._sampler = ChannelSampler(
-            model, example_input, budget=budget, scheme=scheme, ranking=ranking, seed=seed
+            model,
+            example_input,
+            budget=budget,
+            scheme=scheme,
+            ranking=ranking,
+            resampling=resampling,
+            seed=seed,
         )
         self.full_cost = self._sampler.full_cost.elements
         self.notes = ["norms are frozen, statistics and affine"]
@@ -155,7 +170,11 @@ class _Sparse:
         return trainable_parameters(self.model)
 
     def resample(self, optimizer: torch.optim.Optimizer) -> None:
-        self._sampler.resample(optimizer)
+        if self._sampler.resampling.kind == "epoch":
+            self._sampler.resample(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._sampler.step(optimizer)
 
     def train_mode(self) -> None:
         self.model.train()

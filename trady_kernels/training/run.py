@@ -12,7 +12,7 @@ from trady_kernels.cost import Budget
 from trady_kernels.data import ImageData, load_data
 from trady_kernels.models.loading import load_model, read_checkpoint
 from trady_kernels.provenance import describe
-from trady_kernels.selection import SCHEMES
+from trady_kernels.selection import SCHEMES, Resampling
 from trady_kernels.training.loop import Observer, train_scheme
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
@@ -146,6 +146,7 @@ def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
 def _check(settings: Settings) -> ImageData:
     """Find what is wrong with the settings before anything is written, the slow checks last."""
     Budget.parse(settings.budget)
+    Resampling.parse(settings.resampling)
     for scheme in settings.schemes:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")

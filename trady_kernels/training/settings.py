@@ -34,6 +34,8 @@ class Settings:
         validation_share: share of the training images to test on instead of the test images.
         budget: elements of one sample, bytes of a batch (``"256KiB"``) or a share (``"5%"``).
         schemes: names of channel selection schemes, trained one after the other from the same start.
+        resampling: when the samplers draw again: "epoch", "50 steps" or "norm 60%", see
+            :class:`trady_kernels.ChannelSampler`.
         ranking: file with a layer ranking; None takes the one that ships for the model, if any.
         epochs: passes over the training images.
         warmup_epochs: of them, the first in which the learning rate rises linearly from zero.
@@ -53,6 +55,7 @@ class Settings:
     validation_share: float = 0.0
     budget: int | str = 28_000
     schemes: tuple[str, ...] = ("trady", *BASELINES)
+    resampling: str = "epoch"
     ranking: str | None = None
     epochs: int = 5
     warmup_epochs: float = 0.5
