@@ -70,6 +70,14 @@ def sanitized() -> bool:
     return value == "1"
 
 
+def standard_library() -> Path | None:
+    """The C++ standard library in this process, which is the one of an imported torch; None where /proc does not tell."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    paths = (Path(line.split(maxsplit=5)[-1]) for line in lines)
+    return next((path for path in paths if path.name.startswith("libstdc++.so")), None)
+
+
 def first_line(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
 
@@ -113,6 +121,9 @@ class BuildThroughCMake(build_ext):
             "TRADY_SANITIZE": "ON" if sanitized() else "OFF",
             "TRADY_TESTS": "ON" if sanitized() else "OFF",
         }
+        library = standard_library()
+        if library is not None:
+            settings["STANDARD_LIBRARY"] = library
         if cuda_compiler:
             settings |= {"CMAKE_CUDA_COMPILER": cuda_compiler, "TRADY_CUDA_ARCHS": archs}
         # One folder for each Python, torch and compiler, so that going back and forth rebuilds nothing.

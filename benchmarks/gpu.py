@@ -95,7 +95,11 @@ class Outcome:
 # ---- the stages ---------------------------------------------------------------------------------------------
 
 _BUILD = ("{python}", "setup.py", "-q", "build_ext", "--inplace")
-_PYTEST = ("{python}", "-m", "pytest", "-q", "-p", "report_tests", "-p", "no:cacheprovider")
+#: A file that cannot be imported stops no other.
+PYTEST = (
+    *("{python}", "-m", "pytest", "-q", "-p", "report_tests", "-p", "no:cacheprovider"),
+    "--continue-on-collection-errors",
+)
 _TRADY = ("{python}", "-m", "trady_kernels.cli")
 _BENCH = (*_TRADY, "bench", "--device", "cuda", "--rounds", "5")
 _JSON = ("--json", "{folder}/{name}.json")
@@ -107,7 +111,7 @@ STEP_NETWORKS = ("ResNet-50", "MobileNetV2")
 
 
 def _tests(limit: float) -> Stage:
-    command: tuple[str, ...] = (*_PYTEST, "--continue-on-collection-errors", "-o", "faulthandler_timeout=60")
+    command: tuple[str, ...] = (*PYTEST, "-o", "faulthandler_timeout=60")
     if importlib.util.find_spec("xdist") is None:
         command += ("--only", "kernels")  # one process would not get through the whole suite
     else:
@@ -126,7 +130,7 @@ def _sanitizer(tool: str, seconds: int, limit: float) -> Stage:
     tests = ("--only", "launches", "--seconds", str(seconds), "--report-to", "{folder}/{name}.tests")
     return Stage(
         tool,
-        (*checker, *processes, *_PYTEST, *tests),
+        (*checker, *processes, *PYTEST, *tests),
         limit,
         programs=("compute-sanitizer",),
         modules=("pytest",),

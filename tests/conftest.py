@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def true_float32() -> Iterator[None]:
+    """No TF32, which torch itself allows for convolutions on a GPU."""
+    # By the new switches: the old ones are not to be set once torch.testing's own modules are imported.
+    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "ieee"
+    yield
+    for switch, precision in zip(switches, before, strict=True):
+        switch.fp32_precision = precision
 
 
 @pytest.fixture(autouse=True)

@@ -219,6 +219,34 @@ def test_compiler_that_does_not_know_a_set(source: Path) -> None:
     assert "apply(avx512,__VA_ARGS__)" in plan and "apply(avx512_bf16" not in plan
 
 
+def test_compiler_that_links_a_static_standard_library(source: Path) -> None:
+    """The libraries run on torch's all the same: with another, exceptions of the operators would crash the process."""
+    program("c++")
+    if not Path(run("c++", "-print-file-name=libstdc++.a").stdout.strip()).is_absolute():
+        pytest.skip("the compiler has no static standard library")
+    for path in source.glob("csrc/cpu/*.cpp"):  # one operator, compiled for one instruction set, is enough
+        if path.name.partition(".")[0] not in ("isa", "roofline", "pack_bits"):
+            path.unlink()
+    compiler = source / "static-compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'for argument; do case "$argument" in -mavx2|-march=*) exit 1;; esac; done\n'
+        'exec c++ "$@" -static-libstdc++ -static-libgcc\n'
+    )
+    compiler.chmod(0o755)
+    done = build(source, CXX=str(compiler), TRADY_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    code = """
+import torch, trady_kernels.ops
+try:
+    torch.ops.trady.pack_bits(torch.zeros(2, 3))
+except RuntimeError as error:
+    print(error)
+"""
+    ran = run(sys.executable, "-c", code, cwd=source, PYTHONPATH=str(source))
+    assert re.search(r"pack_bits\.cpp:\d+, mask: got Float, expected bool", ran.stdout), ran.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [

@@ -24,7 +24,7 @@ def inside_nan(tensor: torch.Tensor, memory_format: torch.memory_format) -> torc
     """The same values as a slice of a larger tensor that is NaN everywhere else."""
     n, c, h, w = tensor.shape
     rows = 0 if memory_format is torch.channels_last else 1
-    outer = torch.full((n, c + 2, h + 2 * rows, w + 3 * rows), torch.nan, dtype=tensor.dtype)
+    outer = tensor.new_full((n, c + 2, h + 2 * rows, w + 3 * rows), torch.nan)
     outer = outer.contiguous(memory_format=memory_format)
     inner = outer[:, 1:-1, rows : h + rows, rows : w + rows]
     inner.copy_(tensor)

@@ -20,15 +20,6 @@ from trady_kernels.ops.conv2d_channel_grad import reference
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def true_float32() -> Iterator[None]:
-    """No TF32, which torch itself allows for convolutions."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def network() -> nn.Module:
     """Every kind of sparse layer, with few channels selected."""
     return nn.Sequential(

@@ -258,7 +258,7 @@ def test_commands_of_the_stages_are_there(monkeypatch: pytest.MonkeyPatch) -> No
         elif command[1] == "setup.py":
             assert (ROOT / command[1]).exists()
         else:
-            assert command[1:3] == ["-m", "pytest"]
+            assert command[: len(gpu.PYTEST)] == [sys.executable, *gpu.PYTEST[1:]]
 
 
 def test_help_of_the_command() -> None:
@@ -289,9 +289,8 @@ def test_without_a_fixture(broken): pass
 
 def run_tests(folder: Path, *options: str) -> dict[str, Any]:
     file = folder / "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "report_tests", "-p", "no:cacheprovider"]
     subprocess.run(
-        [*command, "--continue-on-collection-errors", "--report-to", file, *options],
+        [sys.executable, *gpu.PYTEST[1:], "--report-to", file, *options],
         cwd=folder,
         env={**gpu.stage_environment(None), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,

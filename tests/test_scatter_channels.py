@@ -159,10 +159,13 @@ def test_large_enough_for_threads(threads: int) -> None:
             )
 
 
+# Of such a tensor only the CPU's memory may be left untouched.
+ON_THE_CPU = ("reference", "cpp", *(() if torch.cuda.is_available() else ("cuda", "triton")))
+
+
+@pytest.mark.parametrize("kernel", ON_THE_CPU, indirect=True)
 @pytest.mark.parametrize("dimension", range(4))
 def test_offsets_past_2_to_the_31(dimension: int, kernel: Kernel) -> None:
-    if kernel.device != "cpu":
-        pytest.skip("of such a tensor only the CPU's memory may be left untouched")
     for groups in (1, 2):
         dense = torch.randn(6, 4, 3, 2)
         channels, rows = torch.tensor([3, 0]), rows_of(dense, 2, groups)

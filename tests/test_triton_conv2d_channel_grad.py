@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,13 +33,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(autouse=True)
-def ieee(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No TF32, and an interpreter that rounds to bfloat16."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that rounds to bfloat16."""
     round_bfloat16(monkeypatch)
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def results(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from cases import LINEAR_CASES, LinearCase, laid_out
@@ -26,13 +24,9 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(autouse=True)
-def ieee(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No TF32, and an interpreter that rounds to bfloat16."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interpreter that rounds to bfloat16."""
     round_bfloat16(monkeypatch)
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
 
 
 def result(device: str, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
