@@ -213,6 +213,7 @@ template <class T, int K, int S, int OUTPUTS>
 __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
     staged_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                 float* __restrict__ partial, const Conv2dChannelGrad q, const StagedPlan plan) {
+  let_next_start();
   // In the end the same memory adds up the threads' sums.
   __shared__ uint4 stages[2][STAGE_VECTORS];
   static_assert(sizeof(float[SUM_THREADS / 32][SUMS_TOGETHER][32]) <= sizeof(stages));
@@ -322,6 +323,7 @@ template <class T, int K, int S, int OUTPUTS>
 __global__ void __launch_bounds__(SUM_THREADS, resident_direct_blocks(K))
     direct_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                 float* __restrict__ partial, const Conv2dChannelGrad q, const DirectPlan plan) {
+  let_next_start();
   __shared__ float scratch[SUM_THREADS / 32][SUMS_TOGETHER][32];
   const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
   const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
@@ -372,6 +374,7 @@ template <class T, class Sum>
 __global__ void __launch_bounds__(GENERAL_THREADS)
     general_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                  Sum* __restrict__ partial, const Conv2dChannelGrad q, const GeneralPlan plan) {
+  let_next_start();
   __shared__ Sum scratch[GENERAL_THREADS / 32][SUMS_TOGETHER][32];
   const int64_t j = blockIdx.x / q.outputs, output = blockIdx.x % q.outputs;
   input += j * q.input_stride[1];
@@ -417,17 +420,18 @@ __global__ void __launch_bounds__(GENERAL_THREADS)
 
 // ---- the second stage ---------------------------------------------------------------------------------------
 
-// `adders` lanes, a power of two, for each element, whose parts lie side by side.
+// A row of threads, up to a warp and a power of two, for each element, whose parts lie side by side. They are not
+// __restrict__: the kernel that writes them may still run when this one starts.
 constexpr int PARTS_TOGETHER = 16;  // loads on their way
 template <class Sum>
-__global__ void add_parts(const Sum* __restrict__ partial, Sum* __restrict__ out, int64_t elements, int parts,
-                          int adders) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * (SUM_THREADS / adders) + threadIdx.x / adders;
-  const int adder = static_cast<int>(threadIdx.x) % adders;
+__global__ void add_parts(const Sum* partial, Sum* out, int64_t elements, int parts) {
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int adders = static_cast<int>(blockDim.x);
   Sum sum = 0;
+  wait_for_previous();
   if (element < elements) {
     partial += element * parts;
-    for (int part = adder; part < parts; part += PARTS_TOGETHER * adders) {
+    for (int part = static_cast<int>(threadIdx.x); part < parts; part += PARTS_TOGETHER * adders) {
       Sum of_part[PARTS_TOGETHER];
 #pragma unroll
       for (int i = 0; i < PARTS_TOGETHER; ++i) {
@@ -439,7 +443,7 @@ __global__ void add_parts(const Sum* __restrict__ partial, Sum* __restrict__ out
     }
   }
   for (int apart = adders / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
-  if (adder == 0 && element < elements) out[element] = sum;
+  if (threadIdx.x == 0 && element < elements) out[element] = sum;
 }
 
 // ---- host ---------------------------------------------------------------------------------------------------
@@ -460,10 +464,11 @@ void in_two_stages(const Call& call, int64_t parts, const First& first) {
   const int64_t elements = call.q.elements();
   const Tensor partial = new_empty(call.out, std::vector<int64_t>{elements, parts}, call.out.scalar_type());
   first(static_cast<Sum*>(partial.mutable_data_ptr()));
-  int adders = 1;
+  unsigned adders = 1;
   while (adders < 32 && adders < parts) adders *= 2;
-  launch(add_parts<Sum>, static_cast<unsigned>(ceil_div(elements * adders, SUM_THREADS)), SUM_THREADS, call.stream,
-         static_cast<const Sum*>(partial.const_data_ptr()), out, elements, parts, adders);
+  const dim3 block(adders, SUM_THREADS / adders);
+  launch_early(add_parts<Sum>, static_cast<unsigned>(ceil_div(elements, block.y)), block, call.stream,
+               static_cast<const Sum*>(partial.const_data_ptr()), out, elements, parts);
 }
 
 constexpr unsigned whole_warps(int threads) { return static_cast<unsigned>((threads + 31) / 32 * 32); }
