@@ -52,9 +52,9 @@ __device__ int64_t first_output(const Conv2dChannelGrad& q, const int64_t* chann
 // Adds up `sums` of the threads that are equal modulo `lanes`, a power of two up to 32, in a fixed order, and hands
 // them to store(index, lane, sum). All threads of the block call it; nobody else uses `scratch` by then.
 constexpr int SUMS_TOGETHER = 9;
-template <int COUNT, class Sum, class Store>
-__device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes, Sum (*scratch)[SUMS_TOGETHER][32],
-                                            const Store& store) {
+template <int COUNT, int MOST_WARPS, class Sum, class Store>
+__device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes,
+                                            Sum (&scratch)[MOST_WARPS][SUMS_TOGETHER][32], const Store& store) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int base = 0; base < COUNT; base += SUMS_TOGETHER) {
@@ -74,7 +74,10 @@ __device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes,
     __syncthreads();
     for (int i = threadIdx.x; i < count * lanes; i += blockDim.x) {
       Sum sum = scratch[0][i / lanes][i % lanes];
-      for (int w = 1; w < warps; ++w) sum += scratch[w][i / lanes][i % lanes];
+#pragma unroll
+      for (int w = 1; w < MOST_WARPS; ++w) {
+        if (w < warps) sum += scratch[w][i / lanes][i % lanes];
+      }
       store(base + i / lanes, i % lanes, sum);
     }
   }
@@ -216,7 +219,8 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
   let_next_start();
   // In the end the same memory adds up the threads' sums.
   __shared__ uint4 stages[2][STAGE_VECTORS];
-  static_assert(sizeof(float[SUM_THREADS / 32][SUMS_TOGETHER][32]) <= sizeof(stages));
+  using Scratch = float[SUM_THREADS / 32][SUMS_TOGETHER][32];
+  static_assert(sizeof(Scratch) <= sizeof(stages));
   const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
   const int64_t j = blockIdx.x / passes;
   const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
@@ -297,7 +301,7 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
   }
   drop_outside<K, OUTPUTS>(left, width, sums);
   partial += (j * outputs + output) * (K * K) * gridDim.y + blockIdx.y;
-  add_threads(sums, 1, reinterpret_cast<float (*)[SUMS_TOGETHER][32]>(stages), [&](int i, int, float sum) {
+  add_threads(sums, 1, reinterpret_cast<Scratch&>(stages), [&](int i, int, float sum) {
     if (i < (last_output + 1) * K * K) partial[static_cast<int64_t>(i) * gridDim.y] = sum;
   });
 }
@@ -369,7 +373,7 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_direct_blocks(K))
 
 // ---- any kernel ---------------------------------------------------------------------------------------------
 
-// A block has a channel and an output: the planes once for every eight taps, after the first time from the caches.
+// A block has a channel and an output: the planes once for every nine taps, after the first time from the caches.
 template <class T, class Sum>
 __global__ void __launch_bounds__(GENERAL_THREADS)
     general_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
