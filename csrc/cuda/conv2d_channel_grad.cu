@@ -42,9 +42,8 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // ---- kernels ------------------------------------------------------------------------------------------------
 
-// The first plane of grad_output that the selected channel j belongs to.
-__device__ int64_t first_output(const Conv2dChannelGrad& q, const int64_t* channels, int64_t j) {
-  const int64_t channel = channels[j];
+// The first plane of grad_output that a channel belongs to.
+__device__ int64_t first_output(const Conv2dChannelGrad& q, int64_t channel) {
   assert(0 <= channel && channel < q.in_channels && "conv2d_channel_grad: an index in channels is out of range");
   return static_cast<uint32_t>(channel) / static_cast<uint32_t>(q.in_per_group) * q.outputs;
 }
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
   const int64_t j = blockIdx.x / passes;
   const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
   input += j * q.input_stride[1];
-  grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1];
+  grad_output += (first_output(q, channels[j]) + output) * q.grad_stride[1];
 
   const int height = static_cast<int>(q.height), width = static_cast<int>(q.width);
   const int out_height = static_cast<int>(q.out_height), out_width = static_cast<int>(q.out_width);
@@ -332,13 +331,16 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_direct_blocks(K))
   const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
   const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
   const int64_t first_channel = static_cast<int64_t>(blockIdx.x / passes) * plan.lanes;
-  const int64_t j = first_channel + threadIdx.x % plan.lanes;
+  const int64_t j = first_channel + (threadIdx.x & (plan.lanes - 1));
+  const int64_t channel = channels[min(j, q.selected - 1)];  // on its way while the thread finds its place
   const int position = threadIdx.x / plan.lanes, slot = position / plan.columns;
   const int chunk = blockIdx.y % plan.chunks, split = blockIdx.y / plan.chunks;
   const int column = chunk * plan.columns + position % plan.columns;
   const int height = static_cast<int>(q.height), width = static_cast<int>(q.width);
   const int out_height = static_cast<int>(q.out_height);
   const int top = static_cast<int>(q.padding[0]), left = column * S - static_cast<int>(q.padding[1]);
+
+  const int64_t first_plane = first_output(q, channel);
 
   float sums[OUTPUTS * K * K] = {};
   if (j < q.selected && slot < plan.slots && column < q.out_width) {
@@ -350,7 +352,7 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_direct_blocks(K))
       planes.columns[i] = min(max(left + i, 0), width - 1) * static_cast<int>(q.input_stride[3]);
     }
     input += j * q.input_stride[1];
-    grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1] + column * q.grad_stride[3];
+    grad_output += (first_plane + output) * q.grad_stride[1] + column * q.grad_stride[3];
     const int first = split * plan.share, end = min(plan.items, first + plan.share);
     for (int item = first + slot; item < end; item += plan.slots) {
       const int image = item / plan.plane_items, row = item % plan.plane_items * plan.item_rows;
@@ -382,7 +384,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS)
   __shared__ Sum scratch[GENERAL_THREADS / 32][SUMS_TOGETHER][32];
   const int64_t j = blockIdx.x / q.outputs, output = blockIdx.x % q.outputs;
   input += j * q.input_stride[1];
-  grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1];
+  grad_output += (first_output(q, channels[j]) + output) * q.grad_stride[1];
   partial += blockIdx.x * q.taps() * gridDim.y + blockIdx.y;
 
   const auto out_width = static_cast<uint32_t>(q.out_width);
