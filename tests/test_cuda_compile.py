@@ -21,14 +21,14 @@ def nvcc() -> str:
     return found or pytest.skip("nvcc is not on PATH: install the CUDA toolkit")
 
 
-def compile(source: Path, architectures: tuple[str, ...], output: Path) -> str:
+def compile(source: Path, architectures: tuple[str, ...], output: Path, stage: str = "-c") -> str:
     """What the compiler says about each kernel on each architecture."""
     targets = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in architectures]
     include = Path(torch.__file__).parent / "include"
     options = ["-std=c++20", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command = [nvcc(), *options, "-isystem", include, "-I", ROOT / "csrc", *targets]
+    command = [nvcc(), *options, "-isystem", include, "-I", ROOT / "csrc", *targets, stage]
     done = subprocess.run(
-        [*map(str, command), "-Xptxas=-v", "-c", str(source), "-o", str(output)],
+        [*map(str, command), "-Xptxas=-v", str(source), "-o", str(output)],
         capture_output=True,
         text=True,
     )
@@ -61,6 +61,22 @@ def test_usual(stem: str, tmp_path: Path) -> None:
 def test_others(stem: str, tmp_path: Path) -> None:
     report = compile(ROOT / "csrc" / "cuda" / f"{stem}.cu", OTHERS, tmp_path / "object.o")
     assert outside_registers(report) == {}
+
+
+def test_a_kernel_that_starts_early_waits_before_it_reads(tmp_path: Path) -> None:
+    """Parts that a kernel reads while another one may still write them: not before the wait, nor as constants."""
+    output = tmp_path / "kernels.ptx"
+    compile(ROOT / "csrc" / "cuda" / "conv2d_channel_grad.cu", ("compute_90",), output, "-ptx")
+    kernels = "staged_sums", "direct_sums", "general_sums", "add_parts"
+    pattern = rf"\.entry \w*?({'|'.join(kernels)})I.*?\{{\n(.*?)\n\}}"
+    entries = re.findall(pattern, output.read_text(), re.DOTALL)
+    assert {name for name, _ in entries} == {*kernels}
+    for name, body in entries:
+        if name == "add_parts":
+            before, after = body.split("griddepcontrol.wait")
+            assert "ld.global" not in before and "ld.global" in after and "ld.global.nc" not in after
+        else:
+            assert "griddepcontrol.launch_dependents" in body
 
 
 _SPILLED = """

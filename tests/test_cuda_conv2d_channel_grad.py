@@ -74,8 +74,8 @@ def depthwise(
 @pytest.mark.parametrize("stride", (1, 2))
 @pytest.mark.parametrize("kernel", (1, 3, 5, 7))
 def test_sizes(kernel: int, stride: int, cuda_device: str) -> None:
-    """Rows of the output that registers hold all of, or in parts of 8, 7, 4, 2 and 1; groups with more outputs than
-    are multiplied together."""
+    """Rows of the output that registers hold all of, or in parts of 7, 4, 2 and 1; groups with more outputs than are
+    multiplied together."""
     for size in ((7, 7), (14, 14), (13, 20), (29, 5), (8, 9), (1, 1), (2, 40)):
         check(depthwise(size, kernel, stride), torch.float32, cuda_device, ("contiguous", "channels_last"))
     for outputs in (2, 3, 5):
@@ -93,8 +93,9 @@ def test_sizes(kernel: int, stride: int, cuda_device: str) -> None:
         depthwise((70, 113), 5, 1, selected=1),
         depthwise((40, 256), 3, 1, selected=1),
         depthwise((41, 57), 7, 1, selected=1),
+        depthwise((2, 256), 1, 1, selected=1, batch=600),
     ),
-    ids=("images", "stride 2", "strips of 5x5", "widest rows", "strips of 7x7"),
+    ids=("images", "stride 2", "strips of 5x5", "widest rows", "strips of 7x7", "600 parts"),
 )
 def test_several_tiles(case: ConvCase, dtype: torch.dtype, cuda_device: str) -> None:
     """Blocks that copy the next tile while they multiply one, and sums of several blocks."""
@@ -274,18 +275,19 @@ void check(const Conv2dChannelGrad& q, int size, int together) {
   const DirectPlan direct = plan_direct(q, together);
   assert(direct.lanes * direct.columns * direct.slots <= SUM_THREADS && direct.slots >= 1);
   assert(direct.columns * direct.chunks >= q.out_width && direct.columns * (direct.chunks - 1) < q.out_width);
-  assert(direct.item_rows <= DIRECT_ROWS && direct.plane_items * direct.item_rows >= q.out_height);
-  assert(direct.items == q.batch * direct.plane_items && direct.splits >= 1);
+  assert(direct.item_rows <= ITEM_ROWS && direct.plane_items * direct.item_rows >= q.out_height);
+  assert(direct.items == q.batch * direct.plane_items && direct.share % direct.slots == 0);
+  assert(direct.splits * direct.share >= direct.items && (direct.splits - 1) * direct.share < direct.items);
 
   const StagedPlan plan = plan_staged(q, size, together);
   if (plan.planes == 0) return;
   ++staged;
   strips += plan.strips > 1;
   several += plan.planes > 1;
-  assert(plan.columns == q.out_width && plan.columns * plan.slots <= SUM_THREADS && plan.item_rows <= STAGED_ROWS);
+  assert(plan.columns == q.out_width && plan.columns * plan.slots <= SUM_THREADS && plan.item_rows <= ITEM_ROWS);
   assert(MARGIN_VECTORS + plan.planes * (plan.input_vectors + together * plan.grad_vectors) <= STAGE_VECTORS);
   assert((q.kernel[1] - 1) * size <= MARGIN_VECTORS * VECTOR_BYTES);
-  assert(plan.splits >= 1 && plan.splits <= plan.tiles);
+  assert(plan.splits * plan.share >= plan.tiles && (plan.splits - 1) * plan.share < plan.tiles);
   for (uint64_t i = 0; i < STAGE_VECTORS; ++i) {
     assert(i * plan.input_inverse >> 32 == i / plan.input_vectors);
     assert(i * plan.grad_inverse >> 32 == i / plan.grad_vectors);

@@ -6,16 +6,17 @@
 // 70 an output pixel in float32, 35 in half precision. So a 3x3 kernel is bound by memory if the rest is kept from
 // costing much more than its 9 multiply-adds, 5x5 (25) is at the border in half precision, and 7x7 (49) beyond it
 // there. Hence:
-// * A thread has a column, and up to eight rows of grad_output in registers; each element of the input that it loads is
+// * A thread has a column, and up to seven rows of grad_output in registers; each element of the input that it loads is
 //   multiplied by all of those rows that it meets: (rows + k - 1) * k + rows loads for rows * k * k products.
 // * Elements come from shared memory. Planes of 7x7 and 14x14 begin anywhere in a sector and have rows of 14 to 56
-// bytes,
-//   so they are copied there as flat runs, by aligned 16-byte vectors which contain them: no vector with a byte of a
-//   tensor in it leaves the page, or torch's allocation, and what else it brings is not looked at. Copies of the next
-//   tile are in flight, without a register, while a tile is multiplied.
+//   bytes, so they are copied there as flat runs, by aligned 16-byte vectors which contain them: no vector with a byte
+//   of a tensor in it leaves the page, or torch's allocation, and what else it brings is not looked at. Copies of the
+//   next tile are in flight, without a register, while a tile is multiplied.
 // * Columns outside of the map are multiplied too, and their sums dropped in the end: a thread has one column for good.
 // * Memory formats without dense planes are read directly; the first-level cache serves what neighbours share. In
-//   channels_last, adjacent threads have adjacent selected channels.
+//   channels_last, adjacent threads have adjacent selected channels. What keeps the DRAM busy there is that a thread
+//   starts all loads of its rows, 34 of a 3x3 kernel, before it waits for the first: an element of grad_output costs a
+//   sector of 32 bytes, and each load that waits for another one costs most of a microsecond.
 // Sums of a block go to a partial buffer, and a second kernel adds them in a fixed order.
 #include "conv2d_channel_grad.h"
 
@@ -41,39 +42,49 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // ---- kernels ------------------------------------------------------------------------------------------------
 
-// The first plane of grad_output that the selected channel j belongs to.
-__device__ int64_t first_output(const Conv2dChannelGrad& q, const int64_t* channels, int64_t j) {
-  const int64_t channel = channels[j];
+// The first plane of grad_output that a channel belongs to.
+__device__ int64_t first_output(const Conv2dChannelGrad& q, int64_t channel) {
   assert(0 <= channel && channel < q.in_channels && "conv2d_channel_grad: an index in channels is out of range");
   return static_cast<uint32_t>(channel) / static_cast<uint32_t>(q.in_per_group) * q.outputs;
 }
 
 // Adds up `sums` of the threads that are equal modulo `lanes`, a power of two up to 32, in a fixed order, and hands
 // them to store(index, lane, sum). All threads of the block call it; nobody else uses `scratch` by then.
-constexpr int SUMS_TOGETHER = 8;
-template <int COUNT, class Sum, class Store>
-__device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes, Sum (*scratch)[SUMS_TOGETHER][32],
-                                            const Store& store) {
+constexpr int SUMS_TOGETHER = 9;
+template <int COUNT, int MOST_WARPS, class Sum, class Store>
+__device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes,
+                                            Sum (&scratch)[MOST_WARPS][SUMS_TOGETHER][32], const Store& store) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int base = 0; base < COUNT; base += SUMS_TOGETHER) {
-    __syncthreads();
+    Sum of_warp[SUMS_TOGETHER];
+    const int count = min(SUMS_TOGETHER, COUNT - base);
 #pragma unroll
-    for (int i = 0; i < SUMS_TOGETHER && base + i < COUNT; ++i) {
-      Sum sum = sums[base + i];
-      for (int apart = 16; apart >= lanes; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
-      if (lane < lanes) scratch[warp][i][lane] = sum;
+    for (int i = 0; i < count; ++i) of_warp[i] = sums[base + i];
+    for (int apart = 16; apart >= lanes; apart /= 2) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) of_warp[i] += __shfl_xor_sync(ALL_LANES, of_warp[i], apart);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < min(SUMS_TOGETHER, COUNT - base) * lanes; i += blockDim.x) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      if (lane < lanes) scratch[warp][i][lane] = of_warp[i];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * lanes; i += blockDim.x) {
       Sum sum = scratch[0][i / lanes][i % lanes];
-      for (int w = 1; w < warps; ++w) sum += scratch[w][i / lanes][i % lanes];
+#pragma unroll
+      for (int w = 1; w < MOST_WARPS; ++w) {
+        if (w < warps) sum += scratch[w][i / lanes][i % lanes];
+      }
       store(base + i / lanes, i % lanes, sum);
     }
   }
 }
 
-// Rows of grad_output, from `row` on, times the rows of the input that they meet, of which `top` is the first.
+// Rows of grad_output, from `row` on, times the rows of the input that they meet, of which `top` is the first. Nothing
+// here branches, so that all loads can be on their way before the first product: a row of the padding is another one's
+// address and zeros.
 template <int K, int S, int ROWS, int OUTPUTS, class Planes>
 __device__ __forceinline__ void multiply_rows(const Planes& planes, int row, int top, int height,
                                               float (&sums)[OUTPUTS * K * K]) {
@@ -85,10 +96,16 @@ __device__ __forceinline__ void multiply_rows(const Planes& planes, int row, int
   }
 #pragma unroll
   for (int r = 0; r < (ROWS - 1) * S + K; ++r) {
-    if (static_cast<unsigned>(top + r) >= static_cast<unsigned>(height)) continue;
+    // Each output meets a row of the map, and padding is less than a kernel: these need no look.
+    const bool always = K - 1 <= r && r <= (ROWS - 1) * S;
+    const bool inside = always || static_cast<unsigned>(top + r) < static_cast<unsigned>(height);
+    const int there = always ? top + r : min(max(top + r, 0), height - 1);
     float pixels[K];
 #pragma unroll
-    for (int j = 0; j < K; ++j) pixels[j] = planes.input(top + r, j);
+    for (int j = 0; j < K; ++j) {
+      const float pixel = planes.input(there, j);
+      pixels[j] = inside ? pixel : 0;
+    }
 #pragma unroll
     for (int h = 0; h < ROWS; ++h) {
       const int i = r - h * S;
@@ -102,24 +119,19 @@ __device__ __forceinline__ void multiply_rows(const Planes& planes, int row, int
   }
 }
 
-// Never a row that is not there: it would have to be multiplied by zero, and infinity times zero is NaN.
-template <int K, int S, int MOST_ROWS, int OUTPUTS, class Planes>
+// Never a row of grad_output that is not there: zeros in its place would meet pixels, and infinity times zero is NaN.
+template <int K, int S, int OUTPUTS, class Planes>
 __device__ __forceinline__ void multiply_item(const Planes& planes, int row, int rows, int top, int height,
                                               float (&sums)[OUTPUTS * K * K]) {
-  if (rows == MOST_ROWS) {
-    multiply_rows<K, S, MOST_ROWS, OUTPUTS>(planes, row, top, height, sums);
+  if (rows == ITEM_ROWS) {
+    multiply_rows<K, S, ITEM_ROWS, OUTPUTS>(planes, row, top, height, sums);
     return;
   }
-  if constexpr (MOST_ROWS == 8) {
-    if (rows == 7) {  // of 7, 14 and 28
-      multiply_rows<K, S, 7, OUTPUTS>(planes, row, top, height, sums);
-      return;
-    }
-    if (rows & 4) {
-      multiply_rows<K, S, 4, OUTPUTS>(planes, row, top, height, sums);
-      row += 4;
-      top += 4 * S;
-    }
+  static_assert(ITEM_ROWS <= 8);
+  if (rows & 4) {
+    multiply_rows<K, S, 4, OUTPUTS>(planes, row, top, height, sums);
+    row += 4;
+    top += 4 * S;
   }
   if (rows & 2) {
     multiply_rows<K, S, 2, OUTPUTS>(planes, row, top, height, sums);
@@ -140,8 +152,10 @@ __device__ __forceinline__ void drop_outside(int left, int width, float (&sums)[
   }
 }
 
-// Blocks of a multiprocessor that registers are sought for: what a thread holds are its sums and rows.
-constexpr int resident_blocks(int k, int outputs) { return k == 7 ? 2 : k == 5 || outputs > 1 ? 3 : 4; }
+// Blocks of a multiprocessor that registers are sought for: what a thread holds are its sums and rows, and what has
+// been loaded of the input, which from shared memory is little.
+constexpr int resident_blocks(int k, int outputs) { return k >= 5 ? 2 : outputs > 1 ? 3 : 4; }
+constexpr int resident_direct_blocks(int k) { return k == 7 ? 1 : k == 5 ? 2 : 3; }
 
 // ---- planes through shared memory ---------------------------------------------------------------------------
 
@@ -201,14 +215,16 @@ template <class T, int K, int S, int OUTPUTS>
 __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
     staged_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                 float* __restrict__ partial, const Conv2dChannelGrad q, const StagedPlan plan) {
+  let_next_start();
   // In the end the same memory adds up the threads' sums.
   __shared__ uint4 stages[2][STAGE_VECTORS];
-  static_assert(sizeof(float[SUM_THREADS / 32][SUMS_TOGETHER][32]) <= sizeof(stages));
+  using Scratch = float[SUM_THREADS / 32][SUMS_TOGETHER][32];
+  static_assert(sizeof(Scratch) <= sizeof(stages));
   const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
   const int64_t j = blockIdx.x / passes;
   const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
   input += j * q.input_stride[1];
-  grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1];
+  grad_output += (first_output(q, channels[j]) + output) * q.grad_stride[1];
 
   const int height = static_cast<int>(q.height), width = static_cast<int>(q.width);
   const int out_height = static_cast<int>(q.out_height), out_width = static_cast<int>(q.out_width);
@@ -250,9 +266,8 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
   };
 
   float sums[OUTPUTS * K * K] = {};
-  const auto share = [&](int64_t split) { return static_cast<int>(plan.tiles * split / plan.splits); };
-  const int end = share(blockIdx.y + 1);
-  int index = share(blockIdx.y), current = 0;
+  int index = static_cast<int>(blockIdx.y) * plan.share, current = 0;
+  const int end = min(plan.tiles, index + plan.share);
   copy(index, stages[current]);
   for (; index < end; ++index, current ^= 1) {
     if (index + 1 < end) {
@@ -278,15 +293,15 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
       }
       planes.width = width;
       planes.out_width = out_width;
-      multiply_item<K, S, STAGED_ROWS, OUTPUTS>(planes, row, min(plan.item_rows, tile.last_row - tile.first_row - row),
-                                                (tile.first_row + row) * S - top, height, sums);
+      multiply_item<K, S, OUTPUTS>(planes, row, min(plan.item_rows, tile.last_row - tile.first_row - row),
+                                   (tile.first_row + row) * S - top, height, sums);
     }
     __syncthreads();
   }
   drop_outside<K, OUTPUTS>(left, width, sums);
-  partial += blockIdx.y * q.elements() + (j * outputs + output) * (K * K);
-  add_threads(sums, 1, reinterpret_cast<float (*)[SUMS_TOGETHER][32]>(stages), [&](int i, int, float sum) {
-    if (i < (last_output + 1) * K * K) partial[i] = sum;
+  partial += (j * outputs + output) * (K * K) * gridDim.y + blockIdx.y;
+  add_threads(sums, 1, reinterpret_cast<Scratch&>(stages), [&](int i, int, float sum) {
+    if (i < (last_output + 1) * K * K) partial[static_cast<int64_t>(i) * gridDim.y] = sum;
   });
 }
 
@@ -308,20 +323,24 @@ struct StridedColumn {
 };
 
 template <class T, int K, int S, int OUTPUTS>
-__global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
+__global__ void __launch_bounds__(SUM_THREADS, resident_direct_blocks(K))
     direct_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                 float* __restrict__ partial, const Conv2dChannelGrad q, const DirectPlan plan) {
+  let_next_start();
   __shared__ float scratch[SUM_THREADS / 32][SUMS_TOGETHER][32];
   const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
   const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
   const int64_t first_channel = static_cast<int64_t>(blockIdx.x / passes) * plan.lanes;
-  const int64_t j = first_channel + threadIdx.x % plan.lanes;
+  const int64_t j = first_channel + (threadIdx.x & (plan.lanes - 1));
+  const int64_t channel = channels[min(j, q.selected - 1)];  // on its way while the thread finds its place
   const int position = threadIdx.x / plan.lanes, slot = position / plan.columns;
   const int chunk = blockIdx.y % plan.chunks, split = blockIdx.y / plan.chunks;
   const int column = chunk * plan.columns + position % plan.columns;
   const int height = static_cast<int>(q.height), width = static_cast<int>(q.width);
   const int out_height = static_cast<int>(q.out_height);
   const int top = static_cast<int>(q.padding[0]), left = column * S - static_cast<int>(q.padding[1]);
+
+  const int64_t first_plane = first_output(q, channel);
 
   float sums[OUTPUTS * K * K] = {};
   if (j < q.selected && slot < plan.slots && column < q.out_width) {
@@ -333,42 +352,40 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
       planes.columns[i] = min(max(left + i, 0), width - 1) * static_cast<int>(q.input_stride[3]);
     }
     input += j * q.input_stride[1];
-    grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1] + column * q.grad_stride[3];
-    const auto share = [&](int64_t of) { return static_cast<int>(plan.items * of / plan.splits); };
-    const int end = share(split + 1);
-    for (int item = share(split) + slot; item < end; item += plan.slots) {
+    grad_output += (first_plane + output) * q.grad_stride[1] + column * q.grad_stride[3];
+    const int first = split * plan.share, end = min(plan.items, first + plan.share);
+    for (int item = first + slot; item < end; item += plan.slots) {
       const int image = item / plan.plane_items, row = item % plan.plane_items * plan.item_rows;
       planes.inputs = input + image * q.input_stride[0];
 #pragma unroll
       for (int o = 0; o < OUTPUTS; ++o) {
         planes.grads[o] = grad_output + image * q.grad_stride[0] + min(o, last_output) * q.grad_stride[1];
       }
-      multiply_item<K, S, DIRECT_ROWS, OUTPUTS>(planes, row, min(plan.item_rows, out_height - row), row * S - top,
-                                                height, sums);
+      multiply_item<K, S, OUTPUTS>(planes, row, min(plan.item_rows, out_height - row), row * S - top, height, sums);
     }
     drop_outside<K, OUTPUTS>(left, width, sums);
   }
-  partial += blockIdx.y * q.elements();
   add_threads(sums, plan.lanes, scratch, [&](int i, int lane, float sum) {
     const int64_t channel = first_channel + lane;
     if (channel < q.selected && i < (last_output + 1) * K * K) {
-      partial[(channel * outputs + output) * (K * K) + i] = sum;
+      partial[((channel * outputs + output) * (K * K) + i) * gridDim.y + blockIdx.y] = sum;
     }
   });
 }
 
 // ---- any kernel ---------------------------------------------------------------------------------------------
 
-// A block has a channel and an output: the planes once for every eight taps, after the first time from the caches.
+// A block has a channel and an output: the planes once for every nine taps, after the first time from the caches.
 template <class T, class Sum>
 __global__ void __launch_bounds__(GENERAL_THREADS)
     general_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                  Sum* __restrict__ partial, const Conv2dChannelGrad q, const GeneralPlan plan) {
+  let_next_start();
   __shared__ Sum scratch[GENERAL_THREADS / 32][SUMS_TOGETHER][32];
   const int64_t j = blockIdx.x / q.outputs, output = blockIdx.x % q.outputs;
   input += j * q.input_stride[1];
-  grad_output += (first_output(q, channels, j) + output) * q.grad_stride[1];
-  partial += blockIdx.y * q.elements() + blockIdx.x * q.taps();
+  grad_output += (first_output(q, channels[j]) + output) * q.grad_stride[1];
+  partial += blockIdx.x * q.taps() * gridDim.y + blockIdx.y;
 
   const auto out_width = static_cast<uint32_t>(q.out_width);
   const uint32_t plane = static_cast<uint32_t>(q.out_height) * out_width;
@@ -402,26 +419,37 @@ __global__ void __launch_bounds__(GENERAL_THREADS)
       }
     }
     add_threads(sums, 1, scratch, [&](int i, int, Sum sum) {
-      if (base + i < taps) partial[base + i] = sum;
+      if (base + i < taps) partial[static_cast<int64_t>(base + i) * gridDim.y] = sum;
     });
   }
 }
 
 // ---- the second stage ---------------------------------------------------------------------------------------
 
-// `adders` lanes, a power of two, for each element.
+// A row of threads, up to a warp and a power of two, for each element, whose parts lie side by side. They are not
+// __restrict__: the kernel that writes them may still run when this one starts.
+constexpr int PARTS_TOGETHER = 16;  // loads on their way
 template <class Sum>
-__global__ void add_parts(const Sum* __restrict__ partial, Sum* __restrict__ out, int64_t elements, int parts,
-                          int adders) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * SUM_THREADS + threadIdx.x, element = thread / adders;
+__global__ void add_parts(const Sum* partial, Sum* out, int64_t elements, int parts) {
+  const int64_t element = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int adders = static_cast<int>(blockDim.x);
   Sum sum = 0;
+  wait_for_previous();
   if (element < elements) {
-    for (int part = static_cast<int>(thread % adders); part < parts; part += adders) {
-      sum += partial[part * elements + element];
+    partial += element * parts;
+    for (int part = static_cast<int>(threadIdx.x); part < parts; part += PARTS_TOGETHER * adders) {
+      Sum of_part[PARTS_TOGETHER];
+#pragma unroll
+      for (int i = 0; i < PARTS_TOGETHER; ++i) {
+        const int there = part + i * adders;
+        of_part[i] = there < parts ? partial[there] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < PARTS_TOGETHER; ++i) sum += of_part[i];
     }
   }
   for (int apart = adders / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
-  if (thread % adders == 0 && element < elements) out[element] = sum;
+  if (threadIdx.x == 0 && element < elements) out[element] = sum;
 }
 
 // ---- host ---------------------------------------------------------------------------------------------------
@@ -440,12 +468,13 @@ void in_two_stages(const Call& call, int64_t parts, const First& first) {
   auto* out = static_cast<Sum*>(call.out.mutable_data_ptr());
   if (parts == 1) return first(out);
   const int64_t elements = call.q.elements();
-  const Tensor partial = new_empty(call.out, std::vector<int64_t>{parts, elements}, call.out.scalar_type());
+  const Tensor partial = new_empty(call.out, std::vector<int64_t>{elements, parts}, call.out.scalar_type());
   first(static_cast<Sum*>(partial.mutable_data_ptr()));
-  int adders = 1;
+  unsigned adders = 1;
   while (adders < 32 && adders < parts) adders *= 2;
-  launch(add_parts<Sum>, static_cast<unsigned>(ceil_div(elements * adders, SUM_THREADS)), SUM_THREADS, call.stream,
-         static_cast<const Sum*>(partial.const_data_ptr()), out, elements, parts, adders);
+  const dim3 block(adders, SUM_THREADS / adders);
+  launch_early(add_parts<Sum>, static_cast<unsigned>(ceil_div(elements, block.y)), block, call.stream,
+               static_cast<const Sum*>(partial.const_data_ptr()), out, elements, parts);
 }
 
 constexpr unsigned whole_warps(int threads) { return static_cast<unsigned>((threads + 31) / 32 * 32); }

@@ -39,7 +39,9 @@ constexpr int VECTOR_BYTES = 16;
 constexpr int STAGE_VECTORS = 1024;
 // In front of the first plane: a 7x7 kernel's columns begin up to six floats before a row.
 constexpr int MARGIN_VECTORS = 2;
-constexpr int STAGED_ROWS = 8, DIRECT_ROWS = 4;  // of the output, that a thread multiplies while they are in registers
+// Of the output, that a thread multiplies while they are in registers: maps of 7, 14, 28, 56 and 112 are so many times
+// it.
+constexpr int ITEM_ROWS = 7;
 
 // Kernels of a size and stride known to the compiler: whether they take the problem, with 32-bit offsets in a plane.
 constexpr bool is_usual(const Conv2dChannelGrad& q) {
@@ -67,7 +69,8 @@ struct StagedPlan {
   int planes;                            // of a tile, or 0 where the problem does not fit
   int input_vectors, grad_vectors;       // room of a plane of a tile
   uint32_t input_inverse, grad_inverse;  // 2^32 / vectors, rounded up
-  int tiles, splits;
+  int tiles;
+  int share, splits;  // tiles of a split
 };
 
 // The rows of the input that rows [first, last) of the output meet.
@@ -96,7 +99,7 @@ constexpr StagedPlan plan_staged(const Conv2dChannelGrad& q, int element_size, i
   if (q.out_width > SUM_THREADS) return plan;
   plan.columns = static_cast<int>(q.out_width);
   plan.slots = SUM_THREADS / plan.columns;
-  plan.item_rows = balanced(q.out_height, STAGED_ROWS);
+  plan.item_rows = balanced(q.out_height, ITEM_ROWS);
   const int items = static_cast<int>(ceil_div(q.out_height, plan.item_rows));
   const auto rows_of = [&](int64_t strip_items) { return std::min(strip_items * plan.item_rows, q.out_height); };
   // A run of elements begins and ends anywhere in a vector.
@@ -131,7 +134,9 @@ constexpr StagedPlan plan_staged(const Conv2dChannelGrad& q, int element_size, i
   plan.input_inverse = static_cast<uint32_t>((int64_t{1} << 32) / plan.input_vectors + 1);
   plan.grad_inverse = static_cast<uint32_t>((int64_t{1} << 32) / plan.grad_vectors + 1);
   plan.tiles = static_cast<int>(ceil_div(q.batch, plan.planes) * plan.strips);
-  plan.splits = splits_of(q.selected * ceil_div(q.outputs, together), plan.tiles);
+  const int wanted = splits_of(q.selected * ceil_div(q.outputs, together), plan.tiles);
+  plan.share = static_cast<int>(ceil_div(plan.tiles, wanted));
+  plan.splits = static_cast<int>(ceil_div(plan.tiles, plan.share));
   return plan;
 }
 
@@ -141,8 +146,8 @@ struct DirectPlan {
   int lanes, columns, slots;
   int chunks;  // of the columns of the output
   int item_rows, plane_items;
-  int items;  // of all images
-  int splits;
+  int items;          // of all images
+  int share, splits;  // items of a split
 };
 
 constexpr DirectPlan plan_direct(const Conv2dChannelGrad& q, int together) {
@@ -155,11 +160,13 @@ constexpr DirectPlan plan_direct(const Conv2dChannelGrad& q, int together) {
   plan.columns = balanced(q.out_width, positions);
   plan.chunks = static_cast<int>(ceil_div(q.out_width, plan.columns));
   plan.slots = positions / plan.columns;
-  plan.item_rows = balanced(q.out_height, DIRECT_ROWS);
+  plan.item_rows = balanced(q.out_height, ITEM_ROWS);
   plan.plane_items = static_cast<int>(ceil_div(q.out_height, plan.item_rows));
   plan.items = static_cast<int>(q.batch * plan.plane_items);
   const int64_t blocks = ceil_div(q.selected, plan.lanes) * ceil_div(q.outputs, together) * plan.chunks;
-  plan.splits = splits_of(blocks, ceil_div(plan.items, plan.slots));
+  const int wanted = splits_of(blocks, ceil_div(plan.items, plan.slots));
+  plan.share = static_cast<int>(ceil_div(plan.items, wanted * plan.slots)) * plan.slots;
+  plan.splits = static_cast<int>(ceil_div(plan.items, plan.share));
   return plan;
 }
 

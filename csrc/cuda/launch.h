@@ -42,12 +42,44 @@ inline void check_device_of(const torch::stable::Tensor& first, const torch::sta
 
 // One launch; what goes wrong with it is raised here, what goes wrong in the kernel at a later call.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, unsigned threads, cudaStream_t stream,
-            const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(threads);
+  config.blockDim = block;
   config.stream = stream;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// From compute capability 9 on a kernel can start while the one before it on the stream ends, which hides most of a
+// launch: every block of the one before says that the next may start, and the next waits, before its first look at
+// memory, until the one before has written all of its own.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Of a kernel that calls wait_for_previous(), after one whose blocks call let_next_start().
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
+                  const Arguments&... arguments) {
+  cudaFuncAttributes code{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &early;
+  // Code that was compiled for an older GPU does not wait, on a newer one either.
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
