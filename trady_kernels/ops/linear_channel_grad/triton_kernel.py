@@ -66,6 +66,7 @@ def tile(
     precision: str,
     along_channels: bool,
     aligned: bool,
+    x_aligned: bool = False,
     taps: bool = False,
 ) -> Tile:
     """The tile for numbers of rows and outputs.
@@ -74,7 +75,7 @@ def tile(
         rows, outputs: of results.
         dtype, precision: of the product.
         along_channels: whether lanes go along channels where they load, not along pixels.
-        aligned: whether grad_output is loaded in vectors.
+        aligned, x_aligned: whether grad_output, and channels of the input, are loaded in vectors.
         taps: whether rows are taps, each with a mask of its own.
     """
     sizes = TAP_ROWS if taps else ROWS
@@ -87,6 +88,8 @@ def tile(
     if aligned and along_channels and taps:
         pixels = 64 if half else 16 if largest and precision == "ieee" else 32
         return Tile(block, width, pixels, 3, 4 if half and width < 128 else 2)
+    if aligned and along_channels and half and x_aligned and width == OUTPUTS[-1]:
+        return Tile(block, width, 32, 4, 2)
     if aligned and along_channels:
         pixels = min(128, 8192 // width)
         return Tile(block, width, pixels, 2, 4) if half else Tile(block, width, 2048 // width, 4, 2)
@@ -172,7 +175,7 @@ def product_plan(
     elif aligned_to_vectors(input_selected, 2):
         pixel_vector = vector_length(grad_output, 2, (VECTOR,))
     aligned = pixel_vector * output_vector > 1
-    block = tile(rows, outputs, grad_output.dtype, precision, along_channels, aligned)
+    block = tile(rows, outputs, grad_output.dtype, precision, along_channels, aligned, x_vector > 1)
     row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
     programs = block.programs * multiprocessors
     parts = split(images * pixels, block.pixels, row_tiles * output_tiles, programs)
@@ -422,7 +425,7 @@ def variants(taps: bool = False) -> Iterator[tuple[str, dict[str, Any], Tile]]:
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
             for along_channels, vector, x_vector in vectors:
                 tiles = (
-                    tile(rows, outputs, dtype, precision, along_channels, vector > 1, taps)
+                    tile(rows, outputs, dtype, precision, along_channels, vector > 1, x_vector > 1, taps)
                     for rows, outputs in product(TAP_ROWS if taps else ROWS, OUTPUTS)
                 )
                 for block, with_bias in product(dict.fromkeys(tiles), (False, True)):
