@@ -91,7 +91,7 @@ def tile(
     if aligned and along_channels and half and x_aligned and width == OUTPUTS[-1]:
         return Tile(block, width, 32, 4, 2)
     if aligned and along_channels:
-        pixels = min(128, 8192 // width)
+        pixels = min(64 if largest else 128, 8192 // width)
         return Tile(block, width, pixels, 2, 4) if half else Tile(block, width, 2048 // width, 4, 2)
     width = min(width, 64)
     if aligned and not taps:
