@@ -43,6 +43,7 @@ class Row:
         spill_bytes: that a thread writes to local memory for want of registers, or reads back if those are more.
         local_bytes: of local memory a thread has.
         shared_bytes: of a block.
+        narrow_loads: loads from memory of two bytes or less, which the compiler starts none of ahead.
         failure: why it counts as failed; empty where it does not.
         skipped: why it was not compiled; empty where it was.
     """
@@ -55,6 +56,7 @@ class Row:
     spill_bytes: int = 0
     local_bytes: int = 0
     shared_bytes: int = 0
+    narrow_loads: int = 0
     failure: str = ""
     skipped: str = ""
 
@@ -150,6 +152,7 @@ def measured(configuration: Any, arch: int) -> Row:
         spill_bytes=spilled,
         local_bytes=stack + local,
         shared_bytes=shared,
+        narrow_loads=len(re.findall(r"\bld\.global[.\w]*\.[bus](?:8|16)\b", compiled.asm["ptx"])),
         failure="; ".join(failures),
     )
 

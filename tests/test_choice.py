@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from tolerances import sum_tolerance
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trady_kernels.benchmark.layers import ConvLayer, LinearLayer
 from trady_kernels.benchmark.rows import Setting
@@ -262,6 +264,57 @@ def test_gpu_shipped(dtype: torch.dtype) -> None:
     assert [gpu_choice(k, 32, dtype) for k in (1, 16, 17)] == ["triton", "triton", "aten"]
     assert gpu_choice(40, 12, dtype, kernel=1) == "triton", "12 outputs are the few channels of a product"
     assert gpu_choice(64, 64, dtype, groups=64) == gpu_choice(3, 64, dtype, groups=8) == "cuda"
+
+
+# The packages' own names for these are the functions in them.
+CONV_ATEN, LINEAR_ATEN = (
+    importlib.import_module(f"trady_kernels.ops.{name}_channel_grad.aten") for name in ("conv2d", "linear")
+)
+
+
+class Products(TorchDispatchMode):
+    """Notes how many channels of the input ATen multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.mm.default:
+            self.channels.append(args[0].shape[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("selected", "multiplied"), ((20, 24), (24, 24), (1, 1)))
+def test_gpu_aten_takes_channels_by_eights(
+    selected: int, multiplied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for one channel, which is a product with a vector. On the CPU, which otherwise does not."""
+    for aten in (CONV_ATEN, LINEAR_ATEN):
+        monkeypatch.setattr(aten, "unaligned", lambda tensor, channels: channels % 8 != 0)
+    x, dy = (torch.randn(2, c, 9, 9).to(memory_format=torch.channels_last) for c in (selected, 64))
+    expected = torch.einsum("nchw,nohw->co", x, dy)
+    geometry = (1, 1), (1, 1), (0, 0), (1, 1)
+    with Products() as products:
+        found = (
+            CONV_ATEN.conv2d_channel_grad(x, dy, torch.arange(selected), 64, *geometry, 1)[:, :, 0, 0],
+            LINEAR_ATEN.linear_channel_grad(x.movedim(1, 3), dy.movedim(1, 3)),
+        )
+    for grad in found:
+        torch.testing.assert_close(grad, expected)
+    assert products.channels == [multiplied] * 2
+
+
+def test_gpu_channels_of_half_types_alone_are_aligned() -> None:
+    with FakeTensorMode():
+        for dtype, device, expected in (
+            (torch.bfloat16, "cuda", True),
+            (torch.float16, "cuda", True),
+            (torch.float32, "cuda", False),
+            (torch.bfloat16, "cpu", False),
+        ):
+            tensor = torch.empty(1, dtype=dtype, device=device)
+            assert [LINEAR_ATEN.unaligned(tensor, channels) for channels in (20, 24)] == [expected, False]
 
 
 def test_gpu_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,17 @@ def check(arch: int, folder: Path) -> None:
     kernels = {configuration.kernel.__name__.lstrip("_") for configuration in compile_triton.of_operators()}
     assert {row["kernel"] for row in rows} == kernels
     assert all(row["registers"] > 0 for row in rows if not row["skipped"])
+    vectors = [row for row in rows if loads_vectors(row)]
+    assert {row["kernel"] for row in vectors} == {"multiply", "multiply_taps"}
+    assert [row["constants"] for row in vectors if row["narrow_loads"]] == []
+    assert any(row["narrow_loads"] for row in rows if row["kernel"] == "multiply"), "they are seen"
+
+
+def loads_vectors(row: dict[str, Any]) -> bool:
+    """Whether a product's operands both come several elements at a time."""
+    constants = dict(pair.split("=") for pair in row["constants"].split())
+    along_pixels = row["kernel"] == "multiply" and constants["ALONG_CHANNELS"] == "False"
+    return int(constants.get("X_VECTOR", 1)) > 1 or (along_pixels and constants["VECTOR"] != "1")
 
 
 @pytest.mark.parametrize("arch", (80, 90))

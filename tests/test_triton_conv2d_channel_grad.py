@@ -111,12 +111,14 @@ def test_parts_are_added_in_one_order(
 ) -> None:
     """Many parts, more than the kernel that adds them takes at a time, and the same bits each time."""
     case = ConvCase("", 4, 12, 24, (13, 12), 5, padding=(1, 1), groups=groups)
-    monkeypatch.setattr(sums, "PROGRAMS", 100)
-    monkeypatch.setattr(sums, "LEAST_PIXELS", 16)
-    monkeypatch.setattr(sums, "PARTS", 4)
+    monkeypatch.setattr(sums, "FEW_PIXELS", 16)
+    monkeypatch.setattr(sums, "FEW_PARTS", (2, 32, 4))
+    monkeypatch.setattr(sums, "MANY_PARTS", (4, 16, 8))
+    plan = kernel.plan
+    monkeypatch.setattr(kernel, "plan", lambda *args: plan(*args[:-1], 100))
     args = arguments(case, torch.float32)
-    split = kernel.plan(*LAYOUTS[layout](*args[:2]), 9, groups, False, "ieee", 4).split
-    assert split.parts > sums.PARTS
+    split = kernel.plan(*LAYOUTS[layout](*args[:2]), 9, groups, False, "ieee", 100).split
+    assert split.parts > sums.MANY_PARTS[0]
     first, again = (results(triton_device, layout, args)[0] for _ in range(2))
     Exact(case, args).check(first)
     assert torch.equal(first, again)
@@ -273,11 +275,11 @@ def check_split(case: ConvCase, plan: kernel.Taps) -> None:
     parts, length = plan.split.parts, plan.split.pixels
     assert length % plan.block_pixels == 0
     assert (parts - 1) * length < pixels <= parts * length
-    assert parts == 1 or (
-        length >= sums.LEAST_PIXELS and plan.programs * parts <= sums.PROGRAMS * MULTIPROCESSORS
-    )
-    if pixels // sums.LEAST_PIXELS * plan.programs >= sums.PROGRAMS * MULTIPROCESSORS:
-        assert plan.programs * parts >= 2 * MULTIPROCESSORS
+    programs = kernel.PLANE_PROGRAMS if plan.tile is None else plan.tile.programs
+    wanted = programs * MULTIPROCESSORS
+    assert parts == 1 or plan.programs * parts <= wanted
+    if pixels // plan.block_pixels * plan.programs >= 2 * wanted:
+        assert plan.programs * parts >= wanted // 2
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -287,7 +289,10 @@ def test_plan_of_layers(case: ConvCase, rows: int, layout: str) -> None:
     assert plan.tile is not None and plan.tile.rows == rows
     assert plan.along_channels == (layout == "channels_last")
     # A 7x7 map has no whole number of vectors.
-    assert plan.aligned == (layout == "channels_last" or case.out_size != (7, 7))
+    whole = layout == "contiguous" and case.out_size != (7, 7)
+    assert (plan.pixel_vector, plan.output_vector) == (4 if whole else 1, 8 if plan.along_channels else 1)
+    vectors = plan.along_channels and case.groups == 1
+    assert plan.x_vector == (next(v for v in (8, 4, 1) if case.selected % v == 0) if vectors else 1)
     assert plan.sections == (case.selected if case.groups > 1 else 1)
     check_split(case, plan)
 

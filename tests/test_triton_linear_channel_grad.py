@@ -57,14 +57,13 @@ def test_tiles(rows: int, features: int, outputs: int, dtype: torch.dtype, trito
         assert torch.equal(result(triton_device, x, dy), first)
 
 
-@pytest.mark.parametrize("parts", (1, 5, 9))
+@pytest.mark.parametrize("parts", (1, 3, 5, 9))
 def test_parts(parts: int, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the kernel that adds them takes at a time."""
-    monkeypatch.setattr(kernel, "split", lambda pixels, *_: sums.split(pixels, 32, 1, parts))
-    monkeypatch.setattr(sums, "PROGRAMS", 1)
-    monkeypatch.setattr(sums, "LEAST_PIXELS", 1)
-    monkeypatch.setattr(sums, "PARTS", 4)
-    x, dy = torch.randn(277, 5), torch.randn(277, 12)
+    """Few and many, and more than the kernel that adds them takes at a time."""
+    monkeypatch.setattr(kernel, "split", lambda pixels, block, *_: sums.split(pixels, block, 1, parts))
+    monkeypatch.setattr(sums, "FEW_PARTS", (4, 32, 4))
+    monkeypatch.setattr(sums, "MANY_PARTS", (8, 16, 8))
+    x, dy = torch.randn(1113, 5), torch.randn(1113, 12)
     check(result(triton_device, x, dy), x, dy)
 
 
@@ -103,14 +102,31 @@ def test_plan_of_layers(rows: int, features: int, outputs: int, dtype: torch.dty
     x, dy = (torch.empty(rows, size, dtype=dtype, device="meta").t()[None] for size in (features, outputs))
     plan = kernel.product_plan(x, dy, features, "ieee", 132)
     block, parts, length = plan.tile, plan.split.parts, plan.split.pixels
-    assert plan.along_channels and plan.aligned == (outputs % 4 == 0)
+    vector = 16 // dtype.itemsize
+    assert plan.along_channels and plan.pixel_vector == 1
+    assert plan.output_vector == (vector if outputs % vector == 0 else 1)
+    of_input = next(v for v in (8, 4, 1) if v <= vector and features % v == 0)
+    assert plan.x_vector == (of_input if plan.output_vector > 1 else 1)
     assert block.rows >= min(features, 64) and plan.row_tiles * block.rows >= features
     assert plan.output_tiles * block.outputs >= outputs
     assert length % block.pixels == 0 and (parts - 1) * length < rows <= parts * length
-    programs = plan.row_tiles * plan.output_tiles * parts
-    assert parts == 1 or (length >= sums.LEAST_PIXELS and programs <= sums.PROGRAMS * 132)
-    if rows // sums.LEAST_PIXELS * plan.row_tiles * plan.output_tiles >= sums.PROGRAMS * 132:
-        assert programs >= 2 * 132
+    programs, wanted = plan.row_tiles * plan.output_tiles * parts, block.programs * 132
+    assert parts == 1 or programs <= wanted
+    if rows // block.pixels * plan.row_tiles * plan.output_tiles >= 2 * wanted:
+        assert programs >= wanted // 2
+
+
+def test_few_rows_are_one_part() -> None:
+    """A second launch that adds parts would take longer than they save."""
+    assert [sums.split(rows, 64, 1, 500).parts for rows in (1, 256, 257, 4096)] == [1, 1, 5, 64]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "width"),
+    ((10, 32), (24, 32), (40, 64), (64, 64), (96, 128), (144, 64), (160, 128), (2048, 128)),
+)
+def test_tiles_are_as_wide_as_leaves_few_outputs_idle(outputs: int, width: int) -> None:
+    assert kernel.tile(16, outputs, torch.float16, "ieee", True, True).outputs == width
 
 
 def test_plan_of_planes() -> None:
@@ -118,7 +134,7 @@ def test_plan_of_planes() -> None:
     for pixels, aligned in ((196, True), (49, False)):
         x, dy = (torch.empty(8, size, pixels, device="meta") for size in (5, 64))
         plan = kernel.product_plan(x, dy, 5, "ieee", 132)
-        assert not plan.along_channels and plan.aligned == aligned
+        assert not plan.along_channels and plan.x_vector == 1
         assert (plan.pixel_vector, plan.output_vector) == (4 if aligned else 1, 1)
 
 

@@ -16,18 +16,16 @@ from trady_kernels.ops.triton_configuration import Configuration
 #: Triton's names of the dtypes that are summed in float32.
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-#: Programs that a launch aims at, for each multiprocessor: enough to hide the latency of loads.
-PROGRAMS = 4
-#: Fewer pixels than this take less time than the sum of their part with others.
-LEAST_PIXELS = 256
+#: So many pixels or fewer take less time than the sum of their part with others.
+FEW_PIXELS = 256
 #: Pixels of the whole batch are counted in 32 bits, tails of blocks included.
 MOST_PIXELS = 2**31 - 2**16
 #: Multiprocessors that the interpreter stands for: few, it runs one program after the other.
 INTERPRETED_MULTIPROCESSORS = 2
 
-#: Tile of the kernels that add the parts.
-PARTS, ELEMENTS = 32, 64
-WARPS = 4
+#: Parts and elements that a program adds at a time, and its warps: many parts at once, for a loop over them waits for memory
+#: each time; more elements where parts are few.
+MANY_PARTS, FEW_PARTS = (256, 16, 8), (64, 32, 4)
 STAGES = 2
 
 
@@ -86,19 +84,51 @@ class Split:
     pixels: int
 
 
-def split(pixels: int, block: int, tiles: int, multiprocessors: int) -> Split:
+def split(pixels: int, block: int, tiles: int, programs: int) -> Split:
     """Parts that fill the GPU and are still long.
 
     Args:
         pixels: of the whole batch, at least one.
         block: pixels that a program takes at a time.
         tiles: of results, one program each for every part.
-        multiprocessors: of the GPU.
+        programs: that the whole launch aims at.
     """
-    wanted = max(1, PROGRAMS * multiprocessors // tiles)
-    parts = min(wanted, max(1, pixels // LEAST_PIXELS))
+    parts = 1 if pixels <= FEW_PIXELS else max(1, programs // tiles)
     length = triton.cdiv(pixels, parts * block) * block
     return Split(triton.cdiv(pixels, length), length)
+
+
+def divisor(number: int) -> tuple[int, int]:
+    """What :func:`divide` takes for a division by ``number``, from 1 to 2^31: a factor of 32 bits, and a shift."""
+    shift = (number - 1).bit_length()
+    return -(-(1 << (31 + shift)) // number), shift
+
+
+@triton.jit
+def divide(
+    dividend: tl.tensor,  # int32, not negative
+    factor: tl.tensor,
+    shift: tl.tensor,
+) -> tl.tensor:
+    """A division in a few instructions: the compiler's own takes twenty, for every pixel again.
+
+    Made of operations that keep what the compiler knows of neighbours.
+    """
+    product = dividend.to(tl.uint32).to(tl.uint64) * factor.to(tl.uint32).to(tl.uint64)
+    return (product >> (31 + shift).to(tl.uint64)).to(tl.int32)
+
+
+@triton.jit
+def locate(
+    pixel: tl.tensor,  # of all images
+    image_pixels: tl.tensor,
+    image_factor: tl.tensor,  # of a division by image_pixels / VECTOR
+    image_shift: tl.tensor,
+    VECTOR: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Its image, and its place there; ``VECTOR`` neighbours are of one image."""
+    image = divide(pixel // VECTOR, image_factor, image_shift)
+    return image.to(tl.int64), pixel - image * image_pixels
 
 
 class Sums:
@@ -112,6 +142,7 @@ class Sums:
         with_bias: whether there are two results.
         targets: one for each result, where part ``i`` starts at ``i * step`` elements; after :meth:`cut`.
         step: from a part to the next.
+        output_step, tap_step: from an output, and from a tap, of a channel's gradient to the next; after :meth:`cut`.
     """
 
     def __init__(self, results: tuple[torch.Tensor, ...]) -> None:
@@ -119,10 +150,17 @@ class Sums:
         self.with_bias = len(results) > 1
         self.step = sum(result.numel() for result in results)
 
-    def cut(self, parts: int) -> None:
-        """Make room for as many parts."""
+    def cut(self, parts: int, taps: int = 1) -> None:
+        """Make room for as many parts, in which a channel's outputs lie next to each other, tap after tap.
+
+        Args:
+            parts: how many.
+            taps: of a channel and an output, for programs whose lanes go along outputs; 1 leaves a gradient as it is.
+        """
         self.parts = parts
         self.targets = self.results
+        self.taps, self.outputs = taps, self.results[0].shape[1] if taps > 1 else 1
+        self.output_step, self.tap_step = (1, self.outputs) if parts > 1 else (taps, 1)
         if parts > 1:
             partial = self.results[0].new_empty(parts * self.step)
             starts = [sum(result.numel() for result in self.results[:i]) for i in range(len(self.results))]
@@ -133,16 +171,19 @@ class Sums:
         if self.parts == 1:
             return
         first, last = self.results[0], self.results[-1]
-        _add_parts[(triton.cdiv(self.step, ELEMENTS),)](
+        parts, elements, warps = MANY_PARTS if self.parts > FEW_PARTS[0] else FEW_PARTS
+        _add_parts[(triton.cdiv(self.step, elements),)](
             self.targets[0],
             first,
             last,
             first.numel(),
             self.step,
             self.parts,
-            PARTS=PARTS,
-            ELEMENTS=ELEMENTS,
-            num_warps=WARPS,
+            self.outputs,
+            self.taps,
+            PARTS=parts,
+            ELEMENTS=elements,
+            num_warps=warps,
             num_stages=STAGES,
         )
 
@@ -160,23 +201,25 @@ class Squares(Sums):
         self.length = length
         self.step = squares.numel() * length
 
-    def cut(self, parts: int) -> None:
+    def cut(self, parts: int, taps: int = 1) -> None:
         """Make room for as many parts."""
         self.parts = parts
+        self.output_step, self.tap_step = 1, self.length // taps
         self.targets = (self.results[0].new_empty(parts * self.step),)
 
     def add(self) -> None:
         """Add the parts, then the squares of each row, always in the same order."""
         (squares,) = self.results
+        parts, elements, warps = FEW_PARTS
         _add_squares[(squares.numel(),)](
             self.targets[0],
             squares,
             self.length,
             self.step,
             self.parts,
-            PARTS=PARTS,
-            ELEMENTS=ELEMENTS,
-            num_warps=WARPS,
+            PARTS=parts,
+            ELEMENTS=elements,
+            num_warps=warps,
             num_stages=STAGES,
         )
 
@@ -208,14 +251,16 @@ def _add_squares(
     tl.store(squares + row, tl.sum(squared))
 
 
-@triton.jit(do_not_specialize=["first_count", "count", "parts"])
+@triton.jit(do_not_specialize=["first_count", "count", "parts", "outputs", "taps"])
 def _add_parts(
-    partial: tl.tensor,  # (parts, count)
-    first: tl.tensor,  # (first_count,)
+    partial: tl.tensor,  # (parts, count), of which first_count elements are (channels, taps, outputs)
+    first: tl.tensor,  # (channels, outputs, taps)
     last: tl.tensor,  # (count - first_count,)
     first_count: tl.int64,
     count: tl.int64,
     parts: tl.int32,
+    outputs: tl.int32,
+    taps: tl.int32,
     PARTS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ) -> None:
@@ -230,12 +275,14 @@ def _add_parts(
             other=0.0,
         )
     value = tl.sum(total, axis=0)
-    tl.store(first + element, value, mask=element < first_count)
+    output, tap = element % outputs, element // outputs % taps
+    place = element // (outputs * taps) * (outputs * taps) + output * taps + tap
+    tl.store(first + place, value, mask=element < first_count)
     tl.store(last + (element - first_count), value, mask=inside & (element >= first_count))
 
 
 def configurations() -> list[Configuration]:
-    """The one variant of each kernel that adds parts."""
+    """Every variant of the kernels that add parts."""
     signature = {
         "partial": "*fp32",
         "first": "*fp32",
@@ -243,10 +290,15 @@ def configurations() -> list[Configuration]:
         "first_count": "i64",
         "count": "i64",
         "parts": "i32",
+        "outputs": "i32",
+        "taps": "i32",
     }
     of_squares = {"partial": "*fp32", "squares": "*fp32", "length": "i64", "count": "i64", "parts": "i32"}
-    constexprs = {"PARTS": PARTS, "ELEMENTS": ELEMENTS}
     return [
-        Configuration(_add_parts, signature, constexprs, WARPS, STAGES),
-        Configuration(_add_squares, of_squares, constexprs, WARPS, STAGES),
+        Configuration(kernel, types, {"PARTS": parts, "ELEMENTS": elements}, warps, STAGES)
+        for kernel, types, (parts, elements, warps) in (
+            (_add_parts, signature, MANY_PARTS),
+            (_add_parts, signature, FEW_PARTS),
+            (_add_squares, of_squares, FEW_PARTS),
+        )
     ]

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trady_kernels.ops.linear_channel_grad.aten import unaligned
 from trady_kernels.ops.squares import SQUARED_ROWS
-
-_HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def conv2d_channel_grad(
@@ -30,11 +29,11 @@ def conv2d_channel_grad(
     accumulate = torch.promote_types(input_selected.dtype, torch.float32)
     if k == 0 or grad_output.numel() == 0:
         return grad_output.new_zeros((k, out_per_group, *kernel_size), dtype=accumulate)
-    if groups == 1 and tuple(kernel_size) == (1, 1):
-        return _of_points(input_selected, grad_output, stride, padding).to(accumulate)
-    if groups == 1 and input_selected.is_cuda and input_selected.dtype in _HALF_TYPES and k % 8:
-        # cuDNN's matrix units take channels of the half types by eights, and slower kernels anything else.
+    points = groups == 1 and tuple(kernel_size) == (1, 1)
+    if groups == 1 and unaligned(input_selected, k) and not (points and k == 1):
         input_selected = F.pad(input_selected, (0, 0, 0, 0, 0, -k % 8))
+    if points:
+        return _of_points(input_selected, grad_output, stride, padding)[:k].to(accumulate)
     if groups > 1:
         outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
         outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()

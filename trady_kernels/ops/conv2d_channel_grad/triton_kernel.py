@@ -12,6 +12,7 @@ import triton.language as tl
 
 from trady_kernels.ops.linear_channel_grad.triton_kernel import (
     VECTOR,
+    VECTOR_BYTES,
     WARPS,
     Tile,
     aligned_to_vectors,
@@ -20,6 +21,8 @@ from trady_kernels.ops.linear_channel_grad.triton_kernel import (
     strided,
     tile,
     variants,
+    vector_length,
+    x_vectors,
 )
 from trady_kernels.ops.squares import SQUARED_ROWS
 from trady_kernels.ops.triton_configuration import Configuration
@@ -30,6 +33,9 @@ from trady_kernels.ops.triton_sums import (
     Sums,
     check,
     conv_precision,
+    divide,
+    divisor,
+    locate,
     multiprocessors,
     split,
 )
@@ -41,6 +47,8 @@ TAPS, LANES = 16, 128
 #: Channels of such a tile, where they are adjacent in memory.
 CHANNELS = 16
 PLANE_STAGES = 1
+#: Programs without a matrix product that a launch aims at, for each multiprocessor.
+PLANE_PROGRAMS = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Taps:
         row_tiles, output_tiles: blocks along the two sides of a section.
         split: of the pixels.
         along_channels: whether lanes go along channels where they load, not along pixels.
-        aligned: whether ``VECTOR`` neighbours of grad_output can be loaded at a time.
+        pixel_vector, output_vector: pixels, and outputs, of one access to grad_output.
+        x_vector: channels of one access to the input.
     """
 
     tile: Tile | None
@@ -62,7 +71,9 @@ class Taps:
     output_tiles: int
     split: Split
     along_channels: bool
-    aligned: bool
+    pixel_vector: int = 1
+    output_vector: int = 1
+    x_vector: int = 1
 
     @property
     def programs(self) -> int:
@@ -75,16 +86,6 @@ class Taps:
         if self.tile is not None:
             return self.tile.pixels
         return LANES // CHANNELS if self.along_channels else LANES
-
-    @property
-    def pixel_vector(self) -> int:
-        """Pixels of one access to grad_output."""
-        return VECTOR if self.aligned and not self.along_channels else 1
-
-    @property
-    def output_vector(self) -> int:
-        """Outputs of one access to grad_output."""
-        return VECTOR if self.aligned and self.along_channels else 1
 
 
 def plan(
@@ -106,18 +107,26 @@ def plan(
         along_channels = k * outputs >= CHANNELS // 2 and (adjacent or pixels <= LANES // 4)
         channels = CHANNELS if along_channels else 1
         sections, tap_tiles = triton.cdiv(k * outputs, channels), triton.cdiv(taps, TAPS)
-        parts = split(pixels, LANES // channels, sections * tap_tiles, multiprocessors)
-        return Taps(None, sections, tap_tiles, 1, parts, along_channels, False)
+        programs = PLANE_PROGRAMS * multiprocessors
+        parts = split(pixels, LANES // channels, sections * tap_tiles, programs)
+        return Taps(None, sections, tap_tiles, 1, parts, along_channels)
+    vector = VECTOR_BYTES // grad_output.element_size()
     # Every group's outputs start with a whole vector. Others than these are rare: they do without lanes along channels.
-    along_channels = along_channels and outputs % VECTOR == 0 and aligned_to_vectors(grad_output, 1)
-    aligned = along_channels or (
-        planes_are_dense(grad_output) and aligned_to_vectors(grad_output.flatten(2), 2)
-    )
+    along_channels = along_channels and outputs % vector == 0 and aligned_to_vectors(grad_output, 1, vector)
+    output_vector, x_vector, pixel_vector = 1, 1, 1
+    if along_channels:
+        output_vector = vector
+        x_vector = vector_length(input_selected, 1, x_vectors(grad_output.dtype)) if groups == 1 else 1
+    elif planes_are_dense(grad_output):
+        pixel_vector = vector_length(grad_output.flatten(2), 2, (VECTOR,))
     sections, rows = (1, k * taps + with_bias) if groups == 1 else (k, taps)
-    block = tile(rows, grad_output.dtype, precision, aligned, taps=True)
+    aligned = pixel_vector * output_vector > 1
+    block = tile(rows, outputs, grad_output.dtype, precision, along_channels, aligned, taps=True)
     row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
-    parts = split(pixels, block.pixels, sections * row_tiles * output_tiles, multiprocessors)
-    return Taps(block, sections, row_tiles, output_tiles, parts, along_channels, aligned)
+    programs = block.programs * multiprocessors
+    parts = split(pixels, block.pixels, sections * row_tiles * output_tiles, programs)
+    vectors = pixel_vector, output_vector, x_vector
+    return Taps(block, sections, row_tiles, output_tiles, parts, along_channels, *vectors)
 
 
 def planes_are_dense(tensor: torch.Tensor) -> bool:
@@ -135,7 +144,11 @@ _CONVOLUTION = {
     "in_channels": "i32",
     "pixels": "i32",
     "image_pixels": "i32",
+    "image_factor": "i64",
+    "image_shift": "i32",
     "out_width": "i32",
+    "width_factor": "i64",
+    "width_shift": "i32",
     "height": "i32",
     "width": "i32",
     "stride_height": "i32",
@@ -156,7 +169,13 @@ _CONVOLUTION = {
     "part_blocks": "i32",
     "step": "i64",
 }
-_SECTIONS = {"section_channels": "i32", "row_tiles": "i32", "section_tiles": "i32", "ones_row": "i32"}
+_SECTIONS = {
+    "section_channels": "i32",
+    "row_tiles": "i32",
+    "section_tiles": "i32",
+    "output_step": "i32",
+    "tap_step": "i32",
+}
 _PLANES = {"pairs": "i32", "tap_tiles": "i32"}
 #: A coordinate that is outside of every image, and so is the sum of two.
 OUTSIDE = tl.constexpr(2**30)
@@ -173,7 +192,7 @@ def _multiply_taps(
     input_selected: tl.tensor,
     grad_output: tl.tensor,
     channels: tl.tensor,
-    grad: tl.tensor,  # (k, outputs, taps), contiguous, one every `step` elements
+    grad: tl.tensor,  # (k, outputs, taps), outputs and taps at strides of their own, one every `step` elements
     bias: tl.tensor,  # (outputs,), likewise
     taps: tl.int32,
     kernel_width: tl.int32,
@@ -182,7 +201,11 @@ def _multiply_taps(
     in_channels: tl.int32,
     pixels: tl.int32,  # of all images
     image_pixels: tl.int32,
+    image_factor: tl.int64,  # of a division by this
+    image_shift: tl.int32,
     out_width: tl.int32,
+    width_factor: tl.int64,  # of one by out_width
+    width_shift: tl.int32,
     height: tl.int32,
     width: tl.int32,
     stride_height: tl.int32,
@@ -205,10 +228,13 @@ def _multiply_taps(
     section_channels: tl.int32,  # all of them, or with groups one
     row_tiles: tl.int32,
     section_tiles: tl.int32,
-    ones_row: tl.int32,  # row of the bias; none where it is negative
+    output_step: tl.int32,
+    tap_step: tl.int32,
     PRECISION: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
     ALONG_CHANNELS: tl.constexpr,
     VECTOR: tl.constexpr,
+    X_VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -227,17 +253,20 @@ def _multiply_taps(
 
     # A row is a tap of a channel. Neighbours go along what is adjacent in memory.
     row = program % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    section_channels = section_channels * X_VECTOR
+    x_row = x_row * X_VECTOR
+    x_column = x_column * X_VECTOR
     rows = section_channels * taps
     if ALONG_CHANNELS:
         channel, tap = row % section_channels, row // section_channels
     else:
         channel, tap = row // taps, row % taps
-    channel += section
+    channel += section * X_VECTOR  # of several sections only one by one
     tap_y = tap // kernel_width * dilation_height
     tap_x = tap % kernel_width * dilation_width
     x_rows = (
         input_selected
-        + channel.to(tl.int64) * x_channel
+        + strided(channel, x_channel, 1, X_VECTOR)
         + tap_y.to(tl.int64) * x_row
         + tap_x.to(tl.int64) * x_column
     )
@@ -254,14 +283,18 @@ def _multiply_taps(
         + strided(output, dy_channel, PIXEL_VECTOR, OUTPUT_VECTOR)
     )
 
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+    # Many outputs are the better first side of a product on the tensor cores.
+    if ALONG_CHANNELS:
+        total = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), tl.float32)
+    else:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     begin = part * part_blocks * BLOCK_PIXELS
     for start in range(begin, tl.minimum(begin + part_blocks * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
         pixel = start + tl.arange(0, BLOCK_PIXELS)
         in_pixels = pixel < pixels
-        image = (pixel // image_pixels).to(tl.int64)
-        place = pixel % image_pixels
-        y, x = place // out_width, place % out_width
+        image, place = locate(pixel, image_pixels, image_factor, image_shift, PIXEL_VECTOR)
+        y = divide(place, width_factor, width_shift)
+        x = place - y * out_width
         dy_pixels = image * (dy_image * PIXEL_VECTOR * OUTPUT_VECTOR)
         if PIXEL_VECTOR > 1:
             dy_pixels += place
@@ -271,7 +304,7 @@ def _multiply_taps(
             )
         y = y * stride_height - padding_height
         x = x * stride_width - padding_width
-        x_pixels = image * x_image + y.to(tl.int64) * x_row + x.to(tl.int64) * x_column
+        x_pixels = image * (x_image * X_VECTOR) + y.to(tl.int64) * x_row + x.to(tl.int64) * x_column
         y = tl.where(in_pixels, y, OUTSIDE)
         if ALONG_CHANNELS:
             meets = _within(y[:, None] + tap_y[None, :], height) & _within(x[:, None] + tap_x[None, :], width)
@@ -283,19 +316,26 @@ def _multiply_taps(
             values = tl.load(x_rows[:, None] + x_pixels[None, :], mask=meets, other=0.0)
             dy_mask = in_outputs[:, None] & in_pixels[None, :]
             dy = tl.load(dy_outputs[:, None] + dy_pixels[None, :], mask=dy_mask, other=0.0).T
-        values = operand(values, row == ones_row)
-        total = tl.dot(values, dy.to(values.dtype), total, input_precision=PRECISION)
+        values = operand(values, row == rows, WITH_BIAS)
+        if ALONG_CHANNELS:
+            total = tl.dot(dy.to(values.dtype).T, values.T, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(values, dy.to(values.dtype), total, input_precision=PRECISION)
+    if ALONG_CHANNELS:
+        total = total.T
 
     # An index out of range would be a read beyond grad_output: it is not made, and shows.
     total = tl.where(known, total, float("nan"))
     start = part.to(tl.int64) * step
-    place = (channel.to(tl.int64)[:, None] * outputs + output[None, :]) * taps + tap[:, None]
+    place = channel.to(tl.int64) * (outputs * taps) + tap * tap_step
+    place = place[:, None] + output[None, :] * output_step
     tl.store(grad + start + place, total, mask=(row < rows)[:, None] & in_outputs[None, :])
-    tl.store(
-        bias + start + tl.zeros_like(row)[:, None] + output[None, :],
-        total,
-        mask=(row == ones_row)[:, None] & in_outputs[None, :],
-    )
+    if WITH_BIAS:  # the row behind the last one
+        tl.store(
+            bias + start + tl.zeros_like(row)[:, None] + output[None, :],
+            total,
+            mask=(row == rows)[:, None] & in_outputs[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=[*_CONVOLUTION, *_PLANES])
@@ -311,7 +351,11 @@ def _add_planes(
     in_channels: tl.int32,
     pixels: tl.int32,  # of all images
     image_pixels: tl.int32,
+    image_factor: tl.int64,  # of a division by this
+    image_shift: tl.int32,
     out_width: tl.int32,
+    width_factor: tl.int64,  # of one by out_width
+    width_shift: tl.int32,
     height: tl.int32,
     width: tl.int32,
     stride_height: tl.int32,
@@ -362,9 +406,9 @@ def _add_planes(
     for start in range(begin, tl.minimum(begin + part_blocks * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
         pixel = start + lane // CHANNELS
         inside = in_pairs & (pixel < pixels)
-        image = (pixel // image_pixels).to(tl.int64)
-        place = pixel % image_pixels
-        y, x = place // out_width, place % out_width
+        image, place = locate(pixel, image_pixels, image_factor, image_shift, 1)
+        y = divide(place, width_factor, width_shift)
+        x = place - y * out_width
         dy_pixels = image * dy_image + y.to(tl.int64) * dy_row + x.to(tl.int64) * dy_column
         dy = tl.load(dy_lanes + dy_pixels, mask=inside, other=0.0).to(tl.float32)
         y = y * stride_height - padding_height
@@ -412,8 +456,9 @@ def _sum_taps(
         precision,
         multiprocessors(grad_output.device),
     )
-    by_pixel, by_output = launch.pixel_vector, launch.output_vector
-    sums.cut(launch.split.parts)
+    by_pixel, by_output, by_channel = launch.pixel_vector, launch.output_vector, launch.x_vector
+    sums.cut(launch.split.parts, taps if launch.tile is not None else 1)
+    x_image, x_channel, x_row, x_column = input_selected.stride()
     dy_image, dy_channel, dy_row, dy_column = grad_output.stride()
     integers = (
         taps,
@@ -423,11 +468,16 @@ def _sum_taps(
         in_channels,
         grad_output.shape[0] * out_height * out_width // by_pixel,
         out_height * out_width // by_pixel,
+        *divisor(out_height * out_width // by_pixel),
         out_width,
+        *divisor(out_width),
         *input_selected.shape[2:],
         *pairs,
         channels.stride(0),
-        *input_selected.stride(),
+        x_image // by_channel,
+        x_channel,
+        x_row // by_channel,
+        x_column // by_channel,
         dy_image // (by_pixel * by_output),
         dy_channel // by_pixel,
         dy_row // by_output,
@@ -457,13 +507,16 @@ def _sum_taps(
             sums.targets[0],
             sums.targets[-1],
             *integers,
-            section_channels,
+            section_channels // by_channel,
             launch.row_tiles,
             launch.row_tiles * launch.output_tiles,
-            k * taps if sums.with_bias else -1,
+            sums.output_step,
+            sums.tap_step,
             PRECISION=precision,
+            WITH_BIAS=sums.with_bias,
             ALONG_CHANNELS=launch.along_channels,
             VECTOR=by_pixel * by_output,
+            X_VECTOR=by_channel,
             BLOCK_ROWS=launch.tile.rows,
             BLOCK_OUTPUTS=launch.tile.outputs,
             BLOCK_PIXELS=launch.tile.pixels,
@@ -568,19 +621,12 @@ def configurations() -> list[Configuration]:
             Configuration(
                 _multiply_taps,
                 {**tensors(name), "bias": "*fp32", **_CONVOLUTION, **_SECTIONS},
-                {
-                    "PRECISION": precision,
-                    "ALONG_CHANNELS": along_channels,
-                    "VECTOR": VECTOR if aligned else 1,
-                    "BLOCK_ROWS": block.rows,
-                    "BLOCK_OUTPUTS": block.outputs,
-                    "BLOCK_PIXELS": block.pixels,
-                },
+                constants,
                 WARPS,
                 block.stages,
             )
-            for name, precision, aligned, block in variants(taps=True)
-            for along_channels in ((False, True) if aligned else (False,))
+            for name, constants, block in variants(taps=True)
+            if constants["VECTOR"] > 1 or not constants["ALONG_CHANNELS"]
         ),
         *(
             Configuration(

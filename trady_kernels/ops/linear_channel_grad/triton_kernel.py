@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -18,18 +20,22 @@ from trady_kernels.ops.triton_sums import (
     Squares,
     Sums,
     check,
+    divisor,
+    locate,
     matmul_precision,
     multiprocessors,
     split,
 )
 from trady_kernels.ops.triton_sums import configurations as configurations_of_sums
 
-#: Rows of a tile of results: channels, times taps in a convolution of larger kernels. Few channels are the rule.
-ROWS = (16, 32, 64)
-#: Outputs of a tile.
-OUTPUTS = 64
-#: Neighbouring elements that one access of 16 bytes, or 8 of a half type, takes.
+#: Rows of a tile of results: channels, or taps of channels in a convolution of larger kernels. Few channels are the rule.
+ROWS, TAP_ROWS = (16, 64), (16, 32, 64)
+#: Outputs of a tile: grad_output, by far the larger operand, is read once for each tile of rows.
+OUTPUTS = (32, 64, 128)
+#: Pixels that one access takes: a map of 14x14 is no multiple of more.
 VECTOR = 4
+#: Bytes of outputs, and the most of channels of the input, that one access takes.
+VECTOR_BYTES = 16
 WARPS = 4
 
 INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
@@ -43,37 +49,79 @@ class Tile:
         rows, outputs: of results.
         pixels: that are loaded and multiplied at a time.
         stages: of the pipeline of loads.
+        programs: that a launch aims at, for each multiprocessor.
     """
 
     rows: int
     outputs: int
     pixels: int
     stages: int
+    programs: int
 
 
-def tile(rows: int, dtype: torch.dtype, precision: str, aligned: bool, taps: bool = False) -> Tile:
-    """The tile for a number of rows.
+def tile(
+    rows: int,
+    outputs: int,
+    dtype: torch.dtype,
+    precision: str,
+    along_channels: bool,
+    aligned: bool,
+    x_aligned: bool = False,
+    taps: bool = False,
+) -> Tile:
+    """The tile for numbers of rows and outputs.
 
     Args:
-        rows: of results.
+        rows, outputs: of results.
         dtype, precision: of the product.
-        aligned: whether grad_output is loaded ``VECTOR`` elements at a time.
+        along_channels: whether lanes go along channels where they load, not along pixels.
+        aligned, x_aligned: whether grad_output, and channels of the input, are loaded in vectors.
         taps: whether rows are taps, each with a mask of its own.
     """
-    block = next((block for block in ROWS if block >= rows), ROWS[-1])
-    # As many pixels and stages as registers hold, by what the compiler says for every GPU from Ampere to Blackwell.
-    smallest, largest = block == ROWS[0], block == ROWS[-1]
-    if dtype != torch.float32:
-        # Elements of two bytes that are loaded one by one go through registers, all pixels of a block together.
-        # The largest tile's channels always are, where lanes go along them.
+    sizes = TAP_ROWS if taps else ROWS
+    block = next((block for block in sizes if block >= rows), sizes[-1])
+    smallest, largest = block == sizes[0], block == sizes[-1]
+    half, width = dtype != torch.float32, _width(outputs)
+    if not half and (taps or largest):
+        width = min(width, 64)  # what registers hold
+    # The vectorised ones are those that an H200 was fastest with: what they have in flight together counts, hardly their shape.
+    if aligned and along_channels and taps:
+        pixels = 64 if half else 16 if largest and precision == "ieee" else 32
+        return Tile(block, width, pixels, 3, 4 if half and width < 128 else 2)
+    if aligned and along_channels and half and x_aligned and width == OUTPUTS[-1]:
+        return Tile(block, width, 32, 4, 2)
+    if aligned and along_channels:
+        pixels = min(64 if largest else 128, 8192 // width)
+        return Tile(block, width, pixels, 2, 4) if half else Tile(block, width, 2048 // width, 4, 2)
+    width = min(width, 64)
+    if aligned and not taps:
+        return Tile(block, width, 64, 3, 128 // width)
+    # Elements that are loaded one by one go through registers, all pixels of a block together; so do the operands of a
+    # product without tensor cores. As many pixels and stages as registers hold.
+    if half:
         middle = not smallest and not largest
-        return Tile(block, OUTPUTS, 64, 3) if aligned and middle else Tile(block, OUTPUTS, 32, 4)
+        return Tile(block, 64, 64, 3, 4) if aligned and middle else Tile(block, 64, 32, 4, 4)
     if precision == "ieee":
-        # So do the operands of a product without tensor cores.
-        return Tile(block, OUTPUTS, 16, 2 if aligned else 3) if largest else Tile(block, OUTPUTS, 32, 3)
+        return Tile(block, 64, 16, 2 if aligned else 3, 4) if largest else Tile(block, 64, 32, 3, 4)
     if largest and taps:
-        return Tile(block, OUTPUTS, 16, 4)
-    return Tile(block, OUTPUTS, 32, 2 if smallest and not aligned else 3)
+        return Tile(block, 64, 16, 4, 4)
+    return Tile(block, 64, 32, 2 if smallest and not aligned else 3, 4)
+
+
+def _width(outputs: int) -> int:
+    """The largest number of outputs of a tile that leaves few lanes idle."""
+    used = {width: outputs / (triton.cdiv(outputs, width) * width) for width in OUTPUTS}
+    return max(OUTPUTS, key=lambda width: (min(used[width], 0.6), width))
+
+
+def x_vectors(dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of channels of the input, more than one, that an access may take."""
+    return tuple(length for length in (8, 4) if length * dtype.itemsize <= VECTOR_BYTES)
+
+
+def vector_length(tensor: torch.Tensor, adjacent: int, lengths: Iterable[int]) -> int:
+    """The first of ``lengths`` by which ``tensor`` can be loaded along dimension ``adjacent``, or 1."""
+    return next((length for length in lengths if aligned_to_vectors(tensor, adjacent, length)), 1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +133,8 @@ class Product:
         row_tiles, output_tiles: blocks along the results' two sides.
         split: of the pixels.
         along_channels: whether lanes go along channels where they load, not along pixels.
-        aligned: whether neighbouring elements can be loaded ``VECTOR`` at a time.
+        pixel_vector, output_vector: pixels, and outputs, of one access.
+        x_vector: channels of one access to the input.
     """
 
     tile: Tile
@@ -93,28 +142,20 @@ class Product:
     output_tiles: int
     split: Split
     along_channels: bool
-    aligned: bool
-
-    @property
-    def pixel_vector(self) -> int:
-        """Pixels of one access."""
-        return VECTOR if self.aligned and not self.along_channels else 1
-
-    @property
-    def output_vector(self) -> int:
-        """Outputs of one access."""
-        return VECTOR if self.aligned and self.along_channels else 1
+    pixel_vector: int
+    output_vector: int
+    x_vector: int
 
 
-def aligned_to_vectors(tensor: torch.Tensor, adjacent: int) -> bool:
-    """Whether ``VECTOR`` elements next to each other along dimension ``adjacent`` always lie on a multiple of as many.
+def aligned_to_vectors(tensor: torch.Tensor, adjacent: int, vector: int = VECTOR) -> bool:
+    """Whether ``vector`` elements next to each other along dimension ``adjacent`` always lie on a multiple of as many.
 
     Dimensions that follow each other in memory without a gap count as one.
     """
-    if tensor.stride(adjacent) != 1 or tensor.data_ptr() % (VECTOR * tensor.element_size()):
+    if tensor.stride(adjacent) != 1 or tensor.data_ptr() % (vector * tensor.element_size()):
         return False
     others = (d for d in range(tensor.dim()) if d != adjacent and tensor.shape[d] > 1)
-    return tensor.shape[adjacent] % VECTOR == 0 and all(tensor.stride(d) % VECTOR == 0 for d in others)
+    return tensor.shape[adjacent] % vector == 0 and all(tensor.stride(d) % vector == 0 for d in others)
 
 
 def product_plan(
@@ -127,14 +168,20 @@ def product_plan(
     """The launch for one matrix product."""
     images, outputs, pixels = grad_output.shape
     along_channels = grad_output.stride(1) == 1
+    pixel_vector = output_vector = x_vector = 1
     if along_channels:
-        aligned = aligned_to_vectors(grad_output, 1)
-    else:
-        aligned = aligned_to_vectors(grad_output, 2) and aligned_to_vectors(input_selected, 2)
-    block = tile(rows, grad_output.dtype, precision, aligned)
+        output_vector = vector_length(grad_output, 1, (VECTOR_BYTES // grad_output.element_size(),))
+        x_vector = vector_length(input_selected, 1, x_vectors(grad_output.dtype)) if output_vector > 1 else 1
+    elif aligned_to_vectors(input_selected, 2):
+        pixel_vector = vector_length(grad_output, 2, (VECTOR,))
+    aligned = pixel_vector * output_vector > 1
+    block = tile(rows, outputs, grad_output.dtype, precision, along_channels, aligned, x_vector > 1)
     row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
-    parts = split(images * pixels, block.pixels, row_tiles * output_tiles, multiprocessors)
-    return Product(block, row_tiles, output_tiles, parts, along_channels, aligned)
+    programs = block.programs * multiprocessors
+    parts = split(images * pixels, block.pixels, row_tiles * output_tiles, programs)
+    return Product(
+        block, row_tiles, output_tiles, parts, along_channels, pixel_vector, output_vector, x_vector
+    )
 
 
 @triton.jit
@@ -151,11 +198,14 @@ def strided(
 def operand(
     x: tl.tensor,  # (rows, pixels)
     ones: tl.tensor,  # (rows,)
+    WITH_BIAS: tl.constexpr,
 ) -> tl.tensor:
-    """``x`` with ones in the rows where ``ones`` is true."""
+    """``x`` with ones in the rows where ``ones`` is true, if there is a bias; it then goes through registers."""
     if INTERPRETED and x.dtype == tl.bfloat16:  # it takes products of bfloat16 for those of integers
         x = x.to(tl.float32)
-    return tl.where(ones[:, None], 1.0, x).to(x.dtype)
+    if WITH_BIAS:
+        x = tl.where(ones[:, None], 1.0, x).to(x.dtype)
+    return x
 
 
 _INTEGERS = {
@@ -163,9 +213,10 @@ _INTEGERS = {
     "outputs": "i32",
     "pixels": "i32",
     "image_pixels": "i32",
+    "image_factor": "i64",
+    "image_shift": "i32",
     "part_blocks": "i32",
     "row_tiles": "i32",
-    "ones_row": "i32",
     "x_image": "i64",
     "x_channel": "i64",
     "x_pixel": "i64",
@@ -186,9 +237,10 @@ def _multiply(
     outputs: tl.int32,
     pixels: tl.int32,  # of all images
     image_pixels: tl.int32,
+    image_factor: tl.int64,  # of a division by this
+    image_shift: tl.int32,
     part_blocks: tl.int32,
     row_tiles: tl.int32,
-    ones_row: tl.int32,  # row of the bias; none where it is negative
     x_image: tl.int64,
     x_channel: tl.int64,
     x_pixel: tl.int64,
@@ -197,34 +249,44 @@ def _multiply(
     dy_pixel: tl.int64,
     step: tl.int64,
     PRECISION: tl.constexpr,
+    WITH_BIAS: tl.constexpr,
     ALONG_CHANNELS: tl.constexpr,
     VECTOR: tl.constexpr,
+    X_VECTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
 ) -> None:
     PIXEL_VECTOR: tl.constexpr = 1 if ALONG_CHANNELS else VECTOR
     OUTPUT_VECTOR: tl.constexpr = VECTOR if ALONG_CHANNELS else 1
+    # Many outputs are the better first side of a product on the tensor cores. Those of float32 take no operand there from
+    # shared memory in which its pixels are not adjacent.
+    OUTPUTS_FIRST: tl.constexpr = ALONG_CHANNELS and input_selected.dtype.element_ty != tl.float32
     # Multiplied by a constant here, so that the compiler knows which accesses are aligned and whole.
     pixels = pixels * PIXEL_VECTOR
     image_pixels = image_pixels * PIXEL_VECTOR
     outputs = outputs * OUTPUT_VECTOR
+    rows = rows * X_VECTOR
     # Tiles of the same pixels run next to each other: what they share they find in the cache.
     program = tl.program_id(0)
     part = tl.program_id(1)
     row = program % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     output = program // row_tiles * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     in_rows, in_outputs = row < rows, output < outputs
-    x_rows = input_selected + row.to(tl.int64) * (x_channel * PIXEL_VECTOR)
+    x_rows = input_selected + strided(row, x_channel, PIXEL_VECTOR, X_VECTOR)
     dy_outputs = grad_output + strided(output, dy_channel, PIXEL_VECTOR, OUTPUT_VECTOR)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
+    if OUTPUTS_FIRST:
+        total = tl.zeros((BLOCK_OUTPUTS, BLOCK_ROWS), tl.float32)
+    else:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     begin = part * part_blocks * BLOCK_PIXELS
     for start in range(begin, tl.minimum(begin + part_blocks * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
         pixel = start + tl.arange(0, BLOCK_PIXELS)
         in_pixels = pixel < pixels
-        image = (pixel // image_pixels).to(tl.int64)
-        place = pixel % image_pixels
-        x_pixels = image * (x_image * PIXEL_VECTOR) + strided(place, x_pixel, 1, PIXEL_VECTOR)
+        image, place = locate(pixel, image_pixels, image_factor, image_shift, PIXEL_VECTOR)
+        x_pixels = image * (x_image * PIXEL_VECTOR * X_VECTOR) + strided(
+            place, x_pixel, X_VECTOR, PIXEL_VECTOR
+        )
         dy_pixels = image * (dy_image * PIXEL_VECTOR * OUTPUT_VECTOR) + strided(
             place, dy_pixel, OUTPUT_VECTOR, PIXEL_VECTOR
         )
@@ -236,16 +298,22 @@ def _multiply(
             x_mask, dy_mask = in_rows[:, None] & in_pixels[None, :], in_outputs[:, None] & in_pixels[None, :]
             x = tl.load(x_rows[:, None] + x_pixels[None, :], mask=x_mask, other=0.0)
             dy = tl.load(dy_outputs[:, None] + dy_pixels[None, :], mask=dy_mask, other=0.0).T
-        x = operand(x, row == ones_row)
-        total = tl.dot(x, dy.to(x.dtype), total, input_precision=PRECISION)
+        x = operand(x, row == rows, WITH_BIAS)
+        if OUTPUTS_FIRST:
+            total = tl.dot(dy.to(x.dtype).T, x.T, total, input_precision=PRECISION)
+        else:
+            total = tl.dot(x, dy.to(x.dtype), total, input_precision=PRECISION)
+    if OUTPUTS_FIRST:
+        total = total.T
     start = part.to(tl.int64) * step
     place = row.to(tl.int64)[:, None] * outputs + output[None, :]
     tl.store(grad + start + place, total, mask=in_rows[:, None] & in_outputs[None, :])
-    tl.store(
-        bias + start + tl.zeros_like(row)[:, None] + output[None, :],
-        total,
-        mask=(row == ones_row)[:, None] & in_outputs[None, :],
-    )
+    if WITH_BIAS:  # the row behind the last one
+        tl.store(
+            bias + start + tl.zeros_like(row)[:, None] + output[None, :],
+            total,
+            mask=(row == rows)[:, None] & in_outputs[None, :],
+        )
 
 
 def multiply(
@@ -267,7 +335,7 @@ def multiply(
     with torch.cuda.device_of(grad_output):
         plan = product_plan(input_selected, grad_output, rows, precision, multiprocessors(grad_output.device))
         sums.cut(plan.split.parts)
-        by_pixel, by_output = plan.pixel_vector, plan.output_vector
+        by_pixel, by_output, by_channel = plan.pixel_vector, plan.output_vector, plan.x_vector
         x_image, x_channel, x_pixel = input_selected.stride()
         dy_image, dy_channel, dy_pixel = grad_output.stride()
         _multiply[plan.row_tiles * plan.output_tiles, plan.split.parts](
@@ -275,23 +343,25 @@ def multiply(
             grad_output,
             sums.targets[0],
             sums.targets[-1],
-            k,
+            k // by_channel,
             outputs // by_output,
             images * pixels // by_pixel,
             pixels // by_pixel,
+            *divisor(pixels // by_pixel),
             plan.split.pixels // plan.tile.pixels,
             plan.row_tiles,
-            k if sums.with_bias else -1,
-            x_image // by_pixel,
+            x_image // (by_pixel * by_channel),
             x_channel // by_pixel,
-            x_pixel,
+            x_pixel // by_channel,
             dy_image // (by_pixel * by_output),
             dy_channel // by_pixel,
             dy_pixel // by_output,
             sums.step,
             PRECISION=precision,
+            WITH_BIAS=sums.with_bias,
             ALONG_CHANNELS=plan.along_channels,
             VECTOR=by_pixel * by_output,
+            X_VECTOR=by_channel,
             BLOCK_ROWS=plan.tile.rows,
             BLOCK_OUTPUTS=plan.tile.outputs,
             BLOCK_PIXELS=plan.tile.pixels,
@@ -344,13 +414,32 @@ def linear_channel_grad_squares(
     return squares
 
 
-def variants(taps: bool = False) -> Iterator[tuple[str, str, bool, Tile]]:
-    """Type, precision, whether aligned, and tile of every product, for :func:`configurations`."""
+def variants(taps: bool = False) -> Iterator[tuple[str, dict[str, Any], Tile]]:
+    """Type, constants and tile of every product, for :func:`configurations`."""
     for dtype, name in TYPES.items():
+        along_outputs = VECTOR_BYTES // dtype.itemsize
+        vectors = [(False, 1, 1), (False, VECTOR, 1), (True, 1, 1)]
+        vectors += [(True, along_outputs, x) for x in (1, *x_vectors(dtype))]
+        if dtype == torch.float16:  # bfloat16's code but for the instruction that multiplies
+            vectors = vectors[:1]
         for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-            for aligned in (False, True):
-                for rows in ROWS:
-                    yield name, precision, aligned, tile(rows, dtype, precision, aligned, taps)
+            for along_channels, vector, x_vector in vectors:
+                tiles = (
+                    tile(rows, outputs, dtype, precision, along_channels, vector > 1, x_vector > 1, taps)
+                    for rows, outputs in product(TAP_ROWS if taps else ROWS, OUTPUTS)
+                )
+                for block, with_bias in product(dict.fromkeys(tiles), (False, True)):
+                    constants = {
+                        "PRECISION": precision,
+                        "WITH_BIAS": with_bias,
+                        "ALONG_CHANNELS": along_channels,
+                        "VECTOR": vector,
+                        "X_VECTOR": x_vector,
+                        "BLOCK_ROWS": block.rows,
+                        "BLOCK_OUTPUTS": block.outputs,
+                        "BLOCK_PIXELS": block.pixels,
+                    }
+                    yield name, constants, block
 
 
 def configurations() -> list[Configuration]:
@@ -366,19 +455,11 @@ def configurations() -> list[Configuration]:
                     "bias": "*fp32",
                     **_INTEGERS,
                 },
-                {
-                    "PRECISION": precision,
-                    "ALONG_CHANNELS": along_channels,
-                    "VECTOR": VECTOR if aligned else 1,
-                    "BLOCK_ROWS": block.rows,
-                    "BLOCK_OUTPUTS": block.outputs,
-                    "BLOCK_PIXELS": block.pixels,
-                },
+                constants,
                 WARPS,
                 block.stages,
             )
-            for name, precision, aligned, block in variants()
-            for along_channels in (False, True)
+            for name, constants, block in variants()
         ),
         *configurations_of_sums(),
     ]
