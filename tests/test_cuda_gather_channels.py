@@ -125,6 +125,31 @@ def test_strides_that_no_vector_divides(
             check(input, torch.tensor([4, 0, 1]), target)
 
 
+@pytest.mark.parametrize("in_channels", (1, 3, 16, 33, 96, 144, 1000, 2100, 8200))
+def test_rows_of_every_width(in_channels: int, cuda_device: str) -> None:
+    """Many rows a tile, few, and none; one channel of a row to all of them; tiles that end within a vector or a word."""
+    for dtype in (torch.int8, *FLOATING):
+        rows = 2 * max(16384 // (in_channels * dtype.itemsize), 1) + 5
+        values = torch.randint(-100, 100, (rows, in_channels), device=cuda_device).to(dtype)
+        for selected in sorted({1, 2, 5, in_channels // 3, in_channels}):
+            if not 1 <= selected <= in_channels:
+                continue
+            channels = torch.randperm(in_channels)[:selected]
+            check(values, channels)
+            if dtype != torch.int8:
+                check(values, channels, torch.bfloat16)
+                check(values[:7], channels, torch.float64)
+
+
+def test_rows_that_lie_apart_or_at_no_vector(cuda_device: str) -> None:
+    for dtype in FLOATING:
+        wider = torch.randn(70, 41, device=cuda_device).to(dtype)
+        memory = torch.randn(70 * 32 + 1, device=cuda_device).to(dtype)
+        for input in (wider[:, 3:35], memory[1:].view(70, 32), wider[::2], wider.expand(3, 70, 41)[:, 4]):
+            for target in (None, torch.float16, torch.float32):
+                check(input, torch.tensor([31, 0, 7]), target)
+
+
 def test_planes_of_several_steps_a_thread(cuda_device: str) -> None:
     input = torch.randn(1, 3, 699051, device=cuda_device).half()
     check(input, torch.tensor([2, 0]))
@@ -170,7 +195,8 @@ print("went on")
 
 
 @pytest.mark.parametrize(
-    ("index", "layout"), ((5, "contiguous_format"), (-1, "channels_last"), (1 << 40, "contiguous_format"))
+    ("index", "layout"),
+    ((5, "contiguous_format"), (-1, "channels_last"), (5, "channels_last"), (1 << 40, "contiguous_format")),
 )
 def test_index_out_of_range_ends_in_an_assertion(index: int, layout: str, cuda_device: str) -> None:
     done = subprocess.run(

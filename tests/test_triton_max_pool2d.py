@@ -31,7 +31,7 @@ def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def larger_programs(monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:
     """Where they are interpreted: one of many elements takes no longer there than one of few."""
     if triton_device == "cpu":
-        monkeypatch.setattr(kernel, "ELEMENTS", 4096)
+        monkeypatch.setattr(kernel, "LANES", 4096)
 
 
 def check(device: str, case: PoolCase, input: torch.Tensor, grad_layout: str) -> None:
@@ -81,6 +81,41 @@ def test_ties_nan_and_infinities(case: PoolCase, layout: str, triton_device: str
             check(triton_device, case, laid_out(x, layout), layout)
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("window", ((3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 2)), ids=str)
+def test_vectors_of_channels(
+    window: tuple[int, int, int, int], dtype: torch.dtype, triton_device: str
+) -> None:
+    """Taken where all tensors have them: not of channels or strides that no vector divides, nor across formats."""
+    size, stride, padding, dilation = ((number, number) for number in window)
+    whole = kernel.VECTOR_BYTES // dtype.itemsize
+    for channels, layout, grad_layout, vector in (
+        (16, "channels_last", "channels_last", whole),
+        (16, "channels_last", "contiguous", 1),
+        (15, "channels_last", "channels_last", 1),
+        (16, "contiguous", "contiguous", 1),
+    ):
+        case = PoolCase("", (2, channels, 9, 8), size, stride, padding, dilation)
+        input = laid_out(values(case, dtype), layout)
+        assert (
+            kernel._vector(channels, input, laid_out(torch.empty(2, channels, 2, 3), grad_layout)) == vector
+        )
+        check(triton_device, case, input, grad_layout)
+    wider = torch.randn(2, 9, 8, 33).to(dtype).permute(0, 3, 1, 2)
+    for input, vector in ((wider[:, 1:17], 1), (laid_out(wider[:, :32], "channels_last")[:, 16:], whole)):
+        case = PoolCase("", (2, 16, 9, 8), size, stride, padding, dilation)
+        assert kernel._vector(16, input) == vector
+        check(triton_device, case, input, "channels_last")
+    memory = torch.randn(2 * 9 * 8 * 16 + 1).to(dtype)
+    unaligned = memory[1:].view(2, 9, 8, 16).permute(0, 3, 1, 2)
+    check(
+        triton_device,
+        PoolCase("", (2, 16, 9, 8), size, stride, padding, dilation),
+        unaligned,
+        "channels_last",
+    )
+
+
 def test_infinite_gradients_stay_with_their_winners(triton_device: str) -> None:
     """A NaN or an infinity that a window's loser is masked with would be NaN; -0 added to 0 is 0."""
     case = CASES[3]
@@ -97,6 +132,6 @@ def test_infinite_gradients_stay_with_their_winners(triton_device: str) -> None:
 
 @pytest.mark.usefixtures("larger_programs")
 def test_elements_counted_in_64_bits(monkeypatch: pytest.MonkeyPatch, triton_device: str) -> None:
-    monkeypatch.setattr(kernel, "MOST_NARROW_ELEMENTS", 0)
+    monkeypatch.setattr(kernel, "MOST_NARROW_LANES", 0)
     for layout in LAYOUTS:
         check(triton_device, CASES[3], laid_out(values(CASES[3], torch.float32), layout), layout)

@@ -31,59 +31,69 @@ constexpr int VECTORS = 2;
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % sizeof(uint4) == 0; }
 
+template <class T>
+constexpr int64_t ELEMENTS_OF_BLOCK = int64_t{ELEMENT_THREADS} * VECTORS * Vector<T>::LENGTH;
+
 // Blocks of ELEMENT_THREADS for `count` > 0 elements.
 template <class T>
 dim3 blocks_for(int64_t count) {
-  constexpr int64_t elements = int64_t{ELEMENT_THREADS} * VECTORS * Vector<T>::LENGTH;
-  return dim3(static_cast<unsigned>((count + elements - 1) / elements));
+  return dim3(static_cast<unsigned>((count + ELEMENTS_OF_BLOCK<T> - 1) / ELEMENTS_OF_BLOCK<T>));
+}
+
+// Whether all vectors of this block exist and may be loaded as such. Asked once: a test around each load would make it
+// wait for the one before.
+template <class T>
+__device__ bool is_whole(int64_t count, bool aligned) {
+  return aligned && (int64_t{blockIdx.x} + 1) * ELEMENTS_OF_BLOCK<T> <= count;
 }
 
 // First element of this thread's vector number `v`; neighbouring threads have neighbouring vectors.
 template <class T>
 __device__ int64_t first_element(int v) {
-  return ((int64_t{blockIdx.x} * VECTORS + v) * ELEMENT_THREADS + threadIdx.x) * Vector<T>::LENGTH;
+  return int64_t{blockIdx.x} * ELEMENTS_OF_BLOCK<T> + (v * ELEMENT_THREADS + threadIdx.x) * Vector<T>::LENGTH;
 }
 
-// A vector of which `remaining` elements exist, any number; the others are zeros.
-template <class T>
-__device__ Vector<T> load_vector(const T* source, int64_t remaining, bool aligned) {
+// A vector in a whole block, or one of which `remaining` elements exist, any number; the others are zeros.
+template <bool WHOLE, class T>
+__device__ Vector<T> load_vector(const T* source, int64_t remaining) {
   Vector<T> vector;
   uint4 bytes{0, 0, 0, 0};
-  if (aligned && remaining >= Vector<T>::LENGTH) bytes = *reinterpret_cast<const uint4*>(source);
+  if constexpr (WHOLE) bytes = *reinterpret_cast<const uint4*>(source);
   memcpy(&vector, &bytes, sizeof(bytes));
-  if (aligned && remaining >= Vector<T>::LENGTH) return vector;
+  if constexpr (!WHOLE) {
 #pragma unroll
-  for (int i = 0; i < Vector<T>::LENGTH; ++i) {
-    if (i < remaining) vector.element[i] = source[i];
+    for (int i = 0; i < Vector<T>::LENGTH; ++i) {
+      if (i < remaining) vector.element[i] = source[i];
+    }
   }
   return vector;
 }
 
-template <class T>
-__device__ void store_vector(T* target, const Vector<T>& vector, int64_t remaining, bool aligned) {
-  if (aligned && remaining >= Vector<T>::LENGTH) {
+template <bool WHOLE, class T>
+__device__ void store_vector(T* target, const Vector<T>& vector, int64_t remaining) {
+  if constexpr (WHOLE) {
     uint4 bytes;
     memcpy(&bytes, &vector, sizeof(bytes));
     *reinterpret_cast<uint4*>(target) = bytes;
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < Vector<T>::LENGTH; ++i) {
-    if (i < remaining) target[i] = vector.element[i];
+    for (int i = 0; i < Vector<T>::LENGTH; ++i) {
+      if (i < remaining) target[i] = vector.element[i];
+    }
   }
 }
 
-// Bit i of `packed` goes to element `first` + i, for `LENGTH` elements a thread of which `remaining` exist. The whole
-// warp calls it: several threads share a byte where an element is longer than 2.
-template <int LENGTH>
+// Bit i of `packed` goes to element `first` + i, for `LENGTH` elements a thread of which `remaining` exist, or all in a
+// whole block. The whole warp calls it: several threads share a byte where an element is longer than 2.
+template <bool WHOLE, int LENGTH>
 __device__ void store_bits(uint8_t* bits, unsigned packed, int64_t first, int64_t remaining) {
-  if (remaining < LENGTH) packed &= (1u << max(remaining, int64_t{0})) - 1;
+  if (!WHOLE && remaining < LENGTH) packed &= (1u << max(remaining, int64_t{0})) - 1;
 #pragma unroll
   for (int places = LENGTH; places < 8; places *= 2) {
     packed |= __shfl_down_sync(0xffffffffu, packed, places / LENGTH) << places;
   }
-  if (first % 8 != 0 || remaining <= 0) return;
-  if (LENGTH > 8 && remaining > 8) {
+  if (first % 8 != 0 || (!WHOLE && remaining <= 0)) return;
+  if (LENGTH > 8 && (WHOLE || remaining > 8)) {
     *reinterpret_cast<uint16_t*>(bits + first / 8) = static_cast<uint16_t>(packed);
   } else {
     bits[first / 8] = static_cast<uint8_t>(packed);

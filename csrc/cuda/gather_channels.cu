@@ -19,14 +19,25 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int MOST_DIMENSIONS = 8;
-// Several for each multiprocessor of the largest GPUs.
-constexpr int64_t ENOUGH_BLOCKS = 1024;
+// Of planes and of single elements: loads in flight a thread.
+constexpr int STEPS = 4;
+// Of a grid, along x and along y.
+constexpr int64_t MOST_BLOCKS = (int64_t{1} << 31) - 1, MOST_PIECES = 65535;
+// Rows of channels pass through 16 KiB of shared memory a block: eight blocks of a multiprocessor then wait for 128
+// KiB, and its threads all have their place.
+constexpr int TILE_VECTORS = 4;  // a thread
+constexpr int64_t TILE_BYTES = int64_t{THREADS} * TILE_VECTORS * 16;
+constexpr int64_t MOST_SELECTED = 2048;
+// What the GPU's memory gives at once.
+constexpr int64_t FETCHED_BYTES = 64;
 
 // ---- kernels ------------------------------------------------------------------------------------------------
 
+__device__ bool is_channel(int64_t channel, int64_t in_channels) { return 0 <= channel && channel < in_channels; }
+
 __device__ int64_t selected(const int64_t* channels, int64_t j, int64_t in_channels) {
   const int64_t channel = channels[j];
-  assert(0 <= channel && channel < in_channels && "gather_channels: an index in channels is out of range");
+  assert(is_channel(channel, in_channels) && "gather_channels: an index in channels is out of range");
   return channel;
 }
 
@@ -67,7 +78,7 @@ struct Conversion<Run<To, N>, Run<From, N>> {
   }
 };
 
-// Planes whose pixels are adjacent: 2^`log_threads` threads a plane or a piece of it, a `From` a thread and step.
+// Planes whose pixels are adjacent: 2^`log_threads` threads a plane or a piece of it, a few `From` a thread.
 // source: (N, C) planes of `length`, target: (N, k) planes; strides counted in `From`.
 template <class From, class To>
 __global__ void copy_planes(const From* __restrict__ source, To* __restrict__ target,
@@ -77,12 +88,90 @@ __global__ void copy_planes(const From* __restrict__ source, To* __restrict__ ta
   const uint32_t plane = blockIdx.x * (THREADS >> log_threads) + (threadIdx.x >> log_threads);
   if (plane >= planes) return;
   source += plane / k * batch_stride + selected(channels, plane % k, in_channels) * channel_stride;
-  target += plane * length;
-#pragma unroll 4
-  for (int64_t i = int64_t{blockIdx.y} * threads + threadIdx.x % threads; i < length;
-       i += int64_t{gridDim.y} * threads) {
-    target[i] = Conversion<To, From>::of(source[i]);
+  target += int64_t{plane} * length;
+  const int64_t first = int64_t{blockIdx.y} * STEPS * threads + threadIdx.x % threads;
+  From values[STEPS];
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    const int64_t i = first + int64_t{threads} * step;
+    if (i < length) values[step] = source[i];
   }
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    const int64_t i = first + int64_t{threads} * step;
+    if (i < length) target[i] = Conversion<To, From>::of(values[step]);
+  }
+}
+
+// Rows of adjacent channels, `pixels` of them without gaps: a block reads whole rows by vectors, whatever is selected,
+// and picks from shared memory. A thread puts words of 4 bytes together.
+template <class From, class To>
+__global__ void __launch_bounds__(THREADS)
+    pick_from_rows(const From* __restrict__ source, To* __restrict__ target, const int64_t* __restrict__ channels,
+                   int64_t pixels, uint32_t in_channels, uint32_t k, uint32_t tile_pixels) {
+  __shared__ uint4 tile[THREADS * TILE_VECTORS];
+  __shared__ uint16_t places[MOST_SELECTED];
+  constexpr uint32_t TOGETHER = sizeof(To) < 4 ? 4 / sizeof(To) : 1, STRIDE = THREADS * TOGETHER;
+  const int64_t first = int64_t{blockIdx.x} * tile_pixels;
+  const auto rows = static_cast<uint32_t>(min(int64_t{tile_pixels}, pixels - first));
+  const uint32_t elements = rows * in_channels, vectors = elements * sizeof(From) / sizeof(uint4);
+  source += first * in_channels;
+  target += first * k;
+
+  uint4 loaded[TILE_VECTORS];
+#pragma unroll
+  for (uint32_t v = 0; v < TILE_VECTORS; ++v) {
+    const uint32_t i = v * THREADS + threadIdx.x;
+    if (i < vectors) loaded[v] = reinterpret_cast<const uint4*>(source)[i];
+  }
+  bool in_range = true;
+  for (uint32_t j = threadIdx.x; j < k; j += THREADS) {
+    const int64_t channel = channels[j];
+    in_range = in_range && is_channel(channel, in_channels);
+    places[j] = static_cast<uint16_t>(channel);
+  }
+  auto* values = reinterpret_cast<From*>(tile);
+  // The last tile may end within a vector.
+  const uint32_t rest = vectors * (sizeof(uint4) / sizeof(From)) + threadIdx.x;
+  if (rest < elements) values[rest] = source[rest];
+#pragma unroll
+  for (uint32_t v = 0; v < TILE_VECTORS; ++v) {
+    const uint32_t i = v * THREADS + threadIdx.x;
+    if (i < vectors) tile[i] = loaded[v];
+  }
+  // Here, where no registers have to be kept for what comes after it.
+  assert(in_range && "gather_channels: an index in channels is out of range");
+  __syncthreads();
+
+  const uint32_t results = rows * k, whole = results - results % TOGETHER;
+  const uint32_t step_rows = STRIDE / k * in_channels, step = STRIDE % k;
+  uint32_t row = threadIdx.x * TOGETHER / k * in_channels, j = threadIdx.x * TOGETHER % k;
+#pragma unroll 1
+  for (uint32_t i = threadIdx.x * TOGETHER; i < whole; i += STRIDE) {
+    To picked[TOGETHER];
+    uint32_t of_row = row, of_channel = j;
+#pragma unroll
+    for (uint32_t n = 0; n < TOGETHER; ++n) {
+      picked[n] = Conversion<To, From>::of(values[of_row + places[of_channel]]);
+      if (++of_channel == k) {
+        of_channel = 0;
+        of_row += in_channels;
+      }
+    }
+    using Word = std::conditional_t<TOGETHER == 1, To, uint32_t>;
+    Word word;
+    memcpy(&word, picked, sizeof(word));
+    *reinterpret_cast<Word*>(target + i) = word;
+    row += step_rows;
+    j += step;
+    if (j >= k) {
+      j -= k;
+      row += in_channels;
+    }
+  }
+  // The last tile may end within a word.
+  const uint32_t i = whole + threadIdx.x;
+  if (i < results) target[i] = Conversion<To, From>::of(values[i / k * in_channels + places[i % k]]);
 }
 
 // The dimensions of the result, innermost first, with the strides of the input; one of them is the channel's.
@@ -93,22 +182,38 @@ struct Layout {
   int channel;
 };
 
-// Any strides: one element a thread and step, neighbouring threads on neighbouring elements of the result.
-template <class From, class To, class Index>
-__global__ void copy_elements(const From* __restrict__ source, To* __restrict__ target,
-                              const int64_t* __restrict__ channels, int64_t in_channels, Layout layout, Index count) {
-  for (Index i = static_cast<Index>(blockIdx.x) * THREADS + threadIdx.x; i < count;
-       i += static_cast<Index>(gridDim.x) * THREADS) {
-    Index rest = i;
-    int64_t offset = 0;
-    for (int d = 0; d < layout.dimensions; ++d) {
-      const Index size = static_cast<Index>(layout.size[d]);
-      const Index position = rest % size;
-      rest /= size;
-      offset += (d == layout.channel ? selected(channels, position, in_channels) : static_cast<int64_t>(position)) *
-                layout.stride[d];
+// Any strides: a few elements a thread, neighbouring threads on neighbouring elements of the result.
+template <class From, class To, class Index, int STEPS>
+__global__ void __launch_bounds__(THREADS)
+    copy_elements(const From* __restrict__ source, To* __restrict__ target, const int64_t* __restrict__ channels,
+                  int64_t in_channels, Layout layout, Index count) {
+  const Index first = static_cast<Index>(blockIdx.x) * (THREADS * STEPS) + threadIdx.x;
+  if (first >= count) return;
+  Index rest[STEPS];
+  int64_t offset[STEPS] = {};
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    const Index i = first + step * THREADS;
+    rest[step] = i < count ? i : first;
+  }
+  for (int d = 0; d < layout.dimensions; ++d) {
+    const Index size = static_cast<Index>(layout.size[d]);
+    const int64_t stride = layout.stride[d];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      const Index position = rest[step] % size;
+      rest[step] /= size;
+      offset[step] +=
+          (d == layout.channel ? selected(channels, position, in_channels) : static_cast<int64_t>(position)) * stride;
     }
-    target[i] = Conversion<To, From>::of(source[offset]);
+  }
+  From values[STEPS];
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) values[step] = source[offset[step]];
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    const Index i = first + step * THREADS;
+    if (i < count) target[i] = Conversion<To, From>::of(values[step]);
   }
 }
 
@@ -124,12 +229,10 @@ bool copy_planes_by(const Tensor& input, const Tensor& output, const Tensor& cha
   const auto address = reinterpret_cast<uintptr_t>(input.const_data_ptr());
   if (plane_bytes % width || batch_stride % width || channel_stride % width || address % width) return false;
   int log_threads = 3;
-  while ((1 << log_threads) < std::min<int64_t>(length, THREADS)) ++log_threads;
+  while ((1 << log_threads) < THREADS && (STEPS << log_threads) < length) ++log_threads;
   const int64_t threads = 1 << log_threads, blocks = (planes * threads + THREADS - 1) / THREADS;
-  // Four steps a thread once there are blocks enough for every multiprocessor, and never more than the y axis of a grid
-  // holds.
-  const int64_t steps = blocks * length / threads >= 4 * ENOUGH_BLOCKS ? 4 : 1;
-  const int64_t pieces = std::clamp<int64_t>((length + steps * threads - 1) / (steps * threads), 1, 65535);
+  const int64_t pieces = (length + STEPS * threads - 1) / (STEPS * threads);
+  if (pieces > MOST_PIECES) return false;
   launch(copy_planes<From, To>, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(pieces)), THREADS, stream,
          static_cast<const From*>(input.const_data_ptr()), static_cast<To*>(output.mutable_data_ptr()),
          static_cast<const int64_t*>(channels.const_data_ptr()), planes, output.size(1), input.size(1),
@@ -138,21 +241,44 @@ bool copy_planes_by(const Tensor& input, const Tensor& output, const Tensor& cha
 }
 
 template <class From, class To>
+bool pick_from_rows_by(const Tensor& input, const Tensor& output, const Tensor& channels, const Layout& layout,
+                       cudaStream_t stream) {
+  const int64_t in_channels = input.size(1), k = output.size(1), row_bytes = in_channels * int64_t{sizeof(From)};
+  const auto* source = static_cast<const From*>(input.const_data_ptr());
+  if (layout.dimensions != 2 || layout.channel != 0 || layout.stride[0] != 1 || layout.stride[1] != in_channels ||
+      !is_aligned(source) || k > MOST_SELECTED) {
+    return false;
+  }
+  // Of few channels in wide rows the memory gives less one by one.
+  if (row_bytes > 2 * k * FETCHED_BYTES) return false;
+  // Tiles begin with a vector of the input and with a word of the result.
+  int64_t unit = 1;
+  while (unit * row_bytes % int64_t{sizeof(uint4)} || unit * k * int64_t{sizeof(To)} % 4) unit *= 2;
+  const int64_t pixels = layout.size[1], tile_pixels = TILE_BYTES / (unit * row_bytes) * unit;
+  if (tile_pixels == 0 || pixels / tile_pixels >= MOST_BLOCKS) return false;
+  launch(pick_from_rows<From, To>, static_cast<unsigned>((pixels + tile_pixels - 1) / tile_pixels), THREADS, stream,
+         source, static_cast<To*>(output.mutable_data_ptr()), static_cast<const int64_t*>(channels.const_data_ptr()),
+         pixels, in_channels, k, tile_pixels);
+  return true;
+}
+
+template <class From, class To>
 void copy_elements_by(const Tensor& input, const Tensor& output, const Tensor& channels, const Layout& layout,
                       cudaStream_t stream) {
   const int64_t count = output.numel();
-  // Eight elements a thread once the GPU is full many times over.
-  const auto blocks = static_cast<unsigned>(std::clamp<int64_t>((count + THREADS - 1) / THREADS, 1, 1 << 20));
-  const auto* source = static_cast<const From*>(input.const_data_ptr());
-  auto* target = static_cast<To*>(output.mutable_data_ptr());
-  const auto* index = static_cast<const int64_t*>(channels.const_data_ptr());
-  // 32-bit division is several times cheaper; the offsets themselves are always 64 bits.
-  if (count < (int64_t{1} << 31) - (int64_t{THREADS} << 20)) {
-    launch(copy_elements<From, To, uint32_t>, blocks, THREADS, stream, source, target, index, input.size(1), layout,
-           count);
+  const auto run = [&]<class Index, int STEPS>() {
+    const int64_t blocks = (count + THREADS * STEPS - 1) / (THREADS * STEPS);
+    STD_TORCH_CHECK(blocks <= MOST_BLOCKS, "input: got ", count, " selected elements, more than a launch takes");
+    launch(copy_elements<From, To, Index, STEPS>, static_cast<unsigned>(blocks), THREADS, stream,
+           static_cast<const From*>(input.const_data_ptr()), static_cast<To*>(output.mutable_data_ptr()),
+           static_cast<const int64_t*>(channels.const_data_ptr()), input.size(1), layout, count);
+  };
+  // 32-bit division is several times cheaper, and leaves registers for several elements; the offsets themselves are
+  // always 64 bits.
+  if (count < (int64_t{1} << 31) - THREADS * STEPS) {
+    run.template operator()<uint32_t, STEPS>();
   } else {
-    launch(copy_elements<From, To, int64_t>, blocks, THREADS, stream, source, target, index, input.size(1), layout,
-           count);
+    run.template operator()<uint64_t, 1>();
   }
 }
 
@@ -206,6 +332,7 @@ struct Plan {
   template <class From, class To>
   void by_elements() const {
     const Layout layout = layout_of(input, channels.size(0), channels_last);
+    if (pick_from_rows_by<From, To>(input, output, channels, layout, stream)) return;
     copy_elements_by<From, To>(input, output, channels, layout, stream);
   }
 };

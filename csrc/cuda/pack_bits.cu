@@ -21,24 +21,34 @@ __device__ unsigned bits_of(uint32_t bytes) {
   return set * 0x00204081u >> 28;
 }
 
-__global__ void __launch_bounds__(ELEMENT_THREADS)
-    pack_elements(const uint8_t* __restrict__ mask, uint8_t* __restrict__ bits, int64_t count, bool aligned) {
+template <bool WHOLE, int TOGETHER>
+__device__ void pack_vectors(int vector, const uint8_t* __restrict__ mask, uint8_t* __restrict__ bits, int64_t count) {
   constexpr int LENGTH = Vector<uint8_t>::LENGTH;
-  Vector<uint8_t> vectors[VECTORS];
+  Vector<uint8_t> vectors[TOGETHER];
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t first = first_element<uint8_t>(v);
-    vectors[v] = load_vector(mask + first, count - first, aligned);
+  for (int v = 0; v < TOGETHER; ++v) {
+    const int64_t first = first_element<uint8_t>(vector + v);
+    vectors[v] = load_vector<WHOLE>(mask + first, count - first);
   }
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
+  for (int v = 0; v < TOGETHER; ++v) {
     uint32_t words[LENGTH / 4];
     memcpy(words, &vectors[v], sizeof(words));
     unsigned packed = 0;
 #pragma unroll
     for (int w = 0; w < LENGTH / 4; ++w) packed |= bits_of(words[w]) << 4 * w;
-    const int64_t first = first_element<uint8_t>(v);
-    store_bits<LENGTH>(bits, packed, first, count - first);
+    const int64_t first = first_element<uint8_t>(vector + v);
+    store_bits<WHOLE, LENGTH>(bits, packed, first, count - first);
+  }
+}
+
+__global__ void __launch_bounds__(ELEMENT_THREADS)
+    pack_elements(const uint8_t* __restrict__ mask, uint8_t* __restrict__ bits, int64_t count, bool aligned) {
+  if (is_whole<uint8_t>(count, aligned)) {
+    pack_vectors<true, VECTORS>(0, mask, bits, count);
+  } else {
+#pragma unroll 1
+    for (int v = 0; v < VECTORS; ++v) pack_vectors<false, 1>(v, mask, bits, count);
   }
 }
 

@@ -37,20 +37,18 @@ struct Leaky {
   __device__ T output(T x) const { return passes(x) ? x : x * slope; }
 };
 
-// The target may be the source.
-template <class T, class Activation>
-__global__ void __launch_bounds__(ELEMENT_THREADS)
-    rectify_elements(const T* source, T* target, uint8_t* __restrict__ bits, int64_t count, bool aligned,
-                     Activation activation) {
+template <bool WHOLE, int TOGETHER, class T, class Activation>
+__device__ void rectify_vectors(int vector, const T* source, T* target, uint8_t* bits, int64_t count,
+                                const Activation& activation) {
   constexpr int LENGTH = Vector<T>::LENGTH;
-  Vector<T> vectors[VECTORS];
+  Vector<T> vectors[TOGETHER];
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t first = first_element<T>(v);
-    vectors[v] = load_vector(source + first, count - first, aligned);
+  for (int v = 0; v < TOGETHER; ++v) {
+    const int64_t first = first_element<T>(vector + v);
+    vectors[v] = load_vector<WHOLE>(source + first, count - first);
   }
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
+  for (int v = 0; v < TOGETHER; ++v) {
     unsigned packed = 0;
 #pragma unroll
     for (int i = 0; i < LENGTH; ++i) {
@@ -58,9 +56,22 @@ __global__ void __launch_bounds__(ELEMENT_THREADS)
       packed |= static_cast<unsigned>(activation.passes(x)) << i;
       vectors[v].element[i] = static_cast<T>(activation.output(x));
     }
-    const int64_t first = first_element<T>(v);
-    store_vector(target + first, vectors[v], count - first, aligned);
-    store_bits<LENGTH>(bits, packed, first, count - first);
+    const int64_t first = first_element<T>(vector + v);
+    store_vector<WHOLE>(target + first, vectors[v], count - first);
+    store_bits<WHOLE, LENGTH>(bits, packed, first, count - first);
+  }
+}
+
+// The target may be the source.
+template <class T, class Activation>
+__global__ void __launch_bounds__(ELEMENT_THREADS)
+    rectify_elements(const T* source, T* target, uint8_t* __restrict__ bits, int64_t count, bool aligned,
+                     Activation activation) {
+  if (is_whole<T>(count, aligned)) {
+    rectify_vectors<true, VECTORS>(0, source, target, bits, count, activation);
+  } else {
+#pragma unroll 1
+    for (int v = 0; v < VECTORS; ++v) rectify_vectors<false, 1>(v, source, target, bits, count, activation);
   }
 }
 

@@ -14,30 +14,49 @@ namespace trady {
 namespace {
 
 // `on` times the input where the bit is set; elsewhere 0 (`selects_zero`, whatever the input), or `off` times the
-// input. The target may be the source.
+// input.
+template <class T>
+struct Scale {
+  computed_in<T> on, off;
+  bool selects_zero;
+  __device__ T of(T x, bool set) const {
+    const auto product = static_cast<computed_in<T>>(x) * (set ? on : off);
+    return static_cast<T>(set || !selects_zero ? product : computed_in<T>{0});
+  }
+};
+
+template <bool WHOLE, int TOGETHER, class T>
+__device__ void scale_vectors(int vector, const T* source, const uint8_t* __restrict__ bits, T* target, int64_t count,
+                              const Scale<T>& scale) {
+  Vector<T> vectors[TOGETHER];
+  unsigned packed[TOGETHER];
+#pragma unroll
+  for (int v = 0; v < TOGETHER; ++v) {
+    const int64_t first = first_element<T>(vector + v);
+    packed[v] = WHOLE || first < count ? bits[first / 8] >> first % 8 : 0u;
+    vectors[v] = load_vector<WHOLE>(source + first, count - first);
+  }
+#pragma unroll
+  for (int v = 0; v < TOGETHER; ++v) {
+#pragma unroll
+    for (int i = 0; i < Vector<T>::LENGTH; ++i) {
+      vectors[v].element[i] = scale.of(vectors[v].element[i], packed[v] >> i & 1);
+    }
+    const int64_t first = first_element<T>(vector + v);
+    store_vector<WHOLE>(target + first, vectors[v], count - first);
+  }
+}
+
+// The target may be the source.
 template <class T>
 __global__ void __launch_bounds__(ELEMENT_THREADS)
     scale_elements(const T* source, const uint8_t* __restrict__ bits, T* target, int64_t count, bool aligned,
-                   computed_in<T> on, computed_in<T> off, bool selects_zero) {
-  constexpr int LENGTH = Vector<T>::LENGTH;
-  Vector<T> vectors[VECTORS];
-  unsigned packed[VECTORS];
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t first = first_element<T>(v);
-    packed[v] = first < count ? bits[first / 8] >> first % 8 : 0u;
-    vectors[v] = load_vector(source + first, count - first, aligned);
-  }
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-#pragma unroll
-    for (int i = 0; i < LENGTH; ++i) {
-      const bool set = packed[v] >> i & 1;
-      const auto product = static_cast<computed_in<T>>(vectors[v].element[i]) * (set ? on : off);
-      vectors[v].element[i] = static_cast<T>(set || !selects_zero ? product : computed_in<T>{0});
-    }
-    const int64_t first = first_element<T>(v);
-    store_vector(target + first, vectors[v], count - first, aligned);
+                   Scale<T> scale) {
+  if (is_whole<T>(count, aligned)) {
+    scale_vectors<true, VECTORS>(0, source, bits, target, count, scale);
+  } else {
+#pragma unroll 1
+    for (int v = 0; v < VECTORS; ++v) scale_vectors<false, 1>(v, source, bits, target, count, scale);
   }
 }
 
@@ -58,8 +77,8 @@ Tensor scale_by_bits(const Tensor& input, const Tensor& bits, double on, std::op
     auto* to = static_cast<T*>(output.mutable_data_ptr());
     const auto* from = dense ? static_cast<const T*>(input.const_data_ptr()) : to;
     launch(scale_elements<T>, blocks_for<T>(count), ELEMENT_THREADS, device.stream, from,
-           static_cast<const uint8_t*>(bits.const_data_ptr()), to, count, is_aligned(from) && is_aligned(to), on,
-           off.value_or(0), !off);
+           static_cast<const uint8_t*>(bits.const_data_ptr()), to, count, is_aligned(from) && is_aligned(to),
+           Scale<T>{static_cast<computed_in<T>>(on), static_cast<computed_in<T>>(off.value_or(0)), !off});
   });
   return output;
 }

@@ -32,8 +32,9 @@ __global__ void scatter_elements(const Element* __restrict__ rows, Element* __re
     source += output * plan.row_output_stride + j * plan.row_stride;
     const int64_t channel = channels[j];
     assert(0 <= channel && channel < plan.channels && "scatter_channels_: an index in channels is out of range");
-    target += output * plan.output_stride + channel / plan.group_channels * plan.group_stride +
-              channel % plan.group_channels * plan.channel_stride;
+    const Index number = static_cast<Index>(channel), group_channels = static_cast<Index>(plan.group_channels);
+    target += output * plan.output_stride + number / group_channels * plan.group_stride +
+              number % group_channels * plan.channel_stride;
     weight[target] = rows[source];
   }
 }
@@ -47,7 +48,7 @@ void scatter(const Scatter& plan, const Tensor& channels, const Tensor& rows, Te
   auto* to = static_cast<Element*>(weight.mutable_data_ptr());
   const auto* index = static_cast<const int64_t*>(channels.const_data_ptr());
   // 32-bit division is several times cheaper; the offsets themselves are always 64 bits.
-  if (count < (int64_t{1} << 31) - (int64_t{THREADS} << 20)) {
+  if (count < (int64_t{1} << 31) - (int64_t{THREADS} << 20) && plan.channels < int64_t{1} << 32) {
     launch(scatter_elements<Element, uint32_t>, blocks, THREADS, stream, from, to, index, plan, count);
   } else {
     launch(scatter_elements<Element, int64_t>, blocks, THREADS, stream, from, to, index, plan, count);

@@ -1,4 +1,4 @@
-"""``max_pool2d_offsets`` and its backward in Triton: one element of the result a lane."""
+"""``max_pool2d_offsets`` and its backward in Triton: a lane takes 16 bytes of channels, or one element, at a time."""
 
 from __future__ import annotations
 
@@ -12,45 +12,56 @@ from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import pooled_size
 from trady_kernels.ops.triton_configuration import Configuration
 
-#: Elements of one program, one a thread, which loads a whole window.
-ELEMENTS = 128
+#: Lanes of one program, one a thread.
+LANES = 128
 WARPS = 4
 #: No loop is pipelined: its trip count is a handful, and the caches hold what neighbouring windows share.
 STAGES = 1
-#: Elements that are counted in 32 bits; a division in 64 takes several times longer.
-MOST_NARROW_ELEMENTS = 2**31 - ELEMENTS
+#: Lanes that are counted in 32 bits; a division in 64 takes several times longer.
+MOST_NARROW_LANES = 2**31 - LANES
+#: Bytes that a thread loads at once, where the channels allow it.
+VECTOR_BYTES = 16
+#: Size and stride of the square windows whose loops are unrolled in the backward.
+USUAL_WINDOWS = ((2, 2), (3, 2))
 
 
 @triton.jit
 def _place(
-    element: tl.tensor,
+    lane: tl.tensor,
     channels: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
     CHANNELS_LAST: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Image, channel, row and column of an element by its place in memory."""
+    """Image, channel, row and column of a lane, which go through them in the order of memory."""
+    channels, rows, columns = channels.to(lane.dtype), rows.to(lane.dtype), columns.to(lane.dtype)
     if CHANNELS_LAST:
-        channel = element % channels
-        element = element // channels
-    column = element % width
-    element = element // width
-    row = element % height
-    element = element // height
+        channel = lane % channels
+        lane = lane // channels
+    column = lane % columns
+    lane = lane // columns
+    row = lane % rows
+    lane = lane // rows
     if not CHANNELS_LAST:
-        channel = element % channels
-        element = element // channels
-    return element.to(tl.int64), channel.to(tl.int64), row.to(tl.int32), column.to(tl.int32)
+        channel = lane % channels
+        lane = lane // channels
+    return lane.to(tl.int64), channel.to(tl.int64), row.to(tl.int32), column.to(tl.int32)
 
 
 @triton.jit
-def _first_element(ELEMENTS: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    return program * ELEMENTS + tl.arange(0, ELEMENTS)
+def _lanes(LANES: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    # Unsigned, which is quicker to divide.
+    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    return lane.to(tl.uint64 if WIDE else tl.uint32)
 
 
+@triton.jit
+def _vectors(place: tl.tensor, VECTOR: tl.constexpr) -> tl.tensor:
+    """Elements of each lane's vector; multiplied by a constant, so that the compiler knows them to be aligned."""
+    return (place * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
+
+
+#: Channels and strides are counted in vectors.
 _FORWARD_SIZES = [
     "count",
     "channels",
@@ -97,42 +108,93 @@ def _pool(
     dilation_0: tl.int32,
     dilation_1: tl.int32,
     CHANNELS_LAST: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    element = _first_element(ELEMENTS, WIDE)
-    inside = element < count
-    image, channel, row, column = _place(element, channels, pooled_height, pooled_width, CHANNELS_LAST)
-    input += image * batch_stride + channel * channel_stride
+    lane = _lanes(LANES, WIDE)
+    inside = lane < count
+    image, channel, row, column = _place(lane, channels, pooled_height, pooled_width, CHANNELS_LAST)
+    top = row * stride_0 - padding_0
+    left = column * stride_1 - padding_1
+    corner = image * batch_stride + channel * channel_stride
+    corner += top.to(tl.int64) * row_stride + left.to(tl.int64) * column_stride
     # In float32 for the half types, which the interpreter cannot compare.
     DTYPE: tl.constexpr = tl.float64 if output.dtype.element_ty == tl.float64 else tl.float32
-    best = tl.full((ELEMENTS,), float("-inf"), DTYPE)
-    winner = tl.full((ELEMENTS,), -1, tl.int32)
+    best = tl.full((LANES, VECTOR), float("-inf"), DTYPE)
+    winner = tl.full((LANES, VECTOR), -1, tl.int32)
+    first = (
+        tl.full((LANES,), 0, tl.int32) + kernel_height * kernel_width
+    )  # element of the window in the input
+    y = top
     for i in range(kernel_height):
-        y = row * stride_0 - padding_0 + i * dilation_0
-        for j in range(kernel_width):
-            x = column * stride_1 - padding_1 + j * dilation_1
-            held = inside & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            place = y.to(tl.int64) * row_stride + x.to(tl.int64) * column_stride
-            value = tl.load(input + place, mask=held, other=0.0).to(DTYPE)
+        held_0 = inside & (y >= 0) & (y < height)
+        x = left
+        place = corner
+        for j in tl.range(0, kernel_width, loop_unroll_factor=3):
+            held = held_0 & (x >= 0) & (x < width)
+            value = tl.load(input + _vectors(place, VECTOR), mask=held[:, None], other=float("-inf")).to(
+                DTYPE
+            )
             # ATen's rule: the first maximum, and the last NaN.
-            wins = held & ((value > best) | (value != value) | (winner < 0))
+            wins = (value > best) | (value != value)
             best = tl.where(wins, value, best)
             winner = tl.where(wins, i * kernel_width + j, winner)
-    tl.store(output + element, best.to(output.dtype.element_ty), mask=inside)
-    tl.store(offsets + element, winner.to(tl.uint8), mask=inside)
+            first = tl.minimum(first, tl.where(held, i * kernel_width + j, first))
+            x += dilation_1
+            place += dilation_1 * column_stride
+        y += dilation_0
+        corner += dilation_0 * row_stride
+    # Nothing is above -inf: of a window of nothing else the first element is the maximum.
+    winner = tl.where(winner < 0, first[:, None], winner)
+    place = _vectors(lane, VECTOR)
+    tl.store(output + place, best.to(output.dtype.element_ty), mask=inside[:, None])
+    tl.store(offsets + place, winner.to(tl.uint8), mask=inside[:, None])
+
+
+@triton.jit
+def _gradient(
+    grad_output: tl.tensor,
+    offsets: tl.tensor,
+    grad_place: tl.tensor,
+    offsets_place: tl.tensor,
+    held: tl.tensor,
+    element: tl.tensor,
+    DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+) -> tl.tensor:
+    """Gradient of one window a lane where its winner is this element of it, elsewhere and outside the input 0."""
+    winner = tl.load(offsets + _vectors(offsets_place, VECTOR), mask=held[:, None], other=0)
+    gradient = tl.load(grad_output + _vectors(grad_place, VECTOR), mask=held[:, None], other=0.0)
+    return tl.where(winner.to(tl.int32) == element, gradient.to(DTYPE), 0.0)
 
 
 _BACKWARD_SIZES = [
-    *_FORWARD_SIZES[:6],
-    "grad_batch_stride",
-    "grad_channel_stride",
-    "grad_row_stride",
-    "grad_column_stride",
-    *_FORWARD_SIZES[6:],
+    "count",
+    "channels",
+    "height",
+    "width",
+    "pooled_height",
+    "pooled_width",
+    "cell_rows",
+    "cell_columns",
+    "first_cell_0",
+    "first_cell_1",
+    "windows_0",
+    "windows_1",
+    "rest_0",
+    "rest_1",
+    *(
+        f"{tensor}_{dimension}_stride"
+        for tensor in ("grad", "offsets", "input")
+        for dimension in ("batch", "channel", "row", "column")
+    ),
+    *_FORWARD_SIZES[_FORWARD_SIZES.index("kernel_width") :],
 ]
 
 
+# Elements of the input are taken in cells of as many rows and columns as the stride has, one cell a lane: those at the
+# same place of their cells lie at the same places of their windows, so that all lanes go through the same windows.
 @triton.jit(do_not_specialize=_BACKWARD_SIZES)
 def _pool_backward(
     grad_output: tl.tensor,
@@ -144,15 +206,26 @@ def _pool_backward(
     width: tl.int32,
     pooled_height: tl.int32,
     pooled_width: tl.int32,
+    cell_rows: tl.int32,
+    cell_columns: tl.int32,
+    first_cell_0: tl.int32,
+    first_cell_1: tl.int32,
+    windows_0: tl.int32,
+    windows_1: tl.int32,
+    rest_0: tl.int32,
+    rest_1: tl.int32,
     grad_batch_stride: tl.int64,
     grad_channel_stride: tl.int64,
     grad_row_stride: tl.int64,
     grad_column_stride: tl.int64,
-    batch_stride: tl.int64,
-    channel_stride: tl.int64,
-    row_stride: tl.int64,
-    column_stride: tl.int64,
-    kernel_height: tl.int32,
+    offsets_batch_stride: tl.int64,
+    offsets_channel_stride: tl.int64,
+    offsets_row_stride: tl.int64,
+    offsets_column_stride: tl.int64,
+    input_batch_stride: tl.int64,
+    input_channel_stride: tl.int64,
+    input_row_stride: tl.int64,
+    input_column_stride: tl.int64,
     kernel_width: tl.int32,
     stride_0: tl.int32,
     stride_1: tl.int32,
@@ -161,38 +234,118 @@ def _pool_backward(
     dilation_0: tl.int32,
     dilation_1: tl.int32,
     CHANNELS_LAST: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    LANES: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    element = _first_element(ELEMENTS, WIDE)
-    inside = element < count
-    image, channel, row, column = _place(element, channels, height, width, CHANNELS_LAST)
-    grad_output += image * grad_batch_stride + channel * grad_channel_stride
-    offsets += image * batch_stride + channel * channel_stride
+    lane = _lanes(LANES, WIDE)
+    inside = lane < count
+    image, channel, cell_row, cell_column = _place(lane, channels, cell_rows, cell_columns, CHANNELS_LAST)
+    # A cell begins with the first element of the window of its number, in the padding as well.
+    cell_row += first_cell_0
+    cell_column += first_cell_1
+    y, x = cell_row.to(tl.int64), cell_column.to(tl.int64)
+    grad_place = image * grad_batch_stride + channel * grad_channel_stride
+    grad_place += y * grad_row_stride + x * grad_column_stride
+    offsets_place = image * offsets_batch_stride + channel * offsets_channel_stride
+    offsets_place += y * offsets_row_stride + x * offsets_column_stride
+    top = cell_row * stride_0 - padding_0
+    left = cell_column * stride_1 - padding_1
+    input_place = image * input_batch_stride + channel * input_channel_stride
+    input_place += top.to(tl.int64) * input_row_stride + left.to(tl.int64) * input_column_stride
     DTYPE: tl.constexpr = tl.float64 if grad_input.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((ELEMENTS,), DTYPE)
-    reach_0 = (kernel_height - 1) * dilation_0
-    reach_1 = (kernel_width - 1) * dilation_1
-    # The first window that can hold the element, along each axis.
-    first_0 = (tl.maximum(row + padding_0 - reach_0, 0) + stride_0 - 1) // stride_0
-    first_1 = (tl.maximum(column + padding_1 - reach_1, 0) + stride_1 - 1) // stride_1
-    for i in range(reach_0 // stride_0 + 1):
-        pooled_row = first_0 + i
-        down = row + padding_0 - pooled_row * stride_0
-        held_0 = inside & (pooled_row < pooled_height) & (down >= 0) & (down % dilation_0 == 0)
-        for j in range(reach_1 // stride_1 + 1):
-            pooled_column = first_1 + j
-            right = column + padding_1 - pooled_column * stride_1
-            held = held_0 & (pooled_column < pooled_width) & (right >= 0) & (right % dilation_1 == 0)
-            y, x = pooled_row.to(tl.int64), pooled_column.to(tl.int64)
-            winner = tl.load(offsets + y * row_stride + x * column_stride, mask=held, other=0)
-            won = held & (winner.to(tl.int32) == down // dilation_0 * kernel_width + right // dilation_1)
-            gradient = tl.load(
-                grad_output + y * grad_row_stride + x * grad_column_stride, mask=won, other=0.0
-            )
-            # Rounded to the dtype after each window, as ATen does it.
-            total = (total + gradient.to(DTYPE)).to(grad_input.dtype.element_ty).to(DTYPE)
-    tl.store(grad_input + element, total.to(grad_input.dtype.element_ty), mask=inside)
+    if STRIDE > 0:  # a usual window, not dilated: no loop is left
+        WINDOWS: tl.constexpr = (KERNEL - 1) // STRIDE + 1  # that hold an element, along an axis: one or two
+        for row in tl.static_range(STRIDE):
+            for column in tl.static_range(STRIDE):
+                total = tl.zeros((LANES, VECTOR), DTYPE)
+                for up in tl.static_range(WINDOWS - 1, -1, -1):  # windows between the cell's and this one
+                    for back in tl.static_range(WINDOWS - 1, -1, -1):
+                        if row + up * STRIDE < KERNEL and column + back * STRIDE < KERNEL:
+                            held = inside & (cell_row >= up) & (cell_row - up < pooled_height)
+                            held = held & (cell_column >= back) & (cell_column - back < pooled_width)
+                            total += _gradient(
+                                grad_output,
+                                offsets,
+                                grad_place - (up * grad_row_stride + back * grad_column_stride),
+                                offsets_place - (up * offsets_row_stride + back * offsets_column_stride),
+                                held,
+                                (row + up * STRIDE) * KERNEL + column + back * STRIDE,
+                                DTYPE,
+                                VECTOR,
+                            )
+                            # Rounded to the dtype after each window, as ATen does it; a sum of two when it is stored.
+                            if row + STRIDE < KERNEL and column + STRIDE < KERNEL:
+                                total = total.to(grad_input.dtype.element_ty).to(DTYPE)
+                stored = inside & (top + row >= 0) & (top + row < height)
+                stored = stored & (left + column >= 0) & (left + column < width)
+                tl.store(
+                    grad_input
+                    + _vectors(input_place + (row * input_row_stride + column * input_column_stride), VECTOR),
+                    total.to(grad_input.dtype.element_ty),
+                    mask=stored[:, None],
+                )
+    else:
+        for row in range(stride_0):
+            rows = windows_0 + (row <= rest_0).to(tl.int32)
+            stored_0 = inside & (top + row >= 0) & (top + row < height)
+            for column in range(stride_1):
+                columns = windows_1 + (column <= rest_1).to(tl.int32)
+                total = tl.zeros((LANES, VECTOR), DTYPE)
+                for i in range(rows):
+                    up = rows - 1 - i
+                    down = row + up * stride_0
+                    held_0 = inside & (cell_row >= up) & (cell_row - up < pooled_height)
+                    element_row = down.to(tl.uint32) // dilation_0.to(tl.uint32)
+                    held_0 = held_0 & (element_row * dilation_0 == down)
+                    for j in range(columns):
+                        back = columns - 1 - j
+                        right = column + back * stride_1
+                        held = held_0 & (cell_column >= back) & (cell_column - back < pooled_width)
+                        element_column = right.to(tl.uint32) // dilation_1.to(tl.uint32)
+                        held = held & (element_column * dilation_1 == right)
+                        total += _gradient(
+                            grad_output,
+                            offsets,
+                            grad_place - (up * grad_row_stride + back * grad_column_stride),
+                            offsets_place - (up * offsets_row_stride + back * offsets_column_stride),
+                            held,
+                            element_row * kernel_width + element_column,
+                            DTYPE,
+                            VECTOR,
+                        )
+                        total = total.to(grad_input.dtype.element_ty).to(DTYPE)
+                stored = stored_0 & (left + column >= 0) & (left + column < width)
+                tl.store(
+                    grad_input
+                    + _vectors(input_place + (row * input_row_stride + column * input_column_stride), VECTOR),
+                    total.to(grad_input.dtype.element_ty),
+                    mask=stored[:, None],
+                )
+
+
+def _vector(channels: int, *tensors: torch.Tensor) -> int:
+    """Channels that a lane takes at once: 16 bytes of the first tensor, where all have whole vectors of them, else 1."""
+    vector = VECTOR_BYTES // tensors[0].element_size()
+    whole = channels % vector == 0 and all(
+        tensor.stride(1) == 1 and all(tensor.stride(d) % vector == 0 for d in (0, 2, 3)) for tensor in tensors
+    )
+    return vector if whole else 1
+
+
+def _usual(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
+    """Kernel size and stride of a window that the backward has a variant for, otherwise zeros."""
+    window = (kernel_size[0], stride[0])
+    square = kernel_size[0] == kernel_size[1] and stride[0] == stride[1] and max(dilation) == 1
+    return window if square and window in USUAL_WINDOWS else (0, 0)
+
+
+def _strides(tensor: torch.Tensor, vector: int) -> tuple[int, ...]:
+    """In vectors, of which the next one lies next to a vector of channels."""
+    batch, channel, row, column = tensor.stride()
+    return batch // vector, channel, row // vector, column // vector
 
 
 def max_pool2d_offsets(
@@ -215,24 +368,27 @@ def max_pool2d_offsets(
         torch.empty((*input.shape[:2], *sizes), dtype=dtype, device=input.device, memory_format=memory_format)
         for dtype in (input.dtype, torch.uint8)
     )
-    count = output.numel()
-    if count:
+    if output.numel():
+        vector = _vector(input.shape[1], input)
+        count = output.numel() // vector
         with torch.cuda.device_of(input):
-            _pool[(triton.cdiv(count, ELEMENTS),)](
+            _pool[(triton.cdiv(count, LANES),)](
                 input,
                 output,
                 offsets,
                 count,
-                *input.shape[1:],
+                input.shape[1] // vector,
+                *input.shape[2:],
                 *sizes,
-                *input.stride(),
+                *_strides(input, vector),
                 *kernel_size,
                 *stride,
                 *padding,
                 *dilation,
                 CHANNELS_LAST=memory_format is torch.channels_last,
-                ELEMENTS=ELEMENTS,
-                WIDE=count > MOST_NARROW_ELEMENTS,
+                VECTOR=vector,
+                LANES=LANES,
+                WIDE=count > MOST_NARROW_LANES,
                 num_warps=WARPS,
                 num_stages=STAGES,
             )
@@ -256,26 +412,42 @@ def max_pool2d_offsets_backward(
         device=grad_output.device,
         memory_format=memory_format,
     )
-    count = grad_input.numel()
-    if count:
+    if grad_input.numel():
+        vector = _vector(offsets.shape[1], grad_output, offsets, grad_input)
+        channels = offsets.shape[1] // vector
+        first_cells = [padding[axis] // stride[axis] for axis in (0, 1)]
+        cells = [
+            (input_size[axis] - 1 + padding[axis]) // stride[axis] + 1 - first_cells[axis] for axis in (0, 1)
+        ]
+        count = offsets.shape[0] * channels * cells[0] * cells[1]
+        reach = [(kernel_size[axis] - 1) * dilation[axis] for axis in (0, 1)]
+        window = _usual(kernel_size, stride, dilation)
         with torch.cuda.device_of(grad_output):
-            _pool_backward[(triton.cdiv(count, ELEMENTS),)](
+            _pool_backward[(triton.cdiv(count, LANES),)](
                 grad_output,
                 offsets,
                 grad_input,
                 count,
-                offsets.shape[1],
+                channels,
                 *input_size,
                 *offsets.shape[2:],
-                *grad_output.stride(),
-                *offsets.stride(),
-                *kernel_size,
+                *cells,
+                *first_cells,
+                *(reach[axis] // stride[axis] for axis in (0, 1)),
+                *(reach[axis] % stride[axis] for axis in (0, 1)),
+                *_strides(grad_output, vector),
+                *_strides(offsets, vector),
+                *_strides(grad_input, vector),
+                kernel_size[1],
                 *stride,
                 *padding,
                 *dilation,
                 CHANNELS_LAST=memory_format is torch.channels_last,
-                ELEMENTS=ELEMENTS,
-                WIDE=count > MOST_NARROW_ELEMENTS,
+                VECTOR=vector,
+                KERNEL=window[0],
+                STRIDE=window[1],
+                LANES=LANES,
+                WIDE=count > MOST_NARROW_LANES,
                 num_warps=WARPS,
                 num_stages=STAGES,
             )
@@ -289,16 +461,13 @@ def _signature(pointers: dict[str, str], sizes: list[str]) -> dict[str, str]:
 
 def configurations() -> list[Configuration]:
     """Every variant that ``max_pool2d_offsets`` and its backward launch."""
+    sizes = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
     variants = [
-        (element, channels_last, wide)
-        for element in ("fp32", "fp64", "bf16", "fp16")
-        for channels_last in (False, True)
+        (element, {"CHANNELS_LAST": channels_last, "VECTOR": vector}, wide)
+        for element, size in sizes.items()
+        for channels_last, vector in ((False, 1), (True, 1), (True, VECTOR_BYTES // size))
         for wide in ((False, True) if element == "fp32" else (False,))
     ]
-
-    def constants(channels_last: bool, wide: bool) -> dict[str, int]:
-        return {"CHANNELS_LAST": channels_last, "ELEMENTS": ELEMENTS, "WIDE": wide}
-
     return [
         *(
             Configuration(
@@ -306,11 +475,11 @@ def configurations() -> list[Configuration]:
                 _signature(
                     {"input": f"*{element}", "output": f"*{element}", "offsets": "*u8"}, _FORWARD_SIZES
                 ),
-                constants(channels_last, wide),
+                constants | {"LANES": LANES, "WIDE": wide},
                 WARPS,
                 STAGES,
             )
-            for element, channels_last, wide in variants
+            for element, constants, wide in variants
         ),
         *(
             Configuration(
@@ -319,10 +488,11 @@ def configurations() -> list[Configuration]:
                     {"grad_output": f"*{element}", "offsets": "*u8", "grad_input": f"*{element}"},
                     _BACKWARD_SIZES,
                 ),
-                constants(channels_last, wide),
+                constants | {"KERNEL": kernel, "STRIDE": stride, "LANES": LANES, "WIDE": wide},
                 WARPS,
                 STAGES,
             )
-            for element, channels_last, wide in variants
+            for element, constants, wide in variants
+            for kernel, stride in (*USUAL_WINDOWS, (0, 0))
         ),
     ]
