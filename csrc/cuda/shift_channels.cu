@@ -15,42 +15,57 @@ namespace {
 // Which channel the elements of a tensor belong to, in the order of its memory: `inner` neighbours share one.
 enum class Vectors { ONE_CHANNEL, CONSECUTIVE_CHANNELS, ANY };
 
-template <class T, class Index, Vectors VECTORS_ARE>
-__global__ void __launch_bounds__(ELEMENT_THREADS)
-    shift_elements(T* data, const computed_in<T>* __restrict__ shift, int64_t count, Index channels, Index inner,
-                   bool aligned) {
+template <class T, class Index>
+struct Shift {
+  const computed_in<T>* of_channel;
+  Index channels, inner;
+};
+
+template <bool WHOLE, int TOGETHER, Vectors VECTORS_ARE, class T, class Index>
+__device__ void shift_vectors(int vector, T* data, int64_t count, const Shift<T, Index>& shift) {
   constexpr int LENGTH = Vector<T>::LENGTH;
-  Vector<T> vectors[VECTORS];
+  Vector<T> vectors[TOGETHER];
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t first = first_element<T>(v);
-    vectors[v] = load_vector(data + first, count - first, aligned);
+  for (int v = 0; v < TOGETHER; ++v) {
+    const int64_t first = first_element<T>(vector + v);
+    vectors[v] = load_vector<WHOLE>(data + first, count - first);
   }
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t first = first_element<T>(v);
-    if (first >= count) return;
+  for (int v = 0; v < TOGETHER; ++v) {
+    const int64_t first = first_element<T>(vector + v);
+    if (!WHOLE && first >= count) return;
     const Index at = static_cast<Index>(first);
-    const Index channel = VECTORS_ARE == Vectors::ONE_CHANNEL ? at / inner % channels : at % channels;
+    const Index channel = (VECTORS_ARE == Vectors::ONE_CHANNEL ? at / shift.inner : at) % shift.channels;
 #pragma unroll
     for (int i = 0; i < LENGTH; ++i) {
       const Index c = VECTORS_ARE == Vectors::ONE_CHANNEL            ? channel
                       : VECTORS_ARE == Vectors::CONSECUTIVE_CHANNELS ? channel + i
-                      : first + i < count                            ? (at + i) / inner % channels
-                                                                     : 0;
-      vectors[v].element[i] = static_cast<T>(static_cast<computed_in<T>>(vectors[v].element[i]) + shift[c]);
+                                                                     : (at + i) / shift.inner % shift.channels;
+      const auto x = static_cast<computed_in<T>>(vectors[v].element[i]);
+      vectors[v].element[i] = static_cast<T>(x + shift.of_channel[c]);
     }
-    store_vector(data + first, vectors[v], count - first, aligned);
+    store_vector<WHOLE>(data + first, vectors[v], count - first);
+  }
+}
+
+template <class T, class Index, Vectors VECTORS_ARE>
+__global__ void __launch_bounds__(ELEMENT_THREADS)
+    shift_elements(T* data, int64_t count, bool aligned, Shift<T, Index> shift) {
+  if (is_whole<T>(count, aligned)) {
+    shift_vectors<true, VECTORS, VECTORS_ARE>(0, data, count, shift);
+  } else {
+#pragma unroll 1
+    for (int v = 0; v < VECTORS; ++v) shift_vectors<false, 1, VECTORS_ARE>(v, data, count, shift);
   }
 }
 
 template <class T, class Index>
-void shift_dense(T* data, const computed_in<T>* shift, int64_t count, int64_t channels, int64_t inner,
+void shift_dense(T* data, const computed_in<T>* of_channel, int64_t count, int64_t channels, int64_t inner,
                  cudaStream_t stream) {
   constexpr int LENGTH = Vector<T>::LENGTH;
+  const Shift<T, Index> shift{of_channel, static_cast<Index>(channels), static_cast<Index>(inner)};
   const auto run = [&](auto kernel) {
-    launch(kernel, blocks_for<T>(count), ELEMENT_THREADS, stream, data, shift, count, channels, inner,
-           is_aligned(data));
+    launch(kernel, blocks_for<T>(count), ELEMENT_THREADS, stream, data, count, is_aligned(data), shift);
   };
   if (inner == 1 && channels % LENGTH == 0) return run(shift_elements<T, Index, Vectors::CONSECUTIVE_CHANNELS>);
   if (inner % LENGTH == 0) return run(shift_elements<T, Index, Vectors::ONE_CHANNEL>);
