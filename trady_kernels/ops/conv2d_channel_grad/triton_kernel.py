@@ -121,7 +121,9 @@ def plan(
         pixel_vector = vector_length(grad_output.flatten(2), 2, (VECTOR,))
     sections, rows = (1, k * taps + with_bias) if groups == 1 else (k, taps)
     aligned = pixel_vector * output_vector > 1
-    block = tile(rows, outputs, grad_output.dtype, precision, along_channels, aligned, taps=True)
+    block = tile(
+        rows, outputs, grad_output.dtype, precision, along_channels, aligned, x_vector > 1, taps=True
+    )
     row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
     programs = block.programs * multiprocessors
     parts = split(pixels, block.pixels, sections * row_tiles * output_tiles, programs)

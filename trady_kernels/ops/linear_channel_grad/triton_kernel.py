@@ -82,7 +82,7 @@ def tile(
     block = next((block for block in sizes if block >= rows), sizes[-1])
     smallest, largest = block == sizes[0], block == sizes[-1]
     half, width = dtype != torch.float32, _width(outputs)
-    if not half and (taps or largest):
+    if (not half and (taps or largest)) or (taps and largest and not x_aligned):
         width = min(width, 64)  # what registers hold
     # The vectorised ones are those that an H200 was fastest with: what they have in flight together counts, hardly their shape.
     if aligned and along_channels and taps:
