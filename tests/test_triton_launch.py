@@ -24,6 +24,7 @@ class Kernel:
     """Stands in for a function under ``triton.jit``."""
 
     arg_names = ("x", "y", "count", "BLOCK", "PRECISION")
+    constexprs = (3, 4)
 
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
@@ -78,3 +79,8 @@ def test_what_is_compiled_anew(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) 
         assert len(kernel.compiled) == number
         change()
         assert len(kernel.compiled) == number
+
+
+def test_a_constant_by_position_would_not_be_told_from_another(kernel: Kernel) -> None:
+    with pytest.raises(TypeError, match="BLOCK: expected by name, it is a constant"):
+        triton_launch.launch(kernel, (1,), None, None, 5, 64, PRECISION="ieee")

@@ -37,6 +37,8 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
     )
     found = _variants.get(key)
     if found is None:
+        if kernel.constexprs and min(kernel.constexprs) < len(arguments):
+            raise TypeError(f"{kernel.arg_names[min(kernel.constexprs)]}: expected by name, it is a constant")
         compiled = kernel[grid](*arguments, **constants)
         tail = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         _variants[key] = compiled, tail

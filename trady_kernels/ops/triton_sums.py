@@ -12,6 +12,7 @@ import triton.language as tl
 
 from trady_kernels.ops.backend import TRITON_INTERPRETED
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 #: Triton's names of the dtypes that are summed in float32.
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -172,7 +173,9 @@ class Sums:
             return
         first, last = self.results[0], self.results[-1]
         parts, elements, warps = MANY_PARTS if self.parts > FEW_PARTS[0] else FEW_PARTS
-        _add_parts[(triton.cdiv(self.step, elements),)](
+        launch(
+            _add_parts,
+            (triton.cdiv(self.step, elements),),
             self.targets[0],
             first,
             last,
@@ -211,7 +214,9 @@ class Squares(Sums):
         """Add the parts, then the squares of each row, always in the same order."""
         (squares,) = self.results
         parts, elements, warps = FEW_PARTS
-        _add_squares[(squares.numel(),)](
+        launch(
+            _add_squares,
+            (squares.numel(),),
             self.targets[0],
             squares,
             self.length,

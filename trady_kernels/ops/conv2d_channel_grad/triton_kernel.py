@@ -26,6 +26,7 @@ from trady_kernels.ops.linear_channel_grad.triton_kernel import (
 )
 from trady_kernels.ops.squares import SQUARED_ROWS
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 from trady_kernels.ops.triton_sums import (
     TYPES,
     Split,
@@ -449,7 +450,7 @@ def _sum_taps(
     taps = kernel_size[0] * kernel_size[1]
     k, (out_height, out_width) = input_selected.shape[1], grad_output.shape[2:]
     outputs = grad_output.shape[1] // groups
-    launch = plan(
+    planned = plan(
         input_selected,
         grad_output,
         taps,
@@ -458,8 +459,8 @@ def _sum_taps(
         precision,
         multiprocessors(grad_output.device),
     )
-    by_pixel, by_output, by_channel = launch.pixel_vector, launch.output_vector, launch.x_vector
-    sums.cut(launch.split.parts, taps if launch.tile is not None else 1)
+    by_pixel, by_output, by_channel = planned.pixel_vector, planned.output_vector, planned.x_vector
+    sums.cut(planned.split.parts, taps if planned.tile is not None else 1)
     x_image, x_channel, x_row, x_column = input_selected.stride()
     dy_image, dy_channel, dy_row, dy_column = grad_output.stride()
     integers = (
@@ -484,46 +485,50 @@ def _sum_taps(
         dy_channel // by_pixel,
         dy_row // by_output,
         dy_column // by_output,
-        launch.split.pixels // launch.block_pixels,
+        planned.split.pixels // planned.block_pixels,
         sums.step,
     )
     tensors = (input_selected, grad_output, channels)
-    grid = (launch.programs, launch.split.parts)
-    if launch.tile is None:
-        _add_planes[grid](
+    grid = (planned.programs, planned.split.parts)
+    if planned.tile is None:
+        launch(
+            _add_planes,
+            grid,
             *tensors,
             sums.targets[0],
             *integers,
             k * outputs,
-            launch.row_tiles,
+            planned.row_tiles,
             TAPS=TAPS,
             LANES=LANES,
-            CHANNELS=LANES // launch.block_pixels,
+            CHANNELS=LANES // planned.block_pixels,
             num_warps=WARPS,
             num_stages=PLANE_STAGES,
         )
     else:
-        section_channels = k // launch.sections
-        _multiply_taps[grid](
+        section_channels = k // planned.sections
+        launch(
+            _multiply_taps,
+            grid,
             *tensors,
             sums.targets[0],
             sums.targets[-1],
             *integers,
             section_channels // by_channel,
-            launch.row_tiles,
-            launch.row_tiles * launch.output_tiles,
+            planned.row_tiles,
+            planned.row_tiles * planned.output_tiles,
             sums.output_step,
             sums.tap_step,
             PRECISION=precision,
             WITH_BIAS=sums.with_bias,
-            ALONG_CHANNELS=launch.along_channels,
+            ALONG_CHANNELS=planned.along_channels,
             VECTOR=by_pixel * by_output,
             X_VECTOR=by_channel,
-            BLOCK_ROWS=launch.tile.rows,
-            BLOCK_OUTPUTS=launch.tile.outputs,
-            BLOCK_PIXELS=launch.tile.pixels,
+            BLOCK_ROWS=planned.tile.rows,
+            BLOCK_OUTPUTS=planned.tile.outputs,
+            BLOCK_PIXELS=planned.tile.pixels,
             num_warps=WARPS,
-            num_stages=launch.tile.stages,
+            num_stages=planned.tile.stages,
         )
     sums.add()
 

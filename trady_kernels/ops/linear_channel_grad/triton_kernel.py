@@ -14,6 +14,7 @@ import triton.language as tl
 from trady_kernels.ops.backend import TRITON_INTERPRETED
 from trady_kernels.ops.squares import SQUARED_ROWS
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 from trady_kernels.ops.triton_sums import (
     TYPES,
     Split,
@@ -338,7 +339,9 @@ def multiply(
         by_pixel, by_output, by_channel = plan.pixel_vector, plan.output_vector, plan.x_vector
         x_image, x_channel, x_pixel = input_selected.stride()
         dy_image, dy_channel, dy_pixel = grad_output.stride()
-        _multiply[plan.row_tiles * plan.output_tiles, plan.split.parts](
+        launch(
+            _multiply,
+            (plan.row_tiles * plan.output_tiles, plan.split.parts),
             input_selected,
             grad_output,
             sums.targets[0],

@@ -11,6 +11,7 @@ import triton.language as tl
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import pooled_size
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 #: Lanes of one program, one a thread.
 LANES = 128
@@ -372,7 +373,9 @@ def max_pool2d_offsets(
         vector = _vector(input.shape[1], input)
         count = output.numel() // vector
         with torch.cuda.device_of(input):
-            _pool[(triton.cdiv(count, LANES),)](
+            launch(
+                _pool,
+                (triton.cdiv(count, LANES),),
                 input,
                 output,
                 offsets,
@@ -423,7 +426,9 @@ def max_pool2d_offsets_backward(
         reach = [(kernel_size[axis] - 1) * dilation[axis] for axis in (0, 1)]
         window = _usual(kernel_size, stride, dilation)
         with torch.cuda.device_of(grad_output):
-            _pool_backward[(triton.cdiv(count, LANES),)](
+            launch(
+                _pool_backward,
+                (triton.cdiv(count, LANES),),
                 grad_output,
                 offsets,
                 grad_input,

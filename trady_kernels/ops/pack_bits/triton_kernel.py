@@ -9,6 +9,7 @@ import triton.language as tl
 from trady_kernels.ops.layout import is_dense
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 #: Bytes of bits of one program, of 8 elements each.
 BYTES = 256
@@ -76,7 +77,16 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:  # (...) -> (ceil(n / 8),)
     if count:
         with torch.cuda.device_of(mask):
             grid = (triton.cdiv(count, BYTES * 8),)
-            _pack[grid](dense(mask).view(torch.uint8), bits, count, BYTES, num_warps=WARPS, num_stages=STAGES)
+            launch(
+                _pack,
+                grid,
+                dense(mask).view(torch.uint8),
+                bits,
+                count,
+                BYTES=BYTES,
+                num_warps=WARPS,
+                num_stages=STAGES,
+            )
     return bits
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from trady_kernels.ops.quantize_blocks import blocks_of
 from trady_kernels.ops.quantize_blocks.reference import BLOCK, LARGEST, MINUS_INFINITY, SMALLEST
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 #: Blocks of one program.
 ROWS = 32
@@ -162,16 +163,18 @@ def quantize_blocks(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.empty(blocks_of(count), dtype=torch.float32, device=input.device)
     if count:
         with torch.cuda.device_of(input):
-            _quantize[(triton.cdiv(count, ROWS * BLOCK),)](
+            launch(
+                _quantize,
+                (triton.cdiv(count, ROWS * BLOCK),),
                 input,
                 codes,
                 scales,
                 count,
-                BLOCK,
-                LARGEST,
-                MINUS_INFINITY,
-                SMALLEST,
-                ROWS,
+                BLOCK=BLOCK,
+                LARGEST=LARGEST,
+                MINUS_INFINITY=MINUS_INFINITY,
+                SMALLEST=SMALLEST,
+                ROWS=ROWS,
                 num_warps=WARPS,
                 num_stages=STAGES,
                 enable_fp_fusion=False,  # a product is rounded before it is rounded to an integer
@@ -189,14 +192,16 @@ def dequantize_blocks(
     count = codes.numel()
     if count:
         with torch.cuda.device_of(codes):
-            _dequantize[(triton.cdiv(count, ROWS * BLOCK),)](
+            launch(
+                _dequantize,
+                (triton.cdiv(count, ROWS * BLOCK),),
                 codes,
                 scales,
                 output,
                 count,
-                BLOCK,
-                MINUS_INFINITY,
-                ROWS,
+                BLOCK=BLOCK,
+                MINUS_INFINITY=MINUS_INFINITY,
+                ROWS=ROWS,
                 num_warps=WARPS,
                 num_stages=STAGES,
             )

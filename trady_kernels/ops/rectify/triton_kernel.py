@@ -9,6 +9,7 @@ import triton.language as tl
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.pack_bits.triton_kernel import BYTES, STAGES, WARPS, dense, places, store_bits
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 #: What elements outside the interval become: clamped to its lower end, to both, or multiplied.
 OUTSIDE = ("lower bound", "bounds", "slope")
@@ -90,7 +91,9 @@ def _launch(
     if count:
         outside = "slope" if slope is not None else "lower bound" if max is None else "bounds"
         with torch.cuda.device_of(source):
-            _rectify[(triton.cdiv(count, BYTES * 8),)](
+            launch(
+                _rectify,
+                (triton.cdiv(count, BYTES * 8),),
                 source,
                 target,
                 bits,
@@ -98,8 +101,8 @@ def _launch(
                 float(min),
                 0.0 if max is None else float(max),
                 0.0 if slope is None else float(slope),
-                outside,
-                BYTES,
+                OUTSIDE=outside,
+                BYTES=BYTES,
                 num_warps=WARPS,
                 num_stages=STAGES,
             )

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from trady_kernels.ops.pack_bits.triton_kernel import BYTES, STAGES, WARPS, dense, places
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 
 @triton.jit
@@ -80,15 +81,17 @@ def scale_by_bits(
     count = input.numel()
     if count:
         with torch.cuda.device_of(input):
-            _scale[(triton.cdiv(count, BYTES * 8),)](
+            launch(
+                _scale,
+                (triton.cdiv(count, BYTES * 8),),
                 dense(input),
                 output,
                 bits.contiguous(),
                 count,
                 float(on),
                 0.0 if off is None else float(off),
-                off is not None,
-                BYTES,
+                OFF=off is not None,
+                BYTES=BYTES,
                 num_warps=WARPS,
                 num_stages=STAGES,
             )

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from trady_kernels.ops.scatter_channels.reference import scatter_channels_ as reference
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_launch import launch
 
 #: Elements of one program, two a thread: most of what it does are divisions, and eight of them at once fill the registers.
 TILE = 256
@@ -132,7 +133,9 @@ def scatter_channels_(
         :PIXEL_DIMENSIONS
     ]
     with torch.cuda.device_of(weight):
-        _scatter_tile[(triton.cdiv(count, TILE),)](
+        launch(
+            _scatter_tile,
+            (triton.cdiv(count, TILE),),
             rows.view(integer),
             weight.view(integer),
             channels,
