@@ -84,3 +84,25 @@ def test_what_is_compiled_anew(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) 
 def test_a_constant_by_position_would_not_be_told_from_another(kernel: Kernel) -> None:
     with pytest.raises(TypeError, match="BLOCK: expected by name, it is a constant"):
         triton_launch.launch(kernel, (1,), None, None, 5, 64, PRECISION="ieee")
+
+
+def test_a_plan_is_made_once_for_tensors_that_lie_alike() -> None:
+    made = []
+
+    @triton_launch.remembered
+    def plan(x: torch.Tensor, rows: int) -> int:
+        made.append(rows)
+        return len(made)
+
+    x = torch.zeros(4, 8)
+    assert [plan(x, 3), plan(torch.ones(4, 8), 3), plan(x, 4)] == [1, 1, 2]
+    others = (x.t(), x.half(), torch.zeros(33)[1:].view(4, 8), x[:, :4], torch.zeros(8, 4))
+    assert [plan(other, 3) for other in others] == [3, 4, 5, 6, 7]
+
+
+def test_plans_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "MOST_PLANS", 3)
+    made = []
+    plan = triton_launch.remembered(lambda rows: made.append(rows) or rows)
+    assert [plan(rows) for rows in (1, 2, 3, 1, 4, 4, 1)] == [1, 2, 3, 1, 4, 4, 1]
+    assert made == [1, 2, 3, 4, 1]

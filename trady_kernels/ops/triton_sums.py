@@ -12,7 +12,7 @@ import triton.language as tl
 
 from trady_kernels.ops.backend import TRITON_INTERPRETED
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Triton's names of the dtypes that are summed in float32.
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -95,8 +95,8 @@ def split(pixels: int, block: int, tiles: int, programs: int) -> Split:
         programs: that the whole launch aims at.
     """
     parts = 1 if pixels <= FEW_PIXELS else max(1, programs // tiles)
-    length = triton.cdiv(pixels, parts * block) * block
-    return Split(triton.cdiv(pixels, length), length)
+    length = ceil_div(pixels, parts * block) * block
+    return Split(ceil_div(pixels, length), length)
 
 
 def divisor(number: int) -> tuple[int, int]:
@@ -175,7 +175,7 @@ class Sums:
         parts, elements, warps = MANY_PARTS if self.parts > FEW_PARTS[0] else FEW_PARTS
         launch(
             _add_parts,
-            (triton.cdiv(self.step, elements),),
+            (ceil_div(self.step, elements),),
             self.targets[0],
             first,
             last,

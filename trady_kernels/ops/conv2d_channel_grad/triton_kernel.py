@@ -26,7 +26,7 @@ from trady_kernels.ops.linear_channel_grad.triton_kernel import (
 )
 from trady_kernels.ops.squares import SQUARED_ROWS
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch, remembered
 from trady_kernels.ops.triton_sums import (
     TYPES,
     Split,
@@ -89,6 +89,7 @@ class Taps:
         return LANES // CHANNELS if self.along_channels else LANES
 
 
+@remembered
 def plan(
     input_selected: torch.Tensor,  # (N, k, H, W)
     grad_output: torch.Tensor,  # (N, C', H', W')
@@ -107,7 +108,7 @@ def plan(
         adjacent = along_channels and input_selected.stride(1) == 1
         along_channels = k * outputs >= CHANNELS // 2 and (adjacent or pixels <= LANES // 4)
         channels = CHANNELS if along_channels else 1
-        sections, tap_tiles = triton.cdiv(k * outputs, channels), triton.cdiv(taps, TAPS)
+        sections, tap_tiles = ceil_div(k * outputs, channels), ceil_div(taps, TAPS)
         programs = PLANE_PROGRAMS * multiprocessors
         parts = split(pixels, LANES // channels, sections * tap_tiles, programs)
         return Taps(None, sections, tap_tiles, 1, parts, along_channels)
@@ -125,7 +126,7 @@ def plan(
     block = tile(
         rows, outputs, grad_output.dtype, precision, along_channels, aligned, x_vector > 1, taps=True
     )
-    row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
+    row_tiles, output_tiles = ceil_div(rows, block.rows), ceil_div(outputs, block.outputs)
     programs = block.programs * multiprocessors
     parts = split(pixels, block.pixels, sections * row_tiles * output_tiles, programs)
     vectors = pixel_vector, output_vector, x_vector

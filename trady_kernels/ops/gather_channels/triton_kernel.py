@@ -12,7 +12,7 @@ import triton.language as tl
 from trady_kernels.ops.gather_channels.reference import gather_channels as reference
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Elements of one program, eight a thread.
 TILE = 1024
@@ -225,11 +225,11 @@ def gather_channels(
         source, target = input.view(integer), output.view(integer)
     vector = tiles.vector
     (size_0, stride_0), (size_1, stride_1) = (*tiles.inner, (1, 0), (1, 0))[:INNER_DIMENSIONS]
-    column_tiles = triton.cdiv(tiles.columns, tiles.column_tile)
+    column_tiles = ceil_div(tiles.columns, tiles.column_tile)
     with torch.cuda.device_of(input):
         launch(
             _copy_tile,
-            (triton.cdiv(tiles.rows, tiles.row_tile) * column_tiles,),
+            (ceil_div(tiles.rows, tiles.row_tile) * column_tiles,),
             source,
             target,
             channels,

@@ -14,7 +14,7 @@ import triton.language as tl
 from trady_kernels.ops.backend import TRITON_INTERPRETED
 from trady_kernels.ops.squares import SQUARED_ROWS
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch, remembered
 from trady_kernels.ops.triton_sums import (
     TYPES,
     Split,
@@ -111,7 +111,7 @@ def tile(
 
 def _width(outputs: int) -> int:
     """The largest number of outputs of a tile that leaves few lanes idle."""
-    used = {width: outputs / (triton.cdiv(outputs, width) * width) for width in OUTPUTS}
+    used = {width: outputs / (ceil_div(outputs, width) * width) for width in OUTPUTS}
     return max(OUTPUTS, key=lambda width: (min(used[width], 0.6), width))
 
 
@@ -159,6 +159,7 @@ def aligned_to_vectors(tensor: torch.Tensor, adjacent: int, vector: int = VECTOR
     return tensor.shape[adjacent] % vector == 0 and all(tensor.stride(d) % vector == 0 for d in others)
 
 
+@remembered
 def product_plan(
     input_selected: torch.Tensor,  # (images, k, pixels)
     grad_output: torch.Tensor,  # (images, C', pixels)
@@ -177,7 +178,7 @@ def product_plan(
         pixel_vector = vector_length(grad_output, 2, (VECTOR,))
     aligned = pixel_vector * output_vector > 1
     block = tile(rows, outputs, grad_output.dtype, precision, along_channels, aligned, x_vector > 1)
-    row_tiles, output_tiles = triton.cdiv(rows, block.rows), triton.cdiv(outputs, block.outputs)
+    row_tiles, output_tiles = ceil_div(rows, block.rows), ceil_div(outputs, block.outputs)
     programs = block.programs * multiprocessors
     parts = split(images * pixels, block.pixels, row_tiles * output_tiles, programs)
     return Product(

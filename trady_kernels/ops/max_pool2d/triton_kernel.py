@@ -11,7 +11,7 @@ import triton.language as tl
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import pooled_size
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Lanes of one program, one a thread.
 LANES = 128
@@ -375,7 +375,7 @@ def max_pool2d_offsets(
         with torch.cuda.device_of(input):
             launch(
                 _pool,
-                (triton.cdiv(count, LANES),),
+                (ceil_div(count, LANES),),
                 input,
                 output,
                 offsets,
@@ -428,7 +428,7 @@ def max_pool2d_offsets_backward(
         with torch.cuda.device_of(grad_output):
             launch(
                 _pool_backward,
-                (triton.cdiv(count, LANES),),
+                (ceil_div(count, LANES),),
                 grad_output,
                 offsets,
                 grad_input,

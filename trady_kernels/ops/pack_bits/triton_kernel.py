@@ -9,7 +9,7 @@ import triton.language as tl
 from trady_kernels.ops.layout import is_dense
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Bytes of bits of one program, of 8 elements each.
 BYTES = 256
@@ -76,7 +76,7 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:  # (...) -> (ceil(n / 8),)
     bits = mask.new_empty(bytes_of_bits(count), dtype=torch.uint8)
     if count:
         with torch.cuda.device_of(mask):
-            grid = (triton.cdiv(count, BYTES * 8),)
+            grid = (ceil_div(count, BYTES * 8),)
             launch(
                 _pack,
                 grid,

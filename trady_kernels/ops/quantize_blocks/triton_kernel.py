@@ -9,7 +9,7 @@ import triton.language as tl
 from trady_kernels.ops.quantize_blocks import blocks_of
 from trady_kernels.ops.quantize_blocks.reference import BLOCK, LARGEST, MINUS_INFINITY, SMALLEST
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Blocks of one program.
 ROWS = 32
@@ -165,7 +165,7 @@ def quantize_blocks(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(input):
             launch(
                 _quantize,
-                (triton.cdiv(count, ROWS * BLOCK),),
+                (ceil_div(count, ROWS * BLOCK),),
                 input,
                 codes,
                 scales,
@@ -194,7 +194,7 @@ def dequantize_blocks(
         with torch.cuda.device_of(codes):
             launch(
                 _dequantize,
-                (triton.cdiv(count, ROWS * BLOCK),),
+                (ceil_div(count, ROWS * BLOCK),),
                 codes,
                 scales,
                 output,

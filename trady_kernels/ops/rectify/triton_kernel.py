@@ -9,7 +9,7 @@ import triton.language as tl
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.pack_bits.triton_kernel import BYTES, STAGES, WARPS, dense, places, store_bits
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: What elements outside the interval become: clamped to its lower end, to both, or multiplied.
 OUTSIDE = ("lower bound", "bounds", "slope")
@@ -93,7 +93,7 @@ def _launch(
         with torch.cuda.device_of(source):
             launch(
                 _rectify,
-                (triton.cdiv(count, BYTES * 8),),
+                (ceil_div(count, BYTES * 8),),
                 source,
                 target,
                 bits,

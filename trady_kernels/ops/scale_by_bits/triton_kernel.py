@@ -8,7 +8,7 @@ import triton.language as tl
 
 from trady_kernels.ops.pack_bits.triton_kernel import BYTES, STAGES, WARPS, dense, places
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def scale_by_bits(
         with torch.cuda.device_of(input):
             launch(
                 _scale,
-                (triton.cdiv(count, BYTES * 8),),
+                (ceil_div(count, BYTES * 8),),
                 dense(input),
                 output,
                 bits.contiguous(),

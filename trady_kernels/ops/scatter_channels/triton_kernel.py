@@ -8,7 +8,7 @@ import triton.language as tl
 
 from trady_kernels.ops.scatter_channels.reference import scatter_channels_ as reference
 from trady_kernels.ops.triton_configuration import Configuration
-from trady_kernels.ops.triton_launch import launch
+from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Elements of one program, two a thread: most of what it does are divisions, and eight of them at once fill the registers.
 TILE = 256
@@ -135,7 +135,7 @@ def scatter_channels_(
     with torch.cuda.device_of(weight):
         launch(
             _scatter_tile,
-            (triton.cdiv(count, TILE),),
+            (ceil_div(count, TILE),),
             rows.view(integer),
             weight.view(integer),
             channels,
