@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -46,14 +45,11 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def true_float32() -> Iterator[None]:
     """No TF32, which torch itself allows for convolutions on a GPU."""
-    # By the new switches: the old ones are not to be set once torch.testing's own modules are imported.
-    switches: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    yield
-    for switch, precision in zip(switches, before, strict=True):
-        switch.fp32_precision = precision
+    cudnn = torch.backends.cudnn
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    # Set one by one they raise once torch.testing's own modules are imported; set by the new switches, in torch.export.
+    with cudnn.flags(**flags, allow_tf32=False):
+        yield
 
 
 @pytest.fixture(autouse=True)
