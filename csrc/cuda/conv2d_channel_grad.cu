@@ -375,9 +375,12 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_direct_blocks(K))
 
 // ---- any kernel ---------------------------------------------------------------------------------------------
 
-// A block has a channel and an output: the planes once for every nine taps, after the first time from the caches.
+// A block has a channel and an output: the planes once for every eight taps, after the first time from the caches.
+constexpr int TAPS_TOGETHER = 8;
+// 128 registers: left to itself, the compiler makes do with 72 on GPUs after Hopper, and spills.
+constexpr int GENERAL_BLOCKS = 4;
 template <class T, class Sum>
-__global__ void __launch_bounds__(GENERAL_THREADS)
+__global__ void __launch_bounds__(GENERAL_THREADS, GENERAL_BLOCKS)
     general_sums(const T* __restrict__ input, const T* __restrict__ grad_output, const int64_t* __restrict__ channels,
                  Sum* __restrict__ partial, const Conv2dChannelGrad q, const GeneralPlan plan) {
   let_next_start();
@@ -396,11 +399,11 @@ __global__ void __launch_bounds__(GENERAL_THREADS)
   const auto count = static_cast<uint32_t>(min(plan.pixels, pixels > begin ? pixels - begin : 0));
   const int taps = static_cast<int>(q.taps()), kernel_width = static_cast<int>(q.kernel[1]);
 
-  for (int base = 0; base < taps; base += SUMS_TOGETHER) {
-    Sum sums[SUMS_TOGETHER] = {};
-    int64_t rows[SUMS_TOGETHER], columns[SUMS_TOGETHER];
+  for (int base = 0; base < taps; base += TAPS_TOGETHER) {
+    Sum sums[TAPS_TOGETHER] = {};
+    int64_t rows[TAPS_TOGETHER], columns[TAPS_TOGETHER];
 #pragma unroll
-    for (int t = 0; t < SUMS_TOGETHER; ++t) {
+    for (int t = 0; t < TAPS_TOGETHER; ++t) {
       const int tap = min(base + t, taps - 1);
       rows[t] = tap / kernel_width * q.dilation[0] - q.padding[0];
       columns[t] = tap % kernel_width * q.dilation[1] - q.padding[1];
@@ -412,7 +415,7 @@ __global__ void __launch_bounds__(GENERAL_THREADS)
           static_cast<Sum>(grad_output[image * q.grad_stride[0] + row * q.grad_stride[2] + column * q.grad_stride[3]]);
       const T* inputs = input + image * q.input_stride[0];
 #pragma unroll
-      for (int t = 0; t < SUMS_TOGETHER; ++t) {
+      for (int t = 0; t < TAPS_TOGETHER; ++t) {
         const int64_t h = row * q.stride[0] + rows[t], w = column * q.stride[1] + columns[t];
         if (h < 0 || h >= q.height || w < 0 || w >= q.width) continue;
         sums[t] += grad * static_cast<Sum>(inputs[h * q.input_stride[2] + w * q.input_stride[3]]);
