@@ -260,11 +260,34 @@ def gpu_choice(k: int, outputs: int, dtype: torch.dtype, groups: int = 1, kernel
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_gpu_shipped(dtype: torch.dtype) -> None:
-    """Triton for few channels, cuDNN for many, CUDA C++ for groups."""
-    assert [gpu_choice(k, 32, dtype) for k in (1, 16, 17)] == ["triton", "triton", "aten"]
-    assert gpu_choice(40, 12, dtype, kernel=1) == "triton", "12 outputs are the few channels of a product"
+    """Triton for few channels, cuDNN for many, CUDA C++ for groups; in contiguous float32 cuDNN alone."""
+    few = "aten" if dtype == torch.float32 else "triton"
+    assert [gpu_choice(k, 32, dtype) for k in (1, 3, 4)] == [few, few, "aten"]
+    assert [gpu_choice(k, 32, dtype, kernel=1) for k in (16, 17)] == [few, "aten"]
+    assert gpu_choice(40, 12, dtype, kernel=1) == few, "12 outputs are the few channels of a product"
     assert gpu_choice(64, 64, dtype, groups=64) == gpu_choice(3, 64, dtype, groups=8) == "cuda"
 
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
+def test_gpu_shipped_for_points_in_channels_last() -> None:
+    """Of a small map cuBLAS is as fast, whose product is one launch."""
+    limits = {limit.most_pixels: limit.most_channels for limit in shipped("cuda") if limit.key[1:] == POINTS}
+    assert limits == {50_000: 0, choice.ANY: 16}
+    for size, expected in ((14, "aten"), (28, "triton")):
+        with FakeTensorMode():
+            x, dy = (
+                torch.empty(128, c, size, size, dtype=torch.bfloat16, device="cuda").to(
+                    memory_format=torch.channels_last
+                )
+                for c in (4, 64)
+            )
+            channels = torch.empty(4, dtype=torch.int64, device="cuda")
+            geometry = (1, 1, 1, 1, 0, 0, 1, 1)
+            name = OPERATORS["conv2d_channel_grad"].choose(x, dy, channels, 64, geometry, 1)
+        assert name == expected
+
+
+POINTS = ("1x1", torch.channels_last, torch.bfloat16)
 
 # The packages' own names for these are the functions in them.
 CONV_ATEN, LINEAR_ATEN = (
@@ -351,13 +374,13 @@ def test_gpu_table(table: Path) -> None:
         warnings.simplefilter("error")
         choice.load()
     assert [gpu_choice(k, 32, torch.bfloat16) for k in (5, 6)] == ["triton", "aten"]
-    assert gpu_choice(6, 32, torch.float16) == "triton", "as shipped"
+    assert [gpu_choice(k, 32, torch.float16) for k in (3, 4)] == ["triton", "aten"], "as shipped"
     assert TUNED[0] in choice.limits_in_force() and TUNED[0] not in choice.limits_in_force("cuda")
     content["made"]["gpu"] = "another"
     path.write_text(json.dumps(content))
     with pytest.warns(RuntimeWarning, match="made with gpu 'another', here"):
         choice.load()
-    assert gpu_choice(6, 32, torch.bfloat16) == "triton" and choice.in_force().ignored is None
+    assert gpu_choice(5, 32, torch.bfloat16) == "aten" and choice.in_force().ignored is None
     path.unlink()
 
 

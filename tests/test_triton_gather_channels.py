@@ -153,7 +153,7 @@ def test_the_same_dtype_is_no_conversion(triton_device: str) -> None:
         (torch.empty(2, 9, 56, 56).to(memory_format=torch.channels_last), 1, 0),
         (torch.empty(2, 9, 57, 56).to(memory_format=torch.channels_last)[:, :, :56], 1, 1),
     ),
-    ids=str,
+    ids=lambda value: str(tuple(value.stride())) if isinstance(value, torch.Tensor) else str(value),
 )
 def test_what_is_loaded_together(input: torch.Tensor, vector: int, inner: int) -> None:
     tiles = kernel.tiling(input, 3)

@@ -146,7 +146,10 @@ def _operators() -> list[Finding]:
     _, offsets = OPERATORS["max_pool2d_offsets"].kernels["reference"](x, *window, False)
     linear = (torch.randn(33, 3), torch.randn(33, 20))
     convolution = (x[:, channels], dy, channels, 8, (3, 3, 1, 1, 1, 1, 1, 1), 1)
+    norm = tuple(torch.rand(6) for _ in range(5))
     examples: dict[str, tuple[Any, ...]] = {
+        "fold_norm": (torch.randn(6, 8, 3, 3), *norm, 1e-5, torch.bfloat16),
+        "shift_channels_": (x, torch.randn(8)),
         "gather_channels": (x, channels),
         "conv2d_channel_grad": convolution,
         "conv2d_channel_grad_squares": convolution,
