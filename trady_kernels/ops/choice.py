@@ -130,6 +130,7 @@ _GPU = (
             Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, dtype, 3),
             Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, dtype, 0, 50_000),
             Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, dtype, 16),
+            Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, dtype, 0, 10_000),
             Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, dtype, 16),
             Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, dtype, 3),
             Limit("linear_channel_grad", "linear", _CONTIGUOUS, dtype, 7),
