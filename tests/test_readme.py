@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from trady_kernels.cli import COMMANDS
+from trady_kernels.selection import SCHEMES
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PROGRAMS = [
@@ -17,6 +19,16 @@ PROGRAMS = [
 ]
 
 
+@pytest.fixture
+def schemes_kept() -> Iterator[None]:
+    """A program may add a scheme of its own, for itself alone."""
+    before = dict(SCHEMES)
+    yield
+    SCHEMES.clear()
+    SCHEMES.update(before)
+
+
+@pytest.mark.usefixtures("schemes_kept")
 @pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
 def test_programs_print_what_they_say(program: str) -> None:
     promised = re.findall(r"^print\(.*\)  +# (.*)$", program, re.MULTILINE)
