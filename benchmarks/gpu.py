@@ -166,7 +166,7 @@ def table() -> tuple[Stage, ...]:
         Stage(
             "build",
             _BUILD,
-            90,
+            75,
             programs=("nvcc", "cmake", "ninja"),
             modules=("pybind11", "setuptools"),
             environment={"TRADY_CUDA": "1"},
@@ -180,16 +180,16 @@ def table() -> tuple[Stage, ...]:
             environment={"TRADY_CUDA": "0"},
             instead_of="build",
         ),
-        _tests(110),
+        _tests(125),
         Stage("doctor", (*_TRADY, "doctor", *_JSON), 60, modules=("rich",), beside="tests", kept_in="doctor"),
-        _sanitizer("memcheck", 60, 110),
-        _sanitizer("racecheck", 60, 110),
+        _sanitizer("memcheck", 60, 125),
+        _sanitizer("racecheck", 60, 125),
         # Fills torch.compile's cache: to compile a network takes far longer than to time its steps.
         *(
             _step(
                 f"compile {network}",
                 network,
-                110,
+                125,
                 *("--contender", training_step.FULL, "--compile", "--rounds", "1"),
                 beside="tests",
             )

@@ -97,6 +97,13 @@ def _compiled(configuration: Any, arch: int) -> Any:
         raise ValueError(
             f"arguments: got {sorted(types)} and {sorted(constants)}, expected {kernel.arg_names}"
         )
+    specialised = [
+        parameter.name
+        for parameter in kernel.params
+        if types.get(parameter.name, "").startswith("i") and not parameter.do_not_specialize
+    ]
+    if specialised:  # trady_kernels.ops.triton_launch launches the variant of one number for all
+        raise ValueError(f"arguments: {', '.join(specialised)}: expected in do_not_specialize")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (index,): [["tt.divisibility", 16]]

@@ -102,6 +102,10 @@ def sharing(x, BLOCK: tl.constexpr):
 def broken(x, BLOCK: tl.constexpr):
     tl.store(x + tl.arange(0, BLOCK), missing)
 
+@triton.jit
+def counting(x, count, BLOCK: tl.constexpr):
+    tl.store(x + tl.arange(0, BLOCK), count)
+
 def configurations():
     return [
         Configuration(good, {"x": "*fp32"}, {"BLOCK": 128}, 4, 1),
@@ -109,17 +113,19 @@ def configurations():
         Configuration(sharing, {"x": "*fp32"}, {"BLOCK": 256}, 8, 1),
         Configuration(broken, {"x": "*fp32"}, {"BLOCK": 128}, 4, 1),
         Configuration(good, {"x": "*fp32"}, {}, 4, 1),
+        Configuration(counting, {"x": "*fp32", "count": "i32"}, {"BLOCK": 128}, 4, 1),
     ]
 """
 
 
 def test_what_is_reported(tmp_path: Path) -> None:
-    """Planted kernels: one is well, the others spill, take too much shared memory, do not compile, lack an argument."""
+    """Planted kernels: one is well, the others spill, take too much shared memory, do not compile, lack an argument, are
+    compiled anew for other numbers."""
     planted = tmp_path / "planted.py"
     planted.write_text(PLANTED)
     code, output, rows = compiled(80, tmp_path, "--file", planted)
-    assert code == 1 and "4 failed, 0 skipped" in output
-    good, spilling, sharing, broken, lacking = rows
+    assert code == 1 and "5 failed, 0 skipped" in output
+    good, spilling, sharing, broken, lacking, counting = rows
     assert good["failure"] == "" and good["registers"] > 0 and good["local_bytes"] == 0
     assert spilling["spill_bytes"] > 0 and spilling["local_bytes"] > 0
     assert f"{spilling['local_bytes']} bytes of local memory a thread" in spilling["failure"]
@@ -128,6 +134,7 @@ def test_what_is_reported(tmp_path: Path) -> None:
     )
     assert "missing is not defined" in broken["failure"]
     assert "arguments: got" in lacking["failure"]
+    assert "arguments: count: expected in do_not_specialize" in counting["failure"]
     for row in rows:
         assert f"FAILED: {row['failure']}" in output or not row["failure"]
 
