@@ -51,7 +51,8 @@ __device__ void shift_vectors(int vector, T* data, int64_t count, const Shift<T,
 template <class T, class Index, Vectors VECTORS_ARE>
 __global__ void __launch_bounds__(ELEMENT_THREADS)
     shift_elements(T* data, int64_t count, bool aligned, Shift<T, Index> shift) {
-  if (is_whole<T>(count, aligned)) {
+  // An element at a time, the divisions cost more than waiting for a load, and registers.
+  if (VECTORS_ARE != Vectors::ANY && is_whole<T>(count, aligned)) {
     shift_vectors<true, VECTORS, VECTORS_ARE>(0, data, count, shift);
   } else {
 #pragma unroll 1
