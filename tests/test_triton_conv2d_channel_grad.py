@@ -307,6 +307,39 @@ def test_plan_of_depthwise_layers(case: ConvCase, layout: str) -> None:
     check_split(case, plan)
 
 
+def test_lanes_along_channels_want_pixels_in_one_row() -> None:
+    """Images or rows with gaps between them, and an input whose places 32 bits do not count, go along pixels."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+
+    def along(x: torch.Tensor, dy: torch.Tensor) -> bool:
+        return kernel.plan(x, dy, 9, 1, False, "ieee", MULTIPROCESSORS).along_channels
+
+    x = empty(4, 8, 16, 16)
+    assert along(x, empty(4, 64, 16, 16))
+    assert not along(x, empty(8, 64, 16, 16)[::2]) and not along(x, empty(4, 64, 18, 18)[:, :, :16, :16])
+    assert along(x, empty(4, 64, 18, 16)[:1, :, :16]), "of one image rows are enough"
+    assert not along(empty(4, 8, 2**14, 2**14), empty(4, 64, 2**14, 2**14))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "stride"),
+    (
+        ((3, 8, 5, 7), (), 8),
+        ((3, 8, 5, 1), (), 8),
+        ((3, 8, 1, 1), (), 8),
+        ((1, 8, 1, 1), (), 0),
+        ((3, 8, 5, 7), (slice(None), slice(0, 4)), 8),
+        ((3, 8, 5, 7), (slice(None), slice(None), slice(0, 4)), None),
+        ((3, 8, 5, 7), (slice(None), slice(None), slice(None), slice(0, 4)), None),
+        ((4, 8, 5, 7), (slice(None, None, 2),), None),
+    ),
+)
+def test_stride_of_pixels(shape: tuple[int, ...], window: tuple[slice, ...], stride: int | None) -> None:
+    assert kernel.stride_of_pixels(torch.empty(shape).to(memory_format=torch.channels_last)[window]) == stride
+
+
 def test_the_bias_is_a_row() -> None:
     case = ConvCase("", 8, 64, 64, (56, 56), 16, (1, 1), (2, 2))
     assert [planned(case, "contiguous", bias).tile.rows for bias in (False, True)] == [16, 32]

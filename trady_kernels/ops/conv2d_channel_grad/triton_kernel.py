@@ -64,6 +64,7 @@ class Taps:
         along_channels: whether lanes go along channels where they load, not along pixels.
         pixel_vector, output_vector: pixels, and outputs, of one access to grad_output.
         x_vector: channels of one access to the input.
+        dy_pixel: stride of grad_output's pixels where lanes go along channels.
     """
 
     tile: Tile | None
@@ -75,6 +76,7 @@ class Taps:
     pixel_vector: int = 1
     output_vector: int = 1
     x_vector: int = 1
+    dy_pixel: int = 0
 
     @property
     def programs(self) -> int:
@@ -115,6 +117,9 @@ def plan(
     vector = VECTOR_BYTES // grad_output.element_size()
     # Every group's outputs start with a whole vector. Others than these are rare: they do without lanes along channels.
     along_channels = along_channels and outputs % vector == 0 and aligned_to_vectors(grad_output, 1, vector)
+    # There pixels are one after the other, and places in an image of the input count in 32 bits.
+    dy_pixel = stride_of_pixels(grad_output)
+    along_channels = along_channels and dy_pixel is not None and _extent(input_selected) < 2**31
     output_vector, x_vector, pixel_vector = 1, 1, 1
     if along_channels:
         output_vector = vector
@@ -130,13 +135,33 @@ def plan(
     programs = block.programs * multiprocessors
     parts = split(pixels, block.pixels, sections * row_tiles * output_tiles, programs)
     vectors = pixel_vector, output_vector, x_vector
-    return Taps(block, sections, row_tiles, output_tiles, parts, along_channels, *vectors)
+    return Taps(block, sections, row_tiles, output_tiles, parts, along_channels, *vectors, dy_pixel or 0)
 
 
 def planes_are_dense(tensor: torch.Tensor) -> bool:
     """Whether the pixels of a channel follow each other at one stride, row after row."""
     height, width = tensor.shape[2:]
     return height == 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
+
+
+def stride_of_pixels(tensor: torch.Tensor) -> int | None:
+    """The stride at which the pixels of all images follow each other; None where there is not one."""
+    found, count = None, 1
+    for dimension in (3, 2, 0):
+        size, stride = tensor.shape[dimension], tensor.stride(dimension)
+        if size == 1:
+            continue
+        if found is None:
+            found = stride
+        elif stride != count * found:
+            return None
+        count *= size
+    return 0 if found is None else found
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from an image's first to its last, with a row and a column more all around."""
+    return sum((tensor.shape[d] + 2) * tensor.stride(d) for d in (1, 2, 3))
 
 
 #: Integers of both kernels: what a convolution is, and where its tensors' elements lie.
@@ -258,8 +283,6 @@ def _multiply_taps(
     # A row is a tap of a channel. Neighbours go along what is adjacent in memory.
     row = program % row_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     section_channels = section_channels * X_VECTOR
-    x_row = x_row * X_VECTOR
-    x_column = x_column * X_VECTOR
     rows = section_channels * taps
     if ALONG_CHANNELS:
         channel, tap = row % section_channels, row // section_channels
@@ -268,12 +291,23 @@ def _multiply_taps(
     channel += section * X_VECTOR  # of several sections only one by one
     tap_y = tap // kernel_width * dilation_height
     tap_x = tap % kernel_width * dilation_width
-    x_rows = (
-        input_selected
-        + strided(channel, x_channel, 1, X_VECTOR)
-        + tap_y.to(tl.int64) * x_row
-        + tap_x.to(tl.int64) * x_column
-    )
+    # Along channels, offsets inside an image count in 32 bits: addresses are what a thread has most of to compute.
+    if ALONG_CHANNELS:
+        x_row = x_row.to(tl.int32) * X_VECTOR
+        x_column = x_column.to(tl.int32) * X_VECTOR
+        x_rows = tap_y * x_row + tap_x * x_column
+        if X_VECTOR > 1:
+            x_rows += channel
+        else:
+            x_rows += channel * x_channel.to(tl.int32)
+    else:
+        x_row = x_row * X_VECTOR
+        x_column = x_column * X_VECTOR
+        x_rows = (
+            strided(channel, x_channel, 1, X_VECTOR)
+            + tap_y.to(tl.int64) * x_row
+            + tap_x.to(tl.int64) * x_column
+        )
     tap_y = tl.where(row < rows, tap_y, OUTSIDE)
 
     # Without groups every channel is of the first one, and nothing is read.
@@ -281,11 +315,13 @@ def _multiply_taps(
     index = tl.load(channels + section * index_stride, mask=grouped, other=0)
     known = (index >= 0) & (index < in_channels)
     first_output = tl.where(known, index // group_channels, 0) * outputs
-    dy_outputs = (
-        grad_output
-        + first_output * (dy_channel * PIXEL_VECTOR)
-        + strided(output, dy_channel, PIXEL_VECTOR, OUTPUT_VECTOR)
-    )
+    dy_first = grad_output + first_output * (dy_channel * PIXEL_VECTOR)
+    lane = tl.arange(0, BLOCK_PIXELS)
+    if ALONG_CHANNELS:  # then all pixels follow each other at one stride
+        dy_column = dy_column * OUTPUT_VECTOR
+        dy_block = lane[:, None] * dy_column.to(tl.int32) + output[None, :]
+    else:
+        dy_outputs = dy_first + strided(output, dy_channel, PIXEL_VECTOR, OUTPUT_VECTOR)
 
     # Many outputs are the better first side of a product on the tensor cores.
     if ALONG_CHANNELS:
@@ -294,30 +330,32 @@ def _multiply_taps(
         total = tl.zeros((BLOCK_ROWS, BLOCK_OUTPUTS), tl.float32)
     begin = part * part_blocks * BLOCK_PIXELS
     for start in range(begin, tl.minimum(begin + part_blocks * BLOCK_PIXELS, pixels), BLOCK_PIXELS):
-        pixel = start + tl.arange(0, BLOCK_PIXELS)
+        pixel = start + lane
         in_pixels = pixel < pixels
         image, place = locate(pixel, image_pixels, image_factor, image_shift, PIXEL_VECTOR)
         y = divide(place, width_factor, width_shift)
         x = place - y * out_width
-        dy_pixels = image * (dy_image * PIXEL_VECTOR * OUTPUT_VECTOR)
-        if PIXEL_VECTOR > 1:
-            dy_pixels += place
-        else:
-            dy_pixels += y.to(tl.int64) * (dy_row * OUTPUT_VECTOR) + x.to(tl.int64) * (
-                dy_column * OUTPUT_VECTOR
-            )
-        y = y * stride_height - padding_height
-        x = x * stride_width - padding_width
-        x_pixels = image * (x_image * X_VECTOR) + y.to(tl.int64) * x_row + x.to(tl.int64) * x_column
-        y = tl.where(in_pixels, y, OUTSIDE)
         if ALONG_CHANNELS:
+            y = y * stride_height - padding_height
+            x = x * stride_width - padding_width
+            x_pixels = image * (x_image * X_VECTOR) + (y * x_row + x * x_column)
+            y = tl.where(in_pixels, y, OUTSIDE)
             meets = _within(y[:, None] + tap_y[None, :], height) & _within(x[:, None] + tap_x[None, :], width)
-            values = tl.load(x_rows[None, :] + x_pixels[:, None], mask=meets, other=0.0).T
+            values = tl.load(input_selected + (x_pixels[:, None] + x_rows[None, :]), mask=meets, other=0.0).T
             dy_mask = in_pixels[:, None] & in_outputs[None, :]
-            dy = tl.load(dy_outputs[None, :] + dy_pixels[:, None], mask=dy_mask, other=0.0)
+            dy = tl.load(dy_first + start * dy_column + dy_block, mask=dy_mask, other=0.0)
         else:
+            dy_pixels = image * (dy_image * PIXEL_VECTOR)
+            if PIXEL_VECTOR > 1:
+                dy_pixels += place
+            else:
+                dy_pixels += y.to(tl.int64) * dy_row + x.to(tl.int64) * dy_column
+            y = y * stride_height - padding_height
+            x = x * stride_width - padding_width
+            x_pixels = image * (x_image * X_VECTOR) + y.to(tl.int64) * x_row + x.to(tl.int64) * x_column
+            y = tl.where(in_pixels, y, OUTSIDE)
             meets = _within(tap_y[:, None] + y[None, :], height) & _within(tap_x[:, None] + x[None, :], width)
-            values = tl.load(x_rows[:, None] + x_pixels[None, :], mask=meets, other=0.0)
+            values = tl.load(input_selected + x_rows[:, None] + x_pixels[None, :], mask=meets, other=0.0)
             dy_mask = in_outputs[:, None] & in_pixels[None, :]
             dy = tl.load(dy_outputs[:, None] + dy_pixels[None, :], mask=dy_mask, other=0.0).T
         values = operand(values, row == rows, WITH_BIAS)
@@ -464,6 +502,8 @@ def _sum_taps(
     sums.cut(planned.split.parts, taps if planned.tile is not None else 1)
     x_image, x_channel, x_row, x_column = input_selected.stride()
     dy_image, dy_channel, dy_row, dy_column = grad_output.stride()
+    if planned.tile is not None and planned.along_channels:
+        dy_column = planned.dy_pixel
     integers = (
         taps,
         kernel_size[1],
