@@ -60,7 +60,8 @@ def check(arch: int, folder: Path) -> None:
 
 def loads_vectors(row: dict[str, Any]) -> bool:
     """Whether a product's operands both come several elements at a time."""
-    constants = dict(pair.split("=") for pair in row["constants"].split())
+    # A value may be of several words.
+    constants = dict(pair.split("=") for pair in row["constants"].split() if "=" in pair)
     along_pixels = row["kernel"] == "multiply" and constants["ALONG_CHANNELS"] == "False"
     return int(constants.get("X_VECTOR", 1)) > 1 or (along_pixels and constants["VECTOR"] != "1")
 

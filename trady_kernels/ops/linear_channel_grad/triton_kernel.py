@@ -87,12 +87,14 @@ def tile(
         width = min(width, 64)  # what registers hold
     # The vectorised ones are those that an H200 was fastest with: what they have in flight together counts, hardly their shape.
     if aligned and along_channels and taps:
-        pixels = 64 if half else 16 if largest and precision == "ieee" else 32
+        # Vectors of both operands on their way take registers, on GPUs before Hopper more than others leave.
+        few = x_aligned and (smallest or width == 128)
+        pixels = (32 if few else 64) if half else 16 if largest and precision == "ieee" else 32
         return Tile(block, width, pixels, 3, 4 if half and width < 128 else 2)
     if aligned and along_channels and half and x_aligned and width == OUTPUTS[-1]:
         return Tile(block, width, 32, 4, 2)
     if aligned and along_channels:
-        pixels = min(64 if largest else 128, 8192 // width)
+        pixels = 64 if largest or width > 32 else 128
         return Tile(block, width, pixels, 2, 4) if half else Tile(block, width, 2048 // width, 4, 2)
     width = min(width, 64)
     if aligned and not taps:
