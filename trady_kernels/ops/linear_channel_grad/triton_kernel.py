@@ -88,14 +88,22 @@ def tile(
     # The vectorised ones are those that an H200 was fastest with: what they have in flight together counts, hardly their shape.
     if aligned and along_channels and taps:
         # Vectors of both operands on their way take registers, on GPUs before Hopper more than others leave.
-        few = x_aligned and (smallest or width == 128)
-        pixels = (32 if few else 64) if half else 16 if largest and precision == "ieee" else 32
+        few = x_aligned and (smallest or width != 64)
+        least = x_aligned and smallest and width == 128
+        pixels = (
+            (16 if least else 32 if few else 64) if half else 16 if largest and precision == "ieee" else 32
+        )
         return Tile(block, width, pixels, 3, 4 if half and width < 128 else 2)
     if aligned and along_channels and half and x_aligned and width == OUTPUTS[-1]:
         return Tile(block, width, 32, 4, 2)
     if aligned and along_channels:
         pixels = 64 if largest or width > 32 else 128
-        return Tile(block, width, pixels, 2, 4) if half else Tile(block, width, 2048 // width, 4, 2)
+        # Without tensor cores a thread keeps both operands of a block's pixels.
+        return (
+            Tile(block, width, pixels, 2, 4)
+            if half
+            else Tile(block, width, (1024 if largest else 2048) // width, 4, 2)
+        )
     width = min(width, 64)
     if aligned and not taps:
         return Tile(block, width, 64, 3, 128 // width)
@@ -106,7 +114,7 @@ def tile(
         return Tile(block, 64, 64, 3, 4) if aligned and middle else Tile(block, 64, 32, 4, 4)
     if precision == "ieee":
         return Tile(block, 64, 16, 2 if aligned else 3, 4) if largest else Tile(block, 64, 32, 3, 4)
-    if largest and taps:
+    if largest:
         return Tile(block, 64, 16, 4, 4)
     return Tile(block, 64, 32, 2 if smallest and not aligned else 3, 4)
 
