@@ -111,8 +111,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 #: Measured on an H200 (torch 2.11, Triton 3.6), layers of MobileNetV2, ResNet-50, ViT-tiny and BERT at batch 128, 1, 4 and 16
 #: channels, bfloat16 in channels_last and float32 in contiguous layout without TF32 (benchmarks/results/gpu.json): Triton's
 #: kernels beat cuDNN's best on 1x1 layers of large maps, and with taps for a single channel; float32 stays with ATen in
-#: contiguous layout. float32 in channels_last and half types in contiguous layout were timed on few layers, there with
-#: TF32, ahead of cuDNN up to 16 channels. float16 is taken for bfloat16's twin, more channels than 16 were not measured.
+#: contiguous layout. Not measured: float32 in channels_last, half types in contiguous layout (with taps held to
+#: channels_last's limit) and more than 16 channels. float16 is taken for bfloat16's twin.
 _GPU = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 0),
     Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 0),

@@ -1,7 +1,7 @@
 """Launches of Triton kernels that cost the host little once a variant is compiled.
 
-``kernel[grid](...)`` binds and specialises every argument at every call: about 60 us with twenty arguments, more than
-the kernel of a small layer takes.
+``kernel[grid](...)`` binds and specialises every argument at every call, which with twenty of them takes longer than the
+kernel of a small layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _variants: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def ceil_div(dividend: int, divisor: int) -> int:
-    """``triton.cdiv`` on the host, where Triton's own takes 5 us."""
+    """``triton.cdiv`` on the host, where Triton's own looks for constants in its arguments."""
     return -(-dividend // divisor)
 
 

@@ -15,38 +15,12 @@ from trady_kernels.ops.layout import in_a_memory_format
 __all__ = ["fold_norm", "norm_scale"]
 
 
-def _fake(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return reference(weight, bias, norm_weight, norm_bias, running_mean, running_var, eps, dtype)
+_VALUES = ("bias", "norm_weight", "norm_bias", "running_mean", "running_var")
 
 
-def _validate(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> None:
-    given = {
-        "bias": bias,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
+def _validate(weight: torch.Tensor, *rest: Any) -> None:
     shape = weight.shape[:1]
-    for name, tensor in given.items():
+    for name, tensor in zip(_VALUES, rest, strict=False):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}, a value an output of weight"
@@ -57,7 +31,7 @@ def _choose(weight: torch.Tensor, *tensors: Any) -> str:
     """One launch for what ATen takes eight to; the compiler fuses them by itself, and transforms know only ATen's."""
     if not weight.is_cuda or is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
         return "reference"
-    single = all(t is None or t.dtype is torch.float32 for t in (weight, *tensors[:5]))
+    single = all(t is None or t.dtype is torch.float32 for t in (weight, *tensors[: len(_VALUES)]))
     return "cuda" if single and in_a_memory_format(weight) else "reference"
 
 
@@ -65,7 +39,7 @@ _operator = Operator(
     "fold_norm(Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? running_mean, "
     "Tensor running_var, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference=reference,
-    fake=_fake,
+    fake=reference,
     kernels={},
     choose=_choose,
     validate=_validate,
