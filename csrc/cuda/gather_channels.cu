@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(THREADS)
     const Index i = first + step * THREADS;
     rest[step] = i < count ? i : first;
   }
+  bool in_range = true;
   for (int d = 0; d < layout.dimensions; ++d) {
     const Index size = static_cast<Index>(layout.size[d]);
     const int64_t stride = layout.stride[d];
@@ -203,8 +204,12 @@ __global__ void __launch_bounds__(THREADS)
     for (int step = 0; step < STEPS; ++step) {
       const Index position = rest[step] % size;
       rest[step] /= size;
-      offset[step] +=
-          (d == layout.channel ? selected(channels, position, in_channels) : static_cast<int64_t>(position)) * stride;
+      const int64_t index = d == layout.channel ? channels[position] : static_cast<int64_t>(position);
+      if (d == layout.channel && !is_channel(index, in_channels)) {
+        in_range = false;
+      } else {
+        offset[step] += index * stride;
+      }
     }
   }
   From values[STEPS];
@@ -215,6 +220,8 @@ __global__ void __launch_bounds__(THREADS)
     const Index i = first + step * THREADS;
     if (i < count) target[i] = Conversion<To, From>::of(values[step]);
   }
+  // Here, where no registers have to be kept for what comes after it.
+  assert(in_range && "gather_channels: an index in channels is out of range");
 }
 
 // ---- host -----------------------------------------------------------------------------------------------------
