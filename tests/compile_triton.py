@@ -2,8 +2,8 @@
 
     python tests/compile_triton.py --arch 90
 
-Fails where a kernel does not compile, keeps anything in local memory, or asks for more shared memory than the GPU has.
-Pointers count as aligned to 16 bytes, as those of whole tensors are.
+Fails where a kernel does not compile, uses local memory inside a loop or more than a few words of it, or asks for more
+shared memory than the GPU has. Pointers count as aligned to 16 bytes, as those of whole tensors are.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import argparse
 import importlib
 import importlib.util
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from triton.compiler import ASTSource
 
 #: KiB of shared memory that one block may have, by compute capability.
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+#: Of local memory that a thread may have, for values that wait there while a loop runs: the assemblers for Blackwell park
+#: two or three words where one more block then fits a multiprocessor.
+PARKED_BYTES = 16
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -42,6 +47,7 @@ class Row:
         registers: of a thread.
         spill_bytes: that a thread writes to local memory for want of registers, or reads back if those are more.
         local_bytes: of local memory a thread has.
+        local_in_loops: loads and stores of it inside a loop.
         shared_bytes: of a block.
         narrow_loads: loads from memory of two bytes or less, which the compiler starts none of ahead.
         failure: why it counts as failed; empty where it does not.
@@ -55,6 +61,7 @@ class Row:
     registers: int = 0
     spill_bytes: int = 0
     local_bytes: int = 0
+    local_in_loops: int = 0
     shared_bytes: int = 0
     narrow_loads: int = 0
     failure: str = ""
@@ -88,6 +95,22 @@ def _numbers(text: str, *patterns: str) -> list[int]:
     if not all(found):
         raise RuntimeError(f"expected {patterns} in: {text}")
     return [int(match.group(1)) for match in found if match]
+
+
+def local_in_loops(sass: str) -> int:
+    """Loads and stores of local memory between a branch and an earlier place that it goes back to.
+
+    Args:
+        sass: disassembly of one kernel. What follows its last instruction, where barriers are tried again, is no loop of it.
+    """
+    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    loops, last = [], max((at for at, text in instructions if text.strip() == "EXIT"), default=0)
+    for at, text in instructions:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at < last:
+            loops.append((int(target[1], 16), at))
+    local = [at for at, text in instructions if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(first <= at <= end for first, end in loops) for at in local)
 
 
 def _compiled(configuration: Any, arch: int) -> Any:
@@ -142,15 +165,19 @@ def measured(configuration: Any, arch: int) -> Row:
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _output(_TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
         registers, stack, local = _numbers(usage, r"REG:(\d+)", r"STACK:(\d+)", r"LOCAL:(\d+)")
-        spilled = 0
+        spilled = in_loops = 0
+        if stack or local:
+            in_loops = local_in_loops(_output(_TOOLS / "cuobjdump", "-sass", cubin))
         if stack:  # of the stack the assembler alone tells what are spills
             ptx.write_text(compiled.asm["ptx"])
             log = _output(ptxas(arch), "-v", f"--gpu-name={full_name(arch)}", ptx, "-o", cubin)
             spilled = max(_numbers(log, r"(\d+) bytes spill stores", r"(\d+) bytes spill loads"))
     shared = compiled.metadata.shared  # all of it is asked for at the launch; the cubin's own is the system's
     failures = []
-    if stack or local:
-        failures.append(f"{stack + local} bytes of local memory a thread, {spilled} bytes of spills")
+    if stack + local > PARKED_BYTES or in_loops:
+        failures.append(
+            f"{stack + local} bytes of local memory a thread, {in_loops} loads and stores of it in loops, {spilled} bytes of spills"
+        )
     if shared > SHARED_KIB[arch] * 1024:
         failures.append(f"{shared} bytes of shared memory, the GPU has {SHARED_KIB[arch]} KiB")
     return Row(
@@ -158,10 +185,25 @@ def measured(configuration: Any, arch: int) -> Row:
         registers=registers,
         spill_bytes=spilled,
         local_bytes=stack + local,
+        local_in_loops=in_loops,
         shared_bytes=shared,
         narrow_loads=len(re.findall(r"\bld\.global[.\w]*\.[bus](?:8|16)\b", compiled.asm["ptx"])),
         failure="; ".join(failures),
     )
+
+
+def measured_by_all_cores(configurations: Sequence[Any], arch: int) -> list[Row]:
+    """``measured`` of each; forks have the kernels, which cannot be sent to another process."""
+    _forked[:] = configurations
+    with multiprocessing.get_context("fork").Pool() as pool:
+        return pool.map(partial(_measured_in_fork, arch), range(len(configurations)), chunksize=1)
+
+
+_forked: list[Any] = []
+
+
+def _measured_in_fork(arch: int, index: int) -> Row:
+    return measured(_forked[index], arch)
 
 
 def of_operators() -> list[Any]:
@@ -196,6 +238,7 @@ _COLUMNS = {
     "registers": "registers",
     "spill_bytes": "spills",
     "local_bytes": "local",
+    "local_in_loops": "in loops",
     "shared_bytes": "shared",
 }
 
@@ -234,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not is_known(options.arch):
         parser.error(f"--arch: got {options.arch}, which Triton {triton.__version__} has no assembler for")
     configurations = of_operators() if options.file is None else of_file(options.file)
-    rows = [measured(configuration, options.arch) for configuration in configurations]
+    rows = measured_by_all_cores(configurations, options.arch)
     print(*table(rows), sep="\n")
     failed = sum(bool(row.failure) for row in rows)
     skipped = sum(bool(row.skipped) for row in rows)

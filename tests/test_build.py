@@ -283,23 +283,3 @@ print(ops.last_kernel("linear_channel_grad"), ops.__file__)
 """
     ran = run(sys.executable, "-W", "error", "-c", code, cwd=site, PYTHONPATH=str(site))
     assert ran.stdout == f"cpp {site / 'trady_kernels' / 'ops' / '__init__.py'}\n", ran.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("csrc/cuda/*.cu")))
-def test_cuda_source_compiles_alone(file: str, tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not installed")
-    include = Path(torch.__file__).parent / "include"
-    definitions = ("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-    options = (
-        "-std=c++20",
-        *definitions,
-        f"-I{include}",
-        "-I",
-        ROOT / "csrc",
-        "-c",
-        "-o",
-        tmp_path / "object.o",
-    )
-    done = run(nvcc, *options, ROOT / "csrc" / "cuda" / file)
-    assert done.returncode == 0, done.stderr
