@@ -189,8 +189,10 @@ def test(arguments: list[str]) -> None:
             print(done.stdout + done.stderr, flush=True)
     if failed:
         print(f"failed before the tests: {', '.join(failed)}", flush=True)
+    # Every worker has a torch of its own in memory.
+    workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
     code = subprocess.run(
-        [PYTHON, "-m", "pytest", *(["-m", "slow"] if slow else []), *arguments], cwd=ROOT
+        [PYTHON, "-m", "pytest", *workers, *(["-m", "slow"] if slow else []), *arguments], cwd=ROOT
     ).returncode
     # 5: no test was selected, which a stage of slow tests may well be.
     sys.exit(bool(failed) or (0 if slow and code == 5 else code))

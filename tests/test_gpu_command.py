@@ -289,10 +289,13 @@ def test_without_a_fixture(broken): pass
 
 def run_tests(folder: Path, *options: str) -> dict[str, Any]:
     file = folder / "tests"
+    environment = {**gpu.stage_environment(None), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # It is no worker, even if this process is one.
+    environment.pop("PYTEST_XDIST_WORKER", None)
     subprocess.run(
         [sys.executable, *gpu.PYTEST[1:], "--report-to", file, *options],
         cwd=folder,
-        env={**gpu.stage_environment(None), "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env=environment,
         capture_output=True,
     )
     return gpu.count_tests(file)
