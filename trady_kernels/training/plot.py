@@ -9,8 +9,8 @@ from trady_kernels.atomic_write import write_atomically
 from trady_kernels.training.results import SchemeResult
 
 # Okabe and Ito's colours, told apart with any colour vision; the markers tell the schemes apart without colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _MIB = 2**20
 
 
@@ -39,8 +39,8 @@ def plot_accuracy(path: Path, results: Sequence[SchemeResult], title: str) -> No
     axes = figure.add_subplot()
     for index, result in enumerate(results):
         memory, accuracy = result.saved_bytes / _MIB, 100 * result.top1
-        colour = _COLOURS[index % len(_COLOURS)]
-        axes.scatter(memory, accuracy, s=70, color=colour, marker=_MARKERS[index % len(_MARKERS)], zorder=3)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.scatter(memory, accuracy, s=70, color=colour, marker=MARKERS[index % len(MARKERS)], zorder=3)
         axes.annotate(
             f"{result.scheme}\n{accuracy:.1f}%, {memory:.3g} MiB",
             (memory, accuracy),

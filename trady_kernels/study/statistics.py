@@ -1,0 +1,81 @@
+"""Means and paired tests over the cells of a results table."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of some runs.
+
+    Attributes:
+        mean: of them.
+        deviation: NaN of a single one.
+        count: how many.
+    """
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), deviation, len(values))
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """A two-sided paired t-test: whether the mean of differences is zero.
+
+    Attributes:
+        difference: mean of first minus second.
+        statistic: Student's t, with ``pairs - 1`` degrees of freedom; NaN where all differences are equal.
+        p: probability of a t at least as far from zero if there were no difference; NaN with fewer than two pairs.
+        pairs: how many.
+        wins: pairs in which the first is larger.
+    """
+
+    difference: float
+    statistic: float
+    p: float
+    pairs: int
+    wins: int
+
+    @property
+    def significant(self) -> bool:
+        """At the level of 5%."""
+        return self.p < 0.05
+
+
+def paired_test(first: Mapping[object, float], second: Mapping[object, float]) -> PairedTest:
+    """Compare two series of runs, pair by pair, over the keys that both have.
+
+    Raises:
+        ValueError: they have no key in common.
+        ModuleNotFoundError: scipy is not installed.
+    """
+    keys = [key for key in first if key in second]
+    if not keys:
+        raise ValueError(f"first, second: got {len(first)} and {len(second)} runs, expected a key in common")
+    differences = [first[key] - second[key] for key in keys]
+    wins = sum(difference > 0 for difference in differences)
+    spread = Spread.of(differences)
+    if len(keys) < 2:
+        return PairedTest(spread.mean, math.nan, math.nan, len(keys), wins)
+    if spread.deviation == 0:
+        return PairedTest(spread.mean, math.nan, 1.0 if spread.mean == 0 else 0.0, len(keys), wins)
+    try:
+        from scipy.stats import t as student
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "paired tests need scipy; install it with: pip install 'trady-kernels[study]'"
+        ) from error
+    statistic = spread.mean / (spread.deviation / math.sqrt(len(keys)))
+    p = 2 * float(student.sf(abs(statistic), len(keys) - 1))
+    return PairedTest(spread.mean, statistic, p, len(keys), wins)
