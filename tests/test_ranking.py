@@ -18,6 +18,8 @@ from torch import nn
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import measure_layers
+from trady_kernels.models import EfficientNetLite0
+from trady_kernels.selection.ranking import METRICS
 
 
 def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -237,8 +239,15 @@ def test_files_of_something_else_are_refused(tmp_path: Path, content: str, messa
 
 
 def test_shipped_rankings_belong_to_their_networks() -> None:
-    with pytest.raises(ValueError, match="name: got 'resnet18', expected one of"):
+    layers = {name for name, module in EfficientNetLite0().named_modules() if isinstance(module, nn.Conv2d)}
+    for metric in METRICS:
+        ranking = tk.LayerRanking.shipped("efficientnet_lite0", metric)
+        assert set(ranking) == layers and ranking.metric == metric
+    assert tk.LayerRanking.shipped("efficientnet_lite0").metric == "rgn"
+    with pytest.raises(ValueError, match=r"name: got 'resnet18', expected one of efficientnet_lite0$"):
         tk.LayerRanking.shipped("resnet18")
+    with pytest.raises(ValueError, match="metric: got 'best', expected one of rgn, lara"):
+        tk.LayerRanking.shipped("efficientnet_lite0", "best")
 
 
 @dataclass(frozen=True)

@@ -122,20 +122,25 @@ class LayerRanking(Mapping[str, float]):
         return cls._parse(Path(path).read_bytes(), os.fspath(path))
 
     @classmethod
-    def shipped(cls, name: str) -> LayerRanking:
+    def shipped(cls, name: str, metric: str = "rgn") -> LayerRanking:
         """The ranking of an embedded network that comes with the package.
 
         Args:
             name: of the network, such as "efficientnet_lite0".
+            metric: "rgn" or "lara".
 
         Raises:
-            ValueError: none is shipped under that name.
+            ValueError: an unknown metric, or none by it is shipped under that name.
         """
+        _check_metric(metric)
         folder = resources.files("trady_kernels.selection") / "rankings"
-        names = sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
+        ending = f"-{metric}.json"
+        names = sorted(
+            file.name.removesuffix(ending) for file in folder.iterdir() if file.name.endswith(ending)
+        )
         if name not in names:
             raise ValueError(f"name: got {name!r}, expected one of {', '.join(names) or '(none is shipped)'}")
-        return cls._parse((folder / f"{name}.json").read_bytes(), f"{name}.json")
+        return cls._parse((folder / f"{name}{ending}").read_bytes(), f"{name}{ending}")
 
     @classmethod
     def _parse(cls, content: bytes, origin: str) -> LayerRanking:
