@@ -203,6 +203,12 @@ def test_blocks_that_see_the_same_batch_rank_as_the_whole_gradient_does(metric: 
     assert all(abs(found[name] - score) <= 1e-9 * score for name, score in whole.items())
 
 
+def test_blocks_on_batches_of_their_own_rank_nearly_as_the_whole_gradient_does() -> None:
+    model, given = sparse_net(), batches(80)
+    whole = tk.rank_layers(model, given, F.cross_entropy)
+    assert tk.rank_layers(model, given, F.cross_entropy, budget="10%").agreement(whole) > 0.9
+
+
 def test_steps_inside_the_budget_move_the_block_and_leave_no_trace() -> None:
     model = sparse_net()
     before = copy.deepcopy(model.state_dict())

@@ -166,6 +166,20 @@ def test_a_run_between_two_steps_of_training_does_not_show() -> None:
     assert all(torch.equal(plain[key], ranked[key]) for key in plain)
 
 
+def test_agreement_is_spearmans_correlation() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        first, second = (
+            {str(name): float(score) for name, score in enumerate(scores)}
+            for scores in torch.randint(6, (2, 20), generator=generator)
+        )
+        expected = stats.spearmanr(list(first.values()), [second[name] for name in first]).statistic
+        assert abs(tk.LayerRanking(first).agreement(tk.LayerRanking(second)) - expected) < 1e-12
+    with pytest.raises(ValueError, match="other: got a ranking of 1 other layers, expected one of these 20"):
+        tk.LayerRanking(first).agreement(tk.LayerRanking({"a": 1.0}))
+
+
 SCORES = {"a": 1.0, "b": 6.0, "c": 2.0, "d": 0.0, "e": 1.0}
 
 

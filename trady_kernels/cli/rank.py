@@ -17,6 +17,7 @@ from trady_kernels.data import load_data
 from trady_kernels.provenance import describe
 from trady_kernels.selection import LayerRanking
 from trady_kernels.training.ranking import rank_model
+from trady_kernels.training.regimes import find_ranking
 
 _EPILOG = """\
 example:
@@ -77,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
     ranking.save(args.output)
     content = json.loads(args.output.read_text())
     write_json(args.output, content | {"provenance": provenance})
+    shipped = find_ranking(None, args.model, args.metric)
+    if shipped is not None and set(shipped) == set(ranking):
+        console.print(f"Spearman's correlation with the ranking that ships: {ranking.agreement(shipped):.3f}")
     console.print(f"written to {args.output}; use it with: trady finetune --ranking {args.output}")
     return 0
 

@@ -97,6 +97,24 @@ class LayerRanking(Mapping[str, float]):
             reached += score
         return layers
 
+    def agreement(self, other: Mapping[str, float]) -> float:
+        """Spearman's rank correlation with another ranking of the same layers, from -1 to 1; NaN where all are tied.
+
+        Raises:
+            ValueError: ``other`` has other layers.
+
+        Source: TraDy, arXiv 2510.19675, section 4.1, which compares tasks so.
+        """
+        if set(other) != set(self):
+            raise ValueError(
+                f"other: got a ranking of {len(other)} other layers, expected one of these {len(self)}"
+            )
+        scores = torch.tensor([[self[name], other[name]] for name in self], dtype=torch.float64).t()
+        # Of layers that are tied each has the mean of their places.
+        above, level = scores[:, :, None] > scores[:, None], scores[:, :, None] == scores[:, None]
+        places = (above.double() + level.double() / 2).sum(2)
+        return float(torch.corrcoef(places)[0, 1])
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ranking as JSON; an interrupted write leaves the file that was there.
 
