@@ -25,6 +25,13 @@ def test_rank_writes_a_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str
     before = list(ranking.items())
     assert main(arguments) == 0
     assert list(LayerRanking.load(file).items()) == before
+    assert main([*arguments, "--steps", "3", "--budget", "50%"]) == 0
+    inside = LayerRanking.load(file)
+    assert set(inside) == set(ranking) and list(inside.items()) != before
+    assert main([*arguments, "--steps", "2", "--budget", "5%"]) == 2
+    assert "batches: got 2, expected at least 2" in capsys.readouterr().err
+    assert main(arguments) == 0
+    capsys.readouterr()
     assert main([*arguments, "--steps", "0"]) == 2
     assert main([*arguments, "--metric", "size"]) == 2
     assert main([*arguments, "--output", str(tmp_path / "no" / "file.json")]) == 2

@@ -18,6 +18,8 @@ from torch import nn
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import measure_layers
+from trady_kernels.models import EfficientNetLite0
+from trady_kernels.selection.ranking import METRICS
 
 
 def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -164,6 +166,20 @@ def test_a_run_between_two_steps_of_training_does_not_show() -> None:
     assert all(torch.equal(plain[key], ranked[key]) for key in plain)
 
 
+def test_agreement_is_spearmans_correlation() -> None:
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        first, second = (
+            {str(name): float(score) for name, score in enumerate(scores)}
+            for scores in torch.randint(6, (2, 20), generator=generator)
+        )
+        expected = stats.spearmanr(list(first.values()), [second[name] for name in first]).statistic
+        assert abs(tk.LayerRanking(first).agreement(tk.LayerRanking(second)) - expected) < 1e-12
+    with pytest.raises(ValueError, match="other: got a ranking of 1 other layers, expected one of these 20"):
+        tk.LayerRanking(first).agreement(tk.LayerRanking({"a": 1.0}))
+
+
 SCORES = {"a": 1.0, "b": 6.0, "c": 2.0, "d": 0.0, "e": 1.0}
 
 
@@ -237,8 +253,15 @@ def test_files_of_something_else_are_refused(tmp_path: Path, content: str, messa
 
 
 def test_shipped_rankings_belong_to_their_networks() -> None:
-    with pytest.raises(ValueError, match="name: got 'resnet18', expected one of"):
+    layers = {name for name, module in EfficientNetLite0().named_modules() if isinstance(module, nn.Conv2d)}
+    for metric in METRICS:
+        ranking = tk.LayerRanking.shipped("efficientnet_lite0", metric)
+        assert set(ranking) == layers and ranking.metric == metric
+    assert tk.LayerRanking.shipped("efficientnet_lite0").metric == "rgn"
+    with pytest.raises(ValueError, match=r"name: got 'resnet18', expected one of efficientnet_lite0$"):
         tk.LayerRanking.shipped("resnet18")
+    with pytest.raises(ValueError, match="metric: got 'best', expected one of rgn, lara"):
+        tk.LayerRanking.shipped("efficientnet_lite0", "best")
 
 
 @dataclass(frozen=True)

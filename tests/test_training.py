@@ -19,7 +19,9 @@ from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import ImageData, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
+from trady_kernels.selection import SCHEMES, channel_norms
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
+from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import resume_run, start_run
 from trady_kernels.training.run_folder import RunFolder
@@ -153,7 +155,10 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseExcept
 # -- one scheme ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["trady", "s-topk-random", "d-full-random", "head-only", "full"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["trady", "s-topk-random", "d-full-random", "d-det-rgn", "s-det-rgn", "medyate", "head-only", "full"],
+)
 def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, scheme: str) -> None:
     data = data_of(settings)
     whole = train_scheme(scheme, settings, data, tmp_path / "whole.pt", Recorder())
@@ -217,6 +222,35 @@ def test_figures_are_measured_and_inside_the_budget(tmp_path: Path, settings: Se
     assert full.saved_bytes == full.dense_saved_bytes == trady.dense_saved_bytes
     assert trady.top1 == trady.epochs[-1].top1
     assert all(epoch.step_ms > 0 and epoch.seconds > 0 for epoch in full.epochs)
+
+
+@pytest.mark.parametrize(("scheme", "changes"), [("d-det-rgn", True), ("s-det-rgn", False)])
+def test_an_oracle_says_that_it_is_one(
+    tmp_path: Path, settings: Settings, scheme: str, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(model: torch.nn.Module, batches: Any, loss_fn: Any) -> dict[str, torch.Tensor]:
+        given = list(batches)
+        measured.append((len(given), sum(float(images.sum()) for images, _ in given)))
+        return channel_norms(model, given, loss_fn)
+
+    monkeypatch.setattr("trady_kernels.training.loop.channel_norms", measure)
+    result = train_scheme(scheme, settings, data_of(settings), tmp_path / "c.pt", Recorder())
+    assert any("over the budget by design" in note for note in result.notes)
+    assert all(0 < epoch.cost <= 150 for epoch in result.epochs)
+    assert [count for count, _ in measured] == [4] * (3 if changes else 1)
+    assert len(set(measured)) == 1
+
+
+def test_a_shipped_ranking_is_found_by_the_schemes_metric() -> None:
+    assert {name: scheme.metric for name, scheme in SCHEMES.items() if scheme.ranked} == {
+        "trady": "rgn", "s-topk-random": "rgn", "medyate": "lara",
+    }  # fmt: skip
+    for metric in ("rgn", "lara"):
+        found = find_ranking(None, "efficientnet_lite0", metric)
+        assert found is not None and found.metric == metric
+    assert find_ranking(None, "mobilenet_v2_w035", "rgn") is None
 
 
 def test_seed_decides_the_numbers(tmp_path: Path, settings: Settings) -> None:

@@ -11,7 +11,7 @@ from trady_kernels.functional import frozen_batch_norm, sparse_conv2d, sparse_li
 from trady_kernels.memory import MemoryReport, measure_memory
 from trady_kernels.nn import FrozenBatchNorm2d, SparseConv2d, SparseLinear
 from trady_kernels.ops import backend
-from trady_kernels.selection import ChannelSampler, LayerRanking, rank_layers
+from trady_kernels.selection import ChannelSampler, LayerRanking, channel_norms, rank_layers
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,7 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "backend",
+    "channel_norms",
     "conversion_report",
     "densify",
     "frozen_batch_norm",

@@ -14,6 +14,7 @@ from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
 from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
+from trady_kernels.selection.schemes import find_scheme
 from trady_kernels.training.regimes import find_ranking
 
 DEFAULT_BUDGET = "28000"
@@ -69,7 +70,10 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         help="elements of one sample (28000), bytes of a batch (256KiB) or a share (5%%) (default: %(default)s)",
     )
     parser.add_argument(
-        "--scheme", default="trady", metavar="NAME", help=f"{', '.join(SCHEMES)} (default: %(default)s)"
+        "--scheme",
+        default="trady",
+        metavar="NAME",
+        help=f"{', '.join(_without_data())} (default: %(default)s)",
     )
     parser.add_argument(
         "--ranking", metavar="FILE", help="layer ranking instead of the one that ships for the model"
@@ -82,6 +86,11 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "byte an element, which is not exact (8bit) (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
+
+
+def _without_data() -> list[str]:
+    """The schemes that draw without gradients of real data."""
+    return [name for name, scheme in SCHEMES.items() if not scheme.needs_gradients]
 
 
 def make_network(args: argparse.Namespace) -> nn.Module:
@@ -122,7 +131,13 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
         BadUsage: a bad ranking, or a network that the batch does not fit.
     """
     with usage_errors():
-        ranking = find_ranking(args.ranking, args.model)
+        scheme = find_scheme(args.scheme)
+        if scheme.needs_gradients:
+            raise ValueError(
+                f"scheme: got {args.scheme!r}, which draws by the gradients of a data set that this command does not read, "
+                f"expected one of {', '.join(_without_data())}"
+            )
+        ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
         sparsify(model, batch.images, head=head, lean=LEAN[args.lean])
     return ranking

@@ -17,10 +17,12 @@ from trady_kernels.data import load_data
 from trady_kernels.provenance import describe
 from trady_kernels.selection import LayerRanking
 from trady_kernels.training.ranking import rank_model
+from trady_kernels.training.regimes import find_ranking
 
 _EPILOG = """\
 example:
   trady rank --model efficientnet_lite0 --data fashion-mnist --steps 300 --output lite0.json
+  trady rank --data mnist --budget 10% --output lite0.json
   trady finetune --model efficientnet_lite0 --data mnist --ranking lite0.json"""
 
 
@@ -39,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--metric", default="rgn", help="rgn (TraDy) or lara (MeDyate) (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget",
+        help="rank inside a budget, as in trady finetune: each step trains one block of channels that fits it, so there "
+        "have to be steps enough for all blocks (default: whole gradients)",
     )
     parser.add_argument("--steps", type=int, default=300, help="of SGD (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images in a step (default: %(default)s)")
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
             args.model,
             load_data(args.data, image_size=args.image_size),
             metric=args.metric,
+            budget=int(args.budget) if args.budget and args.budget.isdecimal() else args.budget,
             steps=args.steps,
             batch_size=args.batch_size,
             learning_rate=args.lr,
@@ -70,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
     ranking.save(args.output)
     content = json.loads(args.output.read_text())
     write_json(args.output, content | {"provenance": provenance})
+    shipped = find_ranking(None, args.model, args.metric)
+    if shipped is not None and set(shipped) == set(ranking):
+        console.print(f"Spearman's correlation with the ranking that ships: {ranking.agreement(shipped):.3f}")
     console.print(f"written to {args.output}; use it with: trady finetune --ranking {args.output}")
     return 0
 

@@ -136,6 +136,19 @@ class SparseChannels(nn.Module):
         """Write ``rows``, shaped as ``channel_weight``, into ``weight`` at ``channels``, in place."""
         raise NotImplementedError
 
+    def compute(
+        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
+    ) -> torch.Tensor:
+        """The output for these operands, whatever the layer has selected; ``rows`` get the gradient.
+
+        Args:
+            input: what ``forward`` takes.
+            weight: the whole weight.
+            rows: in the shape of ``channel_weight``; equal to ``weight`` at ``channels``.
+            channels: ``(k,)`` int64, sorted, unique, on the weight's device.
+        """
+        raise NotImplementedError
+
     # -- construction ------------------------------------------------------------------------------
 
     def _register_rows(self, channels: Channels) -> None:

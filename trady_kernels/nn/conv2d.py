@@ -171,7 +171,11 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         SparseConv2d.unfold(self)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (N, C', H', W')
-        weight, rows = self._operands()
+        return self.compute(input, *self._operands(), self.channels)
+
+    def compute(
+        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
+    ) -> torch.Tensor:
         padding, padding_mode = self.padding, self.padding_mode
         if self.folded_margins is not None:
             own = self._own_margins()
@@ -183,7 +187,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
             weight,
             self.bias,
             rows,
-            self.channels,
+            channels,
             self.stride,
             padding,
             self.dilation,

@@ -69,8 +69,12 @@ class SparseLinear(SparseChannels, nn.Linear):
         return self._copy_to(nn.Linear(**_arguments(self)))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (..., I) -> (..., O)
-        weight, rows = self._operands()
-        return sparse_linear(input, weight, self.bias, rows, self.channels)
+        return self.compute(input, *self._operands(), self.channels)
+
+    def compute(
+        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
+    ) -> torch.Tensor:
+        return sparse_linear(input, weight, self.bias, rows, channels)
 
     @property
     def channel_count(self) -> int:

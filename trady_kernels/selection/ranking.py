@@ -6,41 +6,33 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.batch import Example, input_of, loss_of, without_trace
-from trady_kernels.cost import Layer, LayerCost, measure_layers
-from trady_kernels.nn.channels import SparseChannels
-from trady_kernels.nn.conv2d import SparseConv2d
-from trady_kernels.nn.norm import FrozenBatchNorm2d
+from trady_kernels.batch import Example
+from trady_kernels.cost import Budget, LayerCost
+from trady_kernels.selection.channel_norms import BlockNorms, layers_of, mean_norms, measure_batches
 
 _FORMAT = "trady-layer-ranking"
 _VERSION = 1
 
 
-def _rgn(gradient: torch.Tensor, layer: Layer, cost: LayerCost) -> torch.Tensor:
+def _rgn(norms: torch.Tensor, cost: LayerCost) -> torch.Tensor:
     """RGN_i = sum_c ||dW_c||_2 / (C_W + C_A) [TraDy, arXiv 2510.19675, equation 8]."""
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    # (C', C/groups, ...) -> (groups, C'/groups, C/groups, elements)
-    by_channel = gradient.reshape(groups, gradient.shape[0] // groups, gradient.shape[1], -1)
-    return torch.linalg.vector_norm(by_channel, dim=(1, 3)).sum() / cost.channel.elements
+    return norms.sum() / cost.channel.elements
 
 
-def _lara(gradient: torch.Tensor, layer: Layer, cost: LayerCost) -> torch.Tensor:
+def _lara(norms: torch.Tensor, cost: LayerCost) -> torch.Tensor:
     """LaRa_i = ||dW_i||_2 / sum_c (C_W + C_A) [MeDyate, arXiv 2510.20979, equation 9]."""
-    return torch.linalg.vector_norm(gradient) / cost.full.elements
+    return torch.linalg.vector_norm(norms) / cost.full.elements
 
 
-METRICS: Mapping[str, Callable[[torch.Tensor, Layer, LayerCost], torch.Tensor]] = {"rgn": _rgn, "lara": _lara}
+#: Of a layer, from the norms of its channels' gradients.
+METRICS: Mapping[str, Callable[[torch.Tensor, LayerCost], torch.Tensor]] = {"rgn": _rgn, "lara": _lara}
 
 
 class LayerRanking(Mapping[str, float]):
@@ -105,6 +97,24 @@ class LayerRanking(Mapping[str, float]):
             reached += score
         return layers
 
+    def agreement(self, other: Mapping[str, float]) -> float:
+        """Spearman's rank correlation with another ranking of the same layers, from -1 to 1; NaN where all are tied.
+
+        Raises:
+            ValueError: ``other`` has other layers.
+
+        Source: TraDy, arXiv 2510.19675, section 4.1, which compares tasks so.
+        """
+        if set(other) != set(self):
+            raise ValueError(
+                f"other: got a ranking of {len(other)} other layers, expected one of these {len(self)}"
+            )
+        scores = torch.tensor([[self[name], other[name]] for name in self], dtype=torch.float64).t()
+        # Of layers that are tied each has the mean of their places.
+        above, level = scores[:, :, None] > scores[:, None], scores[:, :, None] == scores[:, None]
+        places = (above.double() + level.double() / 2).sum(2)
+        return float(torch.corrcoef(places)[0, 1])
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ranking as JSON; an interrupted write leaves the file that was there.
 
@@ -130,20 +140,25 @@ class LayerRanking(Mapping[str, float]):
         return cls._parse(Path(path).read_bytes(), os.fspath(path))
 
     @classmethod
-    def shipped(cls, name: str) -> LayerRanking:
+    def shipped(cls, name: str, metric: str = "rgn") -> LayerRanking:
         """The ranking of an embedded network that comes with the package.
 
         Args:
             name: of the network, such as "efficientnet_lite0".
+            metric: "rgn" or "lara".
 
         Raises:
-            ValueError: none is shipped under that name.
+            ValueError: an unknown metric, or none by it is shipped under that name.
         """
+        _check_metric(metric)
         folder = resources.files("trady_kernels.selection") / "rankings"
-        names = sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
+        ending = f"-{metric}.json"
+        names = sorted(
+            file.name.removesuffix(ending) for file in folder.iterdir() if file.name.endswith(ending)
+        )
         if name not in names:
             raise ValueError(f"name: got {name!r}, expected one of {', '.join(names) or '(none is shipped)'}")
-        return cls._parse((folder / f"{name}.json").read_bytes(), f"{name}.json")
+        return cls._parse((folder / f"{name}{ending}").read_bytes(), f"{name}{ending}")
 
     @classmethod
     def _parse(cls, content: bytes, origin: str) -> LayerRanking:
@@ -170,132 +185,61 @@ def rank_layers(
     loss_fn: Callable[..., torch.Tensor],
     metric: str = "rgn",
     *,
+    budget: int | str | Budget | None = None,
     learning_rate: float = 0.0,
+    seed: int = 0,
 ) -> LayerRanking:
     """Rank a network's layers by their gradient for what training them costs, summed over batches.
 
-    The network runs in eval mode, so norms keep their statistics. Gradients are reduced to a score as soon as
+    The network runs in eval mode, so norms keep their statistics. Gradients are reduced to norms as soon as
     each one is complete. Weights, statistics, modes, gradients, selections and random numbers are left as they
     were.
 
     Args:
-        model: a network with sparse layers, which are ranked; of a dense one every ``nn.Conv2d`` and
-            ``nn.Linear`` whose weight gets a gradient is.
+        model: a network with sparse layers, which are ranked; of a dense one, without a budget, every
+            ``nn.Conv2d`` and ``nn.Linear`` whose weight gets a gradient is.
         batches: pairs ``(input, target)``, or whatever ``measure_memory`` takes; read once. The first gives
             the resolution of the costs.
         loss_fn: called with output and target.
         metric: "rgn" (TraDy) or "lara" (MeDyate).
-        learning_rate: of plain SGD steps on the ranked weights and on the parameters that require a
-            gradient, between the batches: the short fine-tuning that the papers accumulate over. 0 takes
-            every gradient at the weights of now.
+        budget: as :func:`channel_norms` takes it; None takes the whole gradient of every batch. With a budget each
+            batch gives the gradient of one block of channels, and the score is the metric of the channels' mean
+            norms times the number of batches.
+        learning_rate: of plain SGD steps on the ranked weights (with a budget, on the block's) and on the
+            parameters that require a gradient, between the batches: the short fine-tuning that the papers
+            accumulate over. 0 takes every gradient at the weights of now.
+        seed: of the blocks.
 
     Returns:
         The sum of the metric over the batches, by layer.
 
     Raises:
-        ValueError: an unknown metric, no batch, a negative learning rate, a loss or gradient that is not
-            finite, or no gradient at all.
+        ValueError: an unknown metric, no batch, with a budget fewer batches than blocks, a bad budget, a
+            negative learning rate, a loss or gradient that is not finite, or no gradient at all.
     """
     _check_metric(metric)
-    if not isinstance(learning_rate, int | float) or not 0 <= learning_rate < math.inf:
-        raise ValueError(f"learning_rate: got {learning_rate!r}, expected a number that is not negative")
-    named = dict(model.named_modules())
-    sparse = {name: module for name, module in named.items() if isinstance(module, SparseChannels)}
-    dense = {name: module for name, module in named.items() if isinstance(module, Layer)}
-    layers: dict[str, Any] = {**sparse} or {**dense}
     scores: dict[str, torch.Tensor] = {}
-    costs: dict[str, LayerCost] = {}
 
-    def reduce(name: str, weight: torch.Tensor) -> None:
-        if name not in costs or weight.grad is None:
-            return
-        layer = layers[name]
-        assert isinstance(layer, Layer)
-        gradient = weight.grad.double()
-        scores[name] = scores.get(name, 0.0) + METRICS[metric](gradient, layer, costs[name])
-        descend(weight)
+    def add(found: Mapping[str, BlockNorms], costs: Mapping[str, LayerCost]) -> None:
+        for name, block in found.items():
+            scores[name] = scores.get(name, 0.0) + METRICS[metric](block.norms, costs[name])
 
-    def descend(weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        if learning_rate:
-            with torch.no_grad():
-                weight.sub_(weight.grad, alpha=learning_rate)
-        weight.grad = None
-
-    with without_trace(model, training=False), ExitStack() as stack:
-        others = [p for p in model.parameters() if p.requires_grad]
-        if learning_rate:
-            weights = {id(module.weight): module.weight for module in layers.values()}
-            stack.enter_context(_values_kept([*weights.values(), *others]))
-        ranked = {
-            id(weight): stack.enter_context(_whole_gradient(layer, partial(reduce, name)))
-            for name, layer in layers.items()
-            if isinstance(weight := layer._parameters.get("weight"), nn.Parameter)
-        }
-        others = [p for p in others if id(p) not in ranked]
-        count = 0
-        for count, batch in enumerate(batches, start=1):
-            if not costs:
-                costs.update(measure_layers(model, input_of(batch)))
-            with torch.enable_grad():
-                loss = loss_of(model, batch, loss_fn)
-            if not torch.isfinite(loss).all():
-                raise ValueError(
-                    f"batches: batch {count} has loss {loss.item()}, expected a finite one: lower learning_rate "
-                    f"({learning_rate}) or check the data"
-                )
-            loss.backward()
-            for parameter in others:
-                if parameter.grad is not None:
-                    descend(parameter)
-    if not count:
-        raise ValueError("batches: got none, expected at least one")
-    return LayerRanking({name: float(scores[name]) for name in layers if name in scores}, metric)
+    if budget is None:
+        layers = layers_of(model)
+        measure_batches(layers, model, batches, loss_fn, add, learning_rate=learning_rate)
+        return LayerRanking({name: float(scores[name]) for name in layers if name in scores}, metric)
+    means = mean_norms(
+        model, batches, loss_fn, budget=Budget.parse(budget), learning_rate=learning_rate, seed=seed
+    )
+    return LayerRanking(
+        {
+            name: means.batches * float(METRICS[metric](means.norms[name], means.costs[name]))
+            for name in means.reached
+        },
+        metric,
+    )
 
 
 def _check_metric(metric: object) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(METRICS)}")
-
-
-@contextmanager
-def _values_kept(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
-    kept = [(parameter, parameter.detach().clone()) for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in kept:
-                parameter.copy_(value)
-
-
-def _convolve(layer: Any, input: torch.Tensor) -> torch.Tensor:
-    """What a sparse layer computes, with what is folded into it, by torch's convolution."""
-    if layer.folded_margins is not None:
-        input = F.pad(input, layer.folded_margins)
-    output = nn.Conv2d.forward(layer, input)
-    norm: Any = layer.folded_norm
-    return output if norm is None else FrozenBatchNorm2d.forward(norm, output)
-
-
-@contextmanager
-def _whole_gradient(layer: nn.Module, reduce: Callable[[torch.Tensor], None]) -> Iterator[nn.Parameter]:
-    """Let the layer's whole weight get its gradient, sparse or not, and hand it to ``reduce``."""
-    weight: Any = layer.weight
-    if isinstance(layer, SparseChannels):
-        layer.synchronize()
-        dense: Callable[..., torch.Tensor] = (
-            _convolve if isinstance(layer, SparseConv2d) else nn.Linear.forward
-        )
-        # The instance's own attribute hides the sparse forward; rows and their gradient are not touched.
-        layer.forward = partial(dense, layer)
-    flag = weight.requires_grad
-    weight.requires_grad_(True)
-    handle = weight.register_post_accumulate_grad_hook(reduce)
-    try:
-        yield weight
-    finally:
-        handle.remove()
-        weight.requires_grad_(flag)
-        if isinstance(layer, SparseChannels):
-            del layer.forward

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -70,6 +70,9 @@ class ChannelSampler:
             it calls :meth:`step` after every step: every 50 of them, or once the norm of the selected channels'
             gradient has fallen under 60% of its first value (each the mean of five steps).
         seed: of the draws.
+        gradients: for the schemes that order channels by their gradient, "d-det-rgn" and "s-det-rgn": called before
+            each draw, the first one included, and returns what :func:`trady_kernels.channel_norms` does, such as
+            ``lambda: channel_norms(model, batches, loss_fn)``. Other schemes never call it.
 
     Attributes:
         budget: the parsed ``Budget``, or None.
@@ -95,8 +98,14 @@ class ChannelSampler:
         counts: Counts = "free",
         resampling: str = "epoch",
         seed: int = 0,
+        gradients: Callable[[], Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
         self._scheme = find_scheme(scheme)
+        if self._scheme.needs_gradients and not callable(gradients):
+            raise (ValueError if gradients is None else TypeError)(
+                f"gradients: got {_short(gradients)}, expected a function that measures the norms of all channels' gradients, "
+                f"which the scheme {self._scheme.name} draws by: lambda: channel_norms(model, batches, loss_fn)"
+            )
         if counts not in ("free", "fixed"):
             raise ValueError(f"counts: got {counts!r}, expected 'free' or 'fixed'")
         self.resampling = Resampling.parse(resampling)
@@ -126,6 +135,7 @@ class ChannelSampler:
         self._called = {name: model.get_submodule(name) for name in network.layers}
         self._ranking = ranking
         self._counts = counts
+        self._measure = gradients
         self._conversion = _report_or_none(model)
         self._generator = torch.Generator().manual_seed(seed)
         self._fixed: dict[str, int] | None = None
@@ -215,6 +225,8 @@ class ChannelSampler:
     def _draw(self) -> dict[str, torch.Tensor]:
         sizes = [self.layers[name].channels for name in self.pool]
         starts = [0, *accumulate(sizes)]
+        if self._scheme.needs_gradients:
+            self._scheme.measure(self._measured(), self.layers)
         order = self._scheme.order(dict(zip(self.pool, sizes, strict=True)), self._generator)
         if self._fixed is not None:
             taken = self._fill_counts(order, sizes)
@@ -228,6 +240,18 @@ class ChannelSampler:
         for index, name in enumerate(self.pool):
             selection[name] = ordered[edges[index] : edges[index + 1]] - starts[index]
         return selection
+
+    def _measured(self) -> dict[str, torch.Tensor]:
+        assert self._measure is not None
+        norms = self._measure()
+        for name, layer in self.layers.items():
+            found = norms.get(name)
+            if found is None or found.shape != (layer.channels,) or not torch.isfinite(found).all():
+                raise ValueError(
+                    f"gradients: the function gave {_short(found)} for layer {name!r}, expected the norms of "
+                    f"{layer.channels} channels, finite, as channel_norms returns them"
+                )
+        return {name: norms[name].detach().cpu() for name in self.layers}
 
     @property
     def _limit(self) -> int | None:
@@ -380,6 +404,10 @@ class ChannelSampler:
             f"{cost.macs / max(full.macs, 1):.2%} of its weight-gradient multiply-accumulates"
         )
         notes.append(self._backward_note())
+        if self._scheme.needs_gradients:
+            notes.append(
+                "an oracle: it draws by the gradients of all channels, whose measurement the budget does not cover"
+            )
         if self._scheme.ranked and self._ranking is None:
             notes.append("no ranking given: the pool is every sparse layer")
         if self._conversion is not None:

@@ -96,7 +96,7 @@ class StepMeter:
         scheme, ranking, seed: of the ``ChannelSampler``.
 
     Raises:
-        ValueError: no such optimiser, or a scheme without a budget.
+        ValueError: no such optimiser, or a scheme without a budget or one that draws by the gradients of data.
     """
 
     model: nn.Module
@@ -110,9 +110,12 @@ class StepMeter:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-        if self.scheme in SCHEMES and not SCHEMES[self.scheme].budgeted:
-            budgeted = ", ".join(name for name, scheme in SCHEMES.items() if scheme.budgeted)
-            raise ValueError(f"scheme: got {self.scheme!r}, which has no budget, expected one of {budgeted}")
+        meant = [n for n, scheme in SCHEMES.items() if scheme.budgeted and not scheme.needs_gradients]
+        if self.scheme in SCHEMES and self.scheme not in meant:
+            lacks = "draws by gradients" if SCHEMES[self.scheme].budgeted else "has no budget"
+            raise ValueError(
+                f"scheme: got {self.scheme!r}, which {lacks}, expected one of {', '.join(meant)}"
+            )
 
     def measure(self, batch_size: int, budget: Budget, draws: int = 1) -> TrainingStep:
         """Measure a step; of several draws of channels the one that takes most."""

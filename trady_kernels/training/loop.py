@@ -17,6 +17,7 @@ from trady_kernels.atomic_write import save_checkpoint
 from trady_kernels.data import ImageData, LabelledImages, to_network_input
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, classifier_name, load_model, read_checkpoint
+from trady_kernels.selection import SCHEMES, channel_norms
 from trady_kernels.training.regimes import Regime, find_ranking, prepare_dense, prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
@@ -25,6 +26,9 @@ from trady_kernels.training.settings import Settings
 _EVALUATION_BATCH = 250
 #: A step of full fine-tuning of EfficientNet-Lite0 (batch 32, 64x64, 2 cores) takes 240 ms so, 388 otherwise.
 _MEMORY_FORMAT = torch.channels_last
+#: Batches on which the schemes that draw by gradients measure them: the first of the first epoch, always the same, so
+#: that a resumed run measures as the whole one does.
+_MEASURED_BATCHES = 4
 
 
 class Diverged(RuntimeError):
@@ -110,21 +114,28 @@ def train_scheme(
     torch.manual_seed(settings.seed)
     loaded = load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)
     to_input = _Input(loaded, device)
-    example = to_input(data.train, _epoch_order(data, settings, epoch=1)[: settings.batch_size])
+    first_images = _epoch_order(data, settings, epoch=1)
+    example = to_input(data.train, first_images[: settings.batch_size])
     model: nn.Module = loaded.model.to(device, memory_format=_MEMORY_FORMAT)  # type: ignore[call-overload]
     _disable_dropout(model)
     dense_saved_bytes = measure_memory(prepare_dense(model), example, F.cross_entropy).saved_bytes
     if saved is not None:
         model.load_state_dict(saved["model"])
+
+    def gradients() -> dict[str, torch.Tensor]:
+        images = first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size)
+        return channel_norms(model, (to_input(data.train, part) for part in images), F.cross_entropy)
+
     regime = prepare_regime(
         scheme,
         model,
         example[0],
         head=classifier_name(model, len(data.classes)),
         budget=settings.budget,
-        ranking=find_ranking(settings.ranking, settings.model),
+        ranking=find_ranking(settings.ranking, settings.model, SCHEMES[scheme].metric),
         resampling=settings.resampling,
         seed=settings.seed,
+        gradients=gradients,
     )
     result = SchemeResult(
         scheme,

@@ -18,6 +18,7 @@ def rank_model(
     data: ImageData,
     *,
     metric: str,
+    budget: int | str | None = None,
     steps: int,
     batch_size: int,
     learning_rate: float,
@@ -33,11 +34,11 @@ def rank_model(
     Args:
         model: as :func:`trady_kernels.models.loading.load_model` takes it.
         data: what to fine-tune on.
-        metric: as :func:`trady_kernels.rank_layers` takes it.
+        metric, budget: as :func:`trady_kernels.rank_layers` takes them.
         steps: of plain SGD; several passes over the data where it has fewer images.
         batch_size: images in a step.
         learning_rate: constant.
-        seed: of the classifier's first values and the order of the images.
+        seed: of the classifier's first values, the order of the images and the blocks of channels.
         device: where to run.
         on_step: called after each step.
 
@@ -64,4 +65,12 @@ def rank_model(
     example, _ = next(batches())
     sparsify(network, example, head=classifier_name(network, len(data.classes)) or "auto")
     generator.manual_seed(seed)
-    return rank_layers(network, batches(), F.cross_entropy, metric, learning_rate=learning_rate)
+    return rank_layers(
+        network,
+        batches(),
+        F.cross_entropy,
+        metric,
+        budget=budget,
+        learning_rate=learning_rate,
+        seed=seed,
+    )

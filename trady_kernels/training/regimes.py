@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -82,6 +83,7 @@ def prepare_regime(
     ranking: LayerRanking | None,
     resampling: str,
     seed: int,
+    gradients: Callable[[], Mapping[str, torch.Tensor]] | None = None,
 ) -> Regime:
     """Make a plain network ready for a scheme, in place.
 
@@ -94,13 +96,14 @@ def prepare_regime(
         ranking: for the schemes that take one.
         resampling: when they draw again.
         seed: of the sampler's draws.
+        gradients: for the schemes that draw by the gradients of all channels, as ``ChannelSampler`` takes it.
 
     Raises:
         ValueError: no such scheme, or a bad budget or ranking.
     """
     if scheme == "full":
         return _Dense(model, example_input, head)
-    return _Sparse(scheme, model, example_input, head, budget, ranking, resampling, seed)
+    return _Sparse(scheme, model, example_input, head, budget, ranking, resampling, seed, gradients)
 
 
 class _Dense:
@@ -143,6 +146,7 @@ class _Sparse:
         ranking: LayerRanking | None,
         resampling: str,
         seed: int,
+        gradients: Callable[[], Mapping[str, torch.Tensor]] | None,
     ) -> None:
         self.model = sparsify(model, example_input, head=head or "auto")
         self._sampler = ChannelSampler(
@@ -153,11 +157,16 @@ class _Sparse:
             ranking=ranking,
             resampling=resampling,
             seed=seed,
+            gradients=gradients,
         )
         self.full_cost = self._sampler.full_cost.elements
         self.notes = ["norms are frozen, statistics and affine"]
         if SCHEMES[scheme].ranked and ranking is None:
             self.notes.append("no layer ranking: channels are drawn from every sparse layer")
+        if SCHEMES[scheme].needs_gradients:
+            self.notes.append(
+                "an oracle: it measures the whole gradient before it draws, which is over the budget by design"
+            )
         if SCHEMES[scheme].budgeted:
             if self._sampler.cost.elements == self.full_cost:
                 self.notes.append("the budget is above the full cost: every channel is selected")
@@ -190,8 +199,8 @@ class _Sparse:
         self._sampler.load_state_dict(state)
 
 
-def find_ranking(file: str | Path | None, model_name: str) -> LayerRanking | None:
-    """The ranking in ``file``, or without one the ranking that ships for the model, or None.
+def find_ranking(file: str | Path | None, model_name: str, metric: str) -> LayerRanking | None:
+    """The ranking in ``file``, or without one the ranking by that metric that ships for the model, or None.
 
     Raises:
         OSError: the file cannot be read.
@@ -199,5 +208,5 @@ def find_ranking(file: str | Path | None, model_name: str) -> LayerRanking | Non
     """
     if file is not None:
         return LayerRanking.load(file)
-    shipped = resources.files("trady_kernels.selection") / "rankings" / f"{model_name}.json"
-    return LayerRanking.shipped(model_name) if shipped.is_file() else None
+    shipped = resources.files("trady_kernels.selection") / "rankings" / f"{model_name}-{metric}.json"
+    return LayerRanking.shipped(model_name, metric) if shipped.is_file() else None

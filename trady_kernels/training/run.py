@@ -165,8 +165,8 @@ def _check(settings: Settings) -> ImageData:
     for scheme in settings.schemes:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        find_ranking(settings.ranking, settings.model, SCHEMES[scheme].metric)
     _check_device(settings.device)
-    find_ranking(settings.ranking, settings.model)
     data = load_task(settings)
     load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)
     return data

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from trady_kernels.selection.schemes.d_det_rgn import DDetRgn
 from trady_kernels.selection.schemes.d_full_random import DFullRandom
 from trady_kernels.selection.schemes.full import Full
 from trady_kernels.selection.schemes.head_only import HeadOnly
 from trady_kernels.selection.schemes.medyate import Medyate
+from trady_kernels.selection.schemes.s_det_rgn import SDetRgn
 from trady_kernels.selection.schemes.s_full_random import SFullRandom
 from trady_kernels.selection.schemes.s_topk_random import STopKRandom
 from trady_kernels.selection.schemes.scheme import Scheme
@@ -13,7 +15,8 @@ from trady_kernels.selection.schemes.trady import Trady
 
 #: By name; a scheme of the user's own joins them by ``SCHEMES[MyScheme.name] = MyScheme``.
 SCHEMES: dict[str, type[Scheme]] = {
-    scheme.name: scheme for scheme in (Trady, STopKRandom, DFullRandom, SFullRandom, Medyate, HeadOnly, Full)
+    scheme.name: scheme
+    for scheme in (Trady, STopKRandom, DFullRandom, SFullRandom, DDetRgn, SDetRgn, Medyate, HeadOnly, Full)
 }
 
 

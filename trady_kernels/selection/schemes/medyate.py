@@ -27,6 +27,7 @@ class Medyate(Scheme):
     name = "medyate"
     ranked = True
     observes = True
+    metric = "lara"
 
     def __init__(self) -> None:
         #: By layer, of all its channels; NaN where none was seen.

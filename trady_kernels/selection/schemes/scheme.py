@@ -27,6 +27,9 @@ class Scheme(ABC):
         ranked: whether the pool depends on a ranking of the layers.
         observes: whether the order depends on the gradients of the channels that trained: the sampler then measures
             their norms and hands them to :meth:`observe`.
+        needs_gradients: whether the order depends on the gradients of all channels: the sampler then has to be given
+            a function that measures them, calls it before each draw and hands the norms to :meth:`measure`.
+        metric: that of the ranking which the scheme's source takes.
     """
 
     name: ClassVar[str]
@@ -34,6 +37,8 @@ class Scheme(ABC):
     every_epoch: ClassVar[bool] = True
     ranked: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
+    metric: ClassVar[str] = "rgn"
 
     @abstractmethod
     def pool(
@@ -61,6 +66,16 @@ class Scheme(ABC):
             count: how many channels it has.
             channels: ``(k,)``, those that trained.
             norms: ``(k,)``, the mean norm of each one's gradient over the steps.
+        """
+
+    def measure(  # noqa: B027
+        self, norms: Mapping[str, torch.Tensor], layers: Mapping[str, LayerCost]
+    ) -> None:
+        """Take note of every channel's gradient, right before a draw.
+
+        Args:
+            norms: ``{layer name: (C,)}`` of every sparse layer, as ``channel_norms`` returns them.
+            layers: what one channel of each costs.
         """
 
     def state_dict(self) -> dict[str, Any]:

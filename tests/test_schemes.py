@@ -1,0 +1,136 @@
+"""``d-det-rgn`` and ``s-det-rgn``: the order worked out by hand, and what they ask for."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_sampler import X, cost_of, equal, sampler, sparse_net
+
+import trady_kernels as tk
+from trady_kernels.convert import sparse_layers
+from trady_kernels.cost import measure_layers
+
+TARGET = torch.tensor([1, 3])
+
+
+def random_norms(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(layer.channel_count, generator=generator, dtype=torch.float64)
+        for name, layer in sparse_layers(sparse_net()).items()
+    }
+
+
+@pytest.mark.parametrize("scheme", ["d-det-rgn", "s-det-rgn"])
+@pytest.mark.parametrize("budget", [500, 2_000, "4KiB"])
+def test_the_highest_rgn_that_fits_comes_first(scheme: str, budget: int | str) -> None:
+    model, norms = sparse_net(), random_norms(0)
+    drawn = sampler(model, scheme=scheme, budget=budget, gradients=lambda: norms)
+    costs = measure_layers(model, X)
+    channels = [(name, index) for name in norms for index in range(len(norms[name]))]
+    channels.sort(key=lambda at: -float(norms[at[0]][at[1]]) / costs[at[0]].channel.elements)
+    assert drawn.budget is not None
+    left = drawn.budget.limit(drawn.full_cost)
+    expected: dict[str, list[int]] = {name: [] for name in norms}
+    for name, index in channels:
+        if drawn.budget.of(costs[name].channel) <= left:
+            left -= drawn.budget.of(costs[name].channel)
+            expected[name].append(index)
+    assert {name: chosen.tolist() for name, chosen in drawn.selection.items()} == {
+        name: sorted(indices) for name, indices in expected.items()
+    }
+    assert drawn.cost == cost_of(drawn)
+    assert "an oracle" in drawn.report()
+
+
+def test_the_dynamic_one_measures_before_each_draw_and_the_static_one_once() -> None:
+    for scheme, calls in (("d-det-rgn", 3), ("s-det-rgn", 1)):
+        asked: list[int] = []
+
+        def measure(asked: list[int] = asked) -> dict[str, torch.Tensor]:
+            asked.append(1)
+            return random_norms(len(asked))
+
+        drawn = sampler(scheme=scheme, budget=800, gradients=measure)
+        first = drawn.selection
+        drawn.resample()
+        drawn.resample()
+        assert len(asked) == calls
+        assert equal(drawn.selection, first) == (calls == 1)
+
+
+def test_channel_norms_are_what_it_takes() -> None:
+    model = sparse_net()
+    drawn = sampler(
+        model,
+        scheme="d-det-rgn",
+        budget=800,
+        gradients=lambda: tk.channel_norms(model, [(X, TARGET)], F.cross_entropy),
+    )
+    before = drawn.selection
+    drawn.resample()  # the weights are the same
+    assert equal(drawn.selection, before) and drawn.cost.elements > 700
+
+
+@pytest.mark.parametrize("counts", ["free", "fixed"])
+def test_an_interrupted_run_goes_on_with_the_same_channels(counts: str) -> None:
+    drawn = sampler(scheme="d-det-rgn", budget=800, counts=counts, gradients=lambda: random_norms(1))
+    file = io.BytesIO()
+    torch.save(drawn.state_dict(), file)
+    file.seek(0)
+    resumed = sampler(scheme="d-det-rgn", budget=800, counts=counts, gradients=lambda: random_norms(2))
+    assert not equal(resumed.selection, drawn.selection)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert equal(resumed.selection, drawn.selection) and resumed.cost == drawn.cost
+
+
+def test_a_measurement_that_fails_changes_nothing() -> None:
+    given: list[Callable[[], Mapping[str, torch.Tensor]]] = [lambda: random_norms(1), lambda: 1 / 0]
+    drawn = sampler(scheme="d-det-rgn", budget=800, gradients=lambda: given.pop(0)())
+    before = copy.deepcopy(drawn.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        drawn.resample()
+    after = drawn.state_dict()
+    assert equal(after["selection"], before["selection"])
+    assert torch.equal(after["generator"], before["generator"])
+
+
+def one_missing() -> dict[str, torch.Tensor]:
+    return {name: norms for name, norms in random_norms(0).items() if name != "neck"}
+
+
+@pytest.mark.parametrize(
+    ("gradients", "error", "message"),
+    [
+        (None, ValueError, "gradients: got None, expected a function that measures"),
+        (random_norms(0), TypeError, "gradients: got {"),
+        (
+            one_missing,
+            ValueError,
+            "gradients: the function gave None for layer 'neck', expected the norms of 8",
+        ),
+        (
+            lambda: random_norms(0) | {"neck": torch.ones(3)},
+            ValueError,
+            "gradients: the function gave tensor([1., 1., 1.]) for layer 'neck'",
+        ),
+        (
+            lambda: random_norms(0) | {"neck": torch.full((8,), torch.nan)},
+            ValueError,
+            "gradients: the function gave tensor([nan,",
+        ),
+    ],
+    ids=["missing", "no function", "layer", "shape", "nan"],
+)
+def test_bad_gradients_get_one_sentence(gradients: Any, error: type[Exception], message: str) -> None:
+    model = sparse_net()
+    with pytest.raises(error) as caught:
+        sampler(model, scheme="s-det-rgn", gradients=gradients)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+    assert not any(len(layer.channels) for layer in sparse_layers(model).values())
