@@ -1,4 +1,4 @@
-"""``d-det-rgn`` and ``s-det-rgn``: the order worked out by hand, and what they ask for."""
+"""``d-det-rgn``, ``s-det-rgn``, ``last-layers``: the order worked out by hand, and what they ask for."""
 
 from __future__ import annotations
 
@@ -134,3 +134,18 @@ def test_bad_gradients_get_one_sentence(gradients: Any, error: type[Exception], 
         sampler(model, scheme="s-det-rgn", gradients=gradients)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
     assert not any(len(layer.channels) for layer in sparse_layers(model).values())
+
+
+def test_the_last_layers_are_taken_whole() -> None:
+    costs = measure_layers(sparse_net(), X)
+    names = list(sparse_layers(sparse_net()))
+    last, before = costs[names[-1]], costs[names[-2]]
+    drawn = sampler(scheme="last-layers", budget=last.full.elements + 2 * before.channel.elements)
+    counts = {name: len(chosen) for name, chosen in drawn.selection.items()}
+    assert (counts[names[-1]], counts[names[-2]]) == (last.channels, 2)
+    left = drawn.budget.amount - drawn.cost.elements if drawn.budget else 0
+    assert left < min(costs[name].channel.elements for name in names[:-1])
+    first = drawn.selection
+    drawn.resample()
+    assert equal(drawn.selection, first)
+    assert not sampler(scheme="last-layers", budget=1).cost.elements

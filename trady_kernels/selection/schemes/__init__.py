@@ -6,6 +6,7 @@ from trady_kernels.selection.schemes.d_det_rgn import DDetRgn
 from trady_kernels.selection.schemes.d_full_random import DFullRandom
 from trady_kernels.selection.schemes.full import Full
 from trady_kernels.selection.schemes.head_only import HeadOnly
+from trady_kernels.selection.schemes.last_layers import LastLayers
 from trady_kernels.selection.schemes.medyate import Medyate
 from trady_kernels.selection.schemes.s_det_rgn import SDetRgn
 from trady_kernels.selection.schemes.s_full_random import SFullRandom
@@ -16,7 +17,18 @@ from trady_kernels.selection.schemes.trady import Trady
 #: By name; a scheme of the user's own joins them by ``SCHEMES[MyScheme.name] = MyScheme``.
 SCHEMES: dict[str, type[Scheme]] = {
     scheme.name: scheme
-    for scheme in (Trady, STopKRandom, DFullRandom, SFullRandom, DDetRgn, SDetRgn, Medyate, HeadOnly, Full)
+    for scheme in (
+        Trady,
+        STopKRandom,
+        DFullRandom,
+        SFullRandom,
+        DDetRgn,
+        SDetRgn,
+        Medyate,
+        LastLayers,
+        HeadOnly,
+        Full,
+    )
 }
 
 
