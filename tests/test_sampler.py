@@ -349,12 +349,13 @@ NETWORKS = (
 )
 
 
+@pytest.mark.parametrize("biases", (False, 3, True), ids=str)
 @pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case.name)
-def test_the_backward_pass_computes_what_is_counted(case: Network) -> None:
+def test_the_backward_pass_computes_what_is_counted(case: Network, biases: bool | int) -> None:
     if case.name != "ResidualNet" and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed: pip install torchvision")
     x = torch.randn(2, 3, 32, 32)
-    model = tk.sparsify(as_trained(case.make()), x)
+    model = tk.sparsify(as_trained(case.make()), x, biases=biases)
     names = list(sparse_layers(model))
     ends = set()
     for seed in range(4):
@@ -369,7 +370,10 @@ def test_the_backward_pass_computes_what_is_counted(case: Network) -> None:
         assert note.startswith(f"the backward pass ends at {backward.ends_at}, layer ")
         for part in (f"of {case.layers} in", f"{backward.flops:,} FLOPs a sample", share):
             assert part in note
-    assert len(ends) > 1
+        trained = len(tk.conversion_report(model).biases)
+        assert (f"biases (train, not in the budget): {trained}, " in drawn.report()) == bool(biases)
+    first = next(iter(drawn.layers))
+    assert ends == {first} if biases is True else len(ends) > 1
 
 
 def test_the_full_backward_pass_computes_what_is_counted() -> None:

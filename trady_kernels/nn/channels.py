@@ -136,6 +136,12 @@ class SparseChannels(nn.Module):
         """Write ``rows``, shaped as ``channel_weight``, into ``weight`` at ``channels``, in place."""
         raise NotImplementedError
 
+    @property
+    def trains_beside_rows(self) -> bool:
+        """Whether something in this layer gets a gradient besides ``channel_weight``."""
+        bias = self.bias
+        return isinstance(bias, torch.Tensor) and bias.requires_grad
+
     # -- construction ------------------------------------------------------------------------------
 
     def _register_rows(self, channels: Channels) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trady_kernels.batch import Example
 from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
+from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.resampling import Resampling, SinceDraw
@@ -153,8 +154,13 @@ class ChannelSampler:
         """Cost of the backward pass for the current selection and the dense layers that train."""
         trained = {name: len(channels) for name, channels in self._selection.items() if len(channels)}
         for name, module in self._called.items():
-            if name not in trained and any(parameter.requires_grad for parameter in module.parameters()):
-                weight = getattr(module, "weight", None)  # a sparse layer's never requires a gradient itself
+            if name in trained:
+                continue
+            if isinstance(module, SparseChannels):  # its weight never requires a gradient itself
+                if module.trains_beside_rows:
+                    trained[name] = 0
+            elif any(parameter.requires_grad for parameter in module.parameters()):
+                weight = getattr(module, "weight", None)
                 whole = weight is not None and weight.requires_grad
                 trained[name] = self._network.layers[name].channels if whole else 0
         return self._network.backward(trained)
@@ -387,6 +393,10 @@ class ChannelSampler:
             notes.append(
                 f"head (dense, trains, not in the budget): {head}" if head is not None else "no head"
             )
+            if biases := self._conversion.biases:
+                notes.append(
+                    f"biases (train, not in the budget): {len(biases)}, {sum(biases.values()):,} elements"
+                )
             notes += [
                 f"stays dense and frozen: {name}, {why}" for name, why in self._conversion.dense.items()
             ]
