@@ -118,17 +118,28 @@ def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> No
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes_pools_and_when_they_draw(name: str) -> None:
-    model = sparse_net()
+    model = tk.sparsify(as_trained(ResidualNet()), X, biases=SCHEMES[name].biases)
     budget = 1_000 if SCHEMES[name].budgeted else None
     drawn = sampler(model, budget=budget, scheme=name, ranking=ranking_of(model))
-    pools = {"trady": POOL, "s-topk-random": POOL, "head-only": []}
+    pools = {"trady": POOL, "s-topk-random": POOL, "head-only": [], "bias-only": []}
     assert drawn.pool == pools.get(name, list(sparse_layers(model)))
     before = drawn.selection
     drawn.resample()
     assert equal(drawn.selection, before) == (name not in ("trady", "d-full-random", "medyate"))
-    expected = {"head-only": Cost(), "full": drawn.full_cost}
+    expected = {"head-only": Cost(), "bias-only": Cost(), "full": drawn.full_cost}
     if name in expected:
         assert drawn.cost == expected[name]
+
+
+def test_bias_only_wants_biases_that_train() -> None:
+    with pytest.raises(
+        ValueError, match=r"^scheme: got 'bias-only' .*expected one from sparsify\(model, biases"
+    ):
+        sampler(budget=None, scheme="bias-only")
+    model = tk.sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4))
+    model[0].bias.requires_grad_(True)  # by hand
+    drawn = tk.ChannelSampler(model, torch.randn(2, 4), budget=None, scheme="bias-only")
+    assert drawn.backward == Backward("0", 8, 8)
 
 
 @pytest.mark.parametrize("name", ["head-only", "full"])

@@ -13,7 +13,7 @@ from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, find_scheme
 from trady_kernels.training.regimes import find_ranking
 
 DEFAULT_BUDGET = "28000"
@@ -119,12 +119,13 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
     """Convert ``model`` in place as the arguments say; returns its layers' ranking.
 
     Raises:
-        BadUsage: a bad ranking, or a network that the batch does not fit.
+        BadUsage: a bad scheme or ranking, or a network that the batch does not fit.
     """
     with usage_errors():
         ranking = find_ranking(args.ranking, args.model)
         head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.images, head=head, lean=LEAN[args.lean])
+        biases = find_scheme(args.scheme).biases
+        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=biases)
     return ranking
 
 

@@ -3,6 +3,6 @@
 from trady_kernels.selection.ranking import LayerRanking, rank_layers
 from trady_kernels.selection.resampling import Resampling
 from trady_kernels.selection.sampler import ChannelSampler
-from trady_kernels.selection.schemes import SCHEMES, Scheme
+from trady_kernels.selection.schemes import SCHEMES, Scheme, find_scheme
 
-__all__ = ["SCHEMES", "ChannelSampler", "LayerRanking", "Resampling", "Scheme", "rank_layers"]
+__all__ = ["SCHEMES", "ChannelSampler", "LayerRanking", "Resampling", "Scheme", "find_scheme", "rank_layers"]

@@ -60,7 +60,7 @@ class ChannelSampler:
             size, resolution and dtype that training uses.
         budget: an int counts elements of one sample; a string with a unit ("256KiB", "1 MB") the bytes of
             selected weight gradients and stored inputs of the example batch; "5%" is a share of the full cost
-            in elements. None is for the schemes without a budget, "head-only" and "full", which ignore it.
+            in elements. None is for the schemes without a budget ("head-only", "bias-only", "full"), which ignore it.
         scheme: one of ``trady_kernels.selection.SCHEMES``.
         ranking: of the model's layers, for the schemes whose pool are the top layers; None makes the pool
             every sparse layer.
@@ -112,6 +112,15 @@ class ChannelSampler:
         modules = sparse_layers(model)
         if ranking is not None:
             _check_ranking(ranking, modules, model)
+        self._conversion = _report_or_none(model)
+        if self._scheme.biases and not (
+            any(layer.trains_beside_rows for layer in modules.values())
+            or (self._conversion is not None and self._conversion.biases)
+        ):
+            raise ValueError(
+                f"scheme: got {scheme!r} for a network whose biases are frozen, expected one from "
+                "sparsify(model, biases=True)"
+            )
         network = measure_network(model, example_input)
         uncalled = [name for name in modules if name not in network.layers]
         if uncalled:
@@ -127,7 +136,6 @@ class ChannelSampler:
         self._called = {name: model.get_submodule(name) for name in network.layers}
         self._ranking = ranking
         self._counts = counts
-        self._conversion = _report_or_none(model)
         self._generator = torch.Generator().manual_seed(seed)
         self._fixed: dict[str, int] | None = None
         watches = self._scheme.observes or self.resampling.kind == "norm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trady_kernels.selection.schemes.bias_only import BiasOnly
 from trady_kernels.selection.schemes.d_full_random import DFullRandom
 from trady_kernels.selection.schemes.full import Full
 from trady_kernels.selection.schemes.head_only import HeadOnly
@@ -13,7 +14,8 @@ from trady_kernels.selection.schemes.trady import Trady
 
 #: By name; a scheme of the user's own joins them by ``SCHEMES[MyScheme.name] = MyScheme``.
 SCHEMES: dict[str, type[Scheme]] = {
-    scheme.name: scheme for scheme in (Trady, STopKRandom, DFullRandom, SFullRandom, Medyate, HeadOnly, Full)
+    scheme.name: scheme
+    for scheme in (Trady, STopKRandom, DFullRandom, SFullRandom, Medyate, HeadOnly, BiasOnly, Full)
 }
 
 

@@ -27,6 +27,7 @@ class Scheme(ABC):
         ranked: whether the pool depends on a ranking of the layers.
         observes: whether the order depends on the gradients of the channels that trained: the sampler then measures
             their norms and hands them to :meth:`observe`.
+        biases: whether biases train too, which takes a network from ``sparsify(model, biases=...)``.
     """
 
     name: ClassVar[str]
@@ -34,6 +35,7 @@ class Scheme(ABC):
     every_epoch: ClassVar[bool] = True
     ranked: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    biases: ClassVar[bool] = False
 
     @abstractmethod
     def pool(
