@@ -12,7 +12,8 @@ from trady_kernels.cost import Budget
 from trady_kernels.data import ImageData, load_data
 from trady_kernels.models.loading import load_model, read_checkpoint
 from trady_kernels.provenance import describe
-from trady_kernels.selection import SCHEMES, Resampling
+from trady_kernels.selection import Resampling
+from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.loop import Observer, train_scheme
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
@@ -148,8 +149,7 @@ def _check(settings: Settings) -> ImageData:
     Budget.parse(settings.budget)
     Resampling.parse(settings.resampling)
     for scheme in settings.schemes:
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        Spec.parse(scheme)
     _check_device(settings.device)
     find_ranking(settings.ranking, settings.model)
     data = load_data(
