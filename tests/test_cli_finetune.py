@@ -98,6 +98,9 @@ USAGES = (
     UsageCase("nan_budget", ("finetune", "--budget", "nan"), "budget: got 'nan', expected"),
     UsageCase("scheme", ("finetune", "--scheme", "trudy"), "scheme: got 'trudy', expected one of trady"),
     UsageCase(
+        "ingredient", ("finetune", "--scheme", "trady+bais"), "'bais' is no ingredient, expected one of bias"
+    ),
+    UsageCase(
         "model", ("finetune", "--data", "PETS", "--model", "efficientnet_lit0"), "such as efficientnet_lite0"
     ),
     UsageCase("data", ("finetune", "--data", "nowhere"), "data: got 'nowhere', expected 'mnist'"),
@@ -160,7 +163,7 @@ def test_run_on_a_folder_of_images(pets: Path, tmp_path: Path, capsys: pytest.Ca
             [
                 *arguments,
                 "--scheme",
-                "d-full-random",
+                "d-full-random+bias,d-full-random",
                 "--output",
                 str(run),
                 "--json",
@@ -170,7 +173,7 @@ def test_run_on_a_folder_of_images(pets: Path, tmp_path: Path, capsys: pytest.Ca
         == 0
     )
     shown = capsys.readouterr().out
-    names = ("d-full-random", "head-only", "full")
+    names = ("d-full-random+bias", "d-full-random", "head-only", "full")
     for name in names:
         assert f"{name} epoch 1/1: loss" in shown
     content = json.loads((tmp_path / "j.json").read_text())
@@ -188,6 +191,7 @@ def test_run_on_a_folder_of_images(pets: Path, tmp_path: Path, capsys: pytest.Ca
         rows["head-only"]["saved_bytes"] < rows["d-full-random"]["saved_bytes"] < rows["full"]["saved_bytes"]
     )
     assert in_bytes(rows["d-full-random"]["saved_bytes"]) in shown
+    assert "d-full-random+bias: norms are frozen, all but their biases" in shown
     # Once more into the same folder is refused; resuming a finished run shows its table again.
     before = (run / "results.json").read_bytes()
     assert main([*arguments, "--output", str(run)]) == 2

@@ -567,6 +567,132 @@ def test_example_inputs(wrap: str) -> None:
 # -- bad input -------------------------------------------------------------------------------------
 
 
+# -- biases ----------------------------------------------------------------------------------------
+
+BIASES = [
+    "norm.bias",
+    *(f"blocks.{block}.{name}.bias" for block in (0, 1) for name in ("norm1", "norm2", "project")),
+    "neck.bias",
+    "neck_norm.bias",
+]
+
+
+@pytest.mark.parametrize("given", [example(), None], ids=["example", "no example"])
+@pytest.mark.parametrize(
+    ("biases", "expected"),
+    (
+        (False, []),
+        (0, []),
+        (1, BIASES[-2:]),
+        (2, BIASES[-3:]),
+        (4, BIASES[-5:]),
+        (99, BIASES),
+        (True, BIASES),
+    ),
+    ids=str,
+)
+def test_which_biases_train(biases: bool | int, expected: list[str], given: torch.Tensor | None) -> None:
+    model = trained_net()
+    before, keys = flags(model), list(model.state_dict())
+    tk.sparsify(model, given, biases=biases)
+    report = tk.conversion_report(model)
+    assert list(report.biases) == expected
+    assert all(report.biases[name] == model.get_parameter(name).numel() for name in expected)
+    trains = {name for name, flag in flags(model).items() if flag}
+    assert trains == {"head.weight", "head.bias", *expected}
+    assert len(tk.trainable_parameters(model)) == len(SPARSE) + 2 + len(expected)
+    total = sum(report.biases.values())
+    assert (f"{len(expected)} biases train, {total:,} elements" in str(report)) == bool(expected)
+    assert list(model.state_dict()) == keys
+    assert flags(tk.densify(model)) == before
+
+
+def test_a_second_call_says_which_biases_train_from_then_on() -> None:
+    model = tk.sparsify(trained_net(), example(), biases=True)
+    model(example()).sum().backward()
+    tk.sparsify(model, example(), biases=1)
+    assert {name for name, flag in flags(model).items() if flag} == {
+        *BIASES[-2:],
+        "head.weight",
+        "head.bias",
+    }
+    assert model.blocks[0].project.bias.grad is None
+    outer = tk.sparsify(nn.Sequential(model), example(), head="0.head")
+    assert {name for name, flag in flags(outer).items() if flag} == {"0.head.weight", "0.head.bias"}
+
+
+def test_without_frozen_norms_the_layers_own_biases_train() -> None:
+    model = tk.sparsify(trained_net(), example(), freeze_norm=False, biases=True)
+    own = [name for name in BIASES if "norm" not in name]
+    assert list(tk.conversion_report(model).biases) == own
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_gradients_of_biases_equal_the_dense_ones(
+    fraction: float, memory_format: torch.memory_format
+) -> None:
+    dense = trained_net().double().eval()
+    sparse = tk.sparsify(copy.deepcopy(dense).train(), example().double(), biases=True)
+    tk.select_fraction(sparse, fraction)
+    x, grad_output = example().double(), torch.randn(4, 5, dtype=torch.float64)
+    for model in (dense, sparse):
+        model(x.contiguous(memory_format=memory_format)).backward(grad_output)
+    for name in BIASES:
+        check_output(sparse.get_parameter(name).grad, dense.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("biases", [1, 4, True])
+def test_biases_keep_nothing_of_their_own(biases: bool | int) -> None:
+    x = example()
+    model = tk.sparsify(trained_net(), x)
+    tk.select_fraction(model, 0.3)  # the first layer trains: what is kept on the way down is kept anyway
+    target = torch.randint(5, (len(x),))
+    before = tk.measure_memory(model, (x, target), F.cross_entropy)
+    tk.sparsify(model, x, biases=biases)
+    after = tk.measure_memory(model, (x, target), F.cross_entropy)
+    assert after.by_module == before.by_module
+    elements = sum(tk.conversion_report(model).biases.values())
+    assert after.gradient_bytes == before.gradient_bytes + 4 * elements
+
+
+def test_trained_biases_without_a_channel_keep_bits_on_the_way_down() -> None:
+    x = example()
+    model = tk.sparsify(
+        as_trained(
+            nn.Sequential(
+                nn.Conv2d(3, 8, 3, bias=False),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.Conv2d(8, 8, 1),
+                nn.ReLU6(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(8, 2),
+            )
+        ),
+        x,
+        biases=True,
+    )
+    head = 4 * 8 * 4
+    assert saved_bytes(model, lambda: model(x)) == 2 * (4 * 8 * 8 * 7 // 8) + head
+    tk.sparsify(model, x)
+    assert saved_bytes(model, lambda: model(x)) == head
+
+
+def test_a_step_moves_the_biases_alone_where_no_channel_is_selected() -> None:
+    model = tk.sparsify(trained_net(), example(), biases=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(tk.trainable_parameters(model), lr=0.1)
+    model(example()).square().sum().backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {*BIASES, "head.weight", "head.bias"}
+    x = example()
+    found = model(x)  # the folded convolutions see the new values
+    check_output(tk.densify(model).eval()(x), found)
+
+
 @dataclass(frozen=True)
 class Bad:
     name: str
@@ -610,6 +736,10 @@ BAD = (
         ValueError,
         "lazy parameter '0.weight'",
     ),
+    Bad(
+        "biases", lambda m: tk.sparsify(m, example(), biases=-1), ValueError, "biases: got -1, expected True"
+    ),
+    Bad("no biases", lambda m: tk.sparsify(m, example(), biases="all"), ValueError, "biases: got 'all'"),
     Bad("report", lambda m: tk.conversion_report(m), ValueError, "expected one that sparsify(model)"),
     Bad(
         "parameters", lambda m: tk.trainable_parameters(m), ValueError, "without sparse layers, expected one"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from networks import as_trained
 from saved import saved_bytes
 from tolerances import ROUNDING
@@ -62,14 +63,16 @@ class Case:
         return torch.randn(self.batch, self.in_channels, *self.size, dtype=dtype)
 
 
-def fold(dense: nn.Sequential, channels: tuple[int, ...]) -> nn.Sequential:
-    """A copy of the modules whose convolution does it all, by class swaps in place."""
+def fold(dense: nn.Sequential, channels: tuple[int, ...], norm_bias: bool = False) -> nn.Sequential:
+    """A copy of the modules whose convolution does it all, by class swaps in place; the norm's bias may train."""
     folded = copy.deepcopy(dense)
     padding, conv, norm = folded
     SparseConv2d.take_over(conv, channels)
     assert isinstance(conv, SparseConv2d)
     if isinstance(norm, nn.BatchNorm2d):
         norm.requires_grad_(False).__class__ = FoldedBatchNorm2d
+        if norm.affine:
+            norm.bias.requires_grad_(norm_bias)
         conv.fold(norm=norm)
     if isinstance(padding, nn.ZeroPad2d):
         padding.__class__ = FoldedZeroPad2d
@@ -115,7 +118,7 @@ def assert_near(actual: torch.Tensor | None, expected: torch.Tensor | None, roun
 
 
 def compare(dense: nn.Sequential, folded: nn.Sequential, input: torch.Tensor, rounding: float) -> None:
-    """Output and all gradients, and that nothing but rows and bias gets one."""
+    """Output and all gradients, and that nothing but rows, bias and a norm's bias that trains gets one."""
     x, x_folded = input.clone().requires_grad_(), input.clone().requires_grad_()
     output, output_folded = dense(x), folded(x_folded)
     assert output_folded.dtype == output.dtype and output_folded.stride() == output.stride()
@@ -133,7 +136,10 @@ def compare(dense: nn.Sequential, folded: nn.Sequential, input: torch.Tensor, ro
         assert_near(sparse.channel_weight.grad, sparse.read_rows(conv.weight.grad, sparse.channels), rounding)
     if sparse.bias is not None:
         assert_near(sparse.bias.grad, conv.bias.grad, rounding)
-    assert all(parameter.grad is None for parameter in folded[2].parameters())
+    for parameter, expected in zip(folded[2].parameters(), dense[2].parameters(), strict=True):
+        assert (parameter.grad is not None) == parameter.requires_grad
+        if parameter.requires_grad:
+            assert_near(parameter.grad, expected.grad, rounding)
 
 
 @pytest.fixture(params=("weight", "weight, bias apart", "output"))
@@ -145,11 +151,12 @@ def scaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("norm_bias", (False, True), ids=("", "norm bias"))
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_modules_apart(case: Case, memory_format: torch.memory_format) -> None:
+def test_equals_modules_apart(case: Case, memory_format: torch.memory_format, norm_bias: bool) -> None:
     dense = case.dense()
-    folded = fold(dense, case.channels).train()
+    folded = fold(dense, case.channels, norm_bias).train()
     compare(dense, folded, case.input().contiguous(memory_format=memory_format), 1e-12)
 
 
@@ -158,7 +165,7 @@ def test_equals_modules_apart(case: Case, memory_format: torch.memory_format) ->
 def test_float32(case: Case, memory_format: torch.memory_format) -> None:
     dense = case.dense(torch.float32)
     input = case.input(torch.float32).contiguous(memory_format=memory_format)
-    compare(dense, fold(dense, case.channels), input, ROUNDING[torch.float32])
+    compare(dense, fold(dense, case.channels, norm_bias=True), input, ROUNDING[torch.float32])
 
 
 @pytest.mark.usefixtures("scaled")
@@ -193,7 +200,7 @@ def test_half_weights_with_float32_statistics(name: str, dtype: torch.dtype) -> 
 def test_autocast(name: str) -> None:
     case = BY_NAME[name]
     dense = case.dense(torch.float32)
-    folded = fold(dense, case.channels)
+    folded = fold(dense, case.channels, norm_bias=True)
     x_folded = case.input(torch.float32).requires_grad_()
     exact = copy.deepcopy(dense).double()
     x_exact = x_folded.detach().double().requires_grad_()
@@ -213,12 +220,18 @@ def test_autocast(name: str) -> None:
     sparse = folded[1]
     assert sparse.channel_weight.grad.dtype == torch.float32
     assert_near(sparse.channel_weight.grad, sparse.read_rows(exact[1].weight.grad, sparse.channels), rounding)
+    norm = folded[2]
+    if norm.affine:  # a plain sum, of the same values and in float32
+        assert norm.bias.grad.dtype == torch.float32
+        expected = grad_output.double().sum((0, 2, 3))
+        assert_near(norm.bias.grad, expected, case.batch * 8 * ROUNDING[torch.float32])
 
 
 @pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("norm_bias", (False, True), ids=("", "norm bias"))
 @pytest.mark.parametrize("case", [case for case in CASES if case.batch], ids=str)
-def test_keeps_selected_channels_and_references(case: Case) -> None:
-    folded = fold(case.dense(), case.channels)
+def test_keeps_selected_channels_and_references(case: Case, norm_bias: bool) -> None:
+    folded = fold(case.dense(), case.channels, norm_bias)
     x = case.input().requires_grad_()
     selected = case.batch * len(case.channels) * case.size[0] * case.size[1] * 8  # without margins
     assert saved_bytes(folded, lambda: folded(x)) == selected
@@ -324,8 +337,59 @@ def test_functional_call_of_the_network() -> None:
 
 
 @pytest.mark.usefixtures("scaled")
-@pytest.mark.parametrize("names", (("weight",), ("bias",), ("weight", "bias")), ids=str)
-def test_norm_that_trains_again_is_not_folded(names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("case", [BY_NAME["no channel"], BY_NAME["depthwise"], USUAL], ids=str)
+def test_biases_train_alone_and_keep_nothing(case: Case, memory_format: torch.memory_format) -> None:
+    dense = case.dense()
+    folded = fold(dense, (), norm_bias=True)
+    x = case.input().contiguous(memory_format=memory_format)  # needs no gradient
+    assert saved_bytes(folded, lambda: folded(x)) == 0
+    for trained in ("1.bias", "2.bias"), ("2.bias",), ("1.bias",):
+        for name, parameter in folded.named_parameters():
+            parameter.requires_grad_(name in trained)
+        folded.zero_grad()
+        dense.zero_grad()
+        output, expected = folded(x), dense(x)
+        assert_near(output, expected, 1e-12)
+        grad_output = torch.randn_like(expected)
+        expected.backward(grad_output)
+        if folded[1].bias is None and trained == ("1.bias",):
+            assert not output.requires_grad
+            continue
+        output.backward(grad_output)
+        gradients = dict(dense.named_parameters())
+        for name, parameter in folded.named_parameters():
+            assert (parameter.grad is not None) == (name in trained)
+            if name in trained:
+                assert_near(parameter.grad, gradients[name].grad, 1e-12)
+
+
+def test_a_norms_bias_through_checkpoint_and_gradcheck() -> None:
+    folded = fold(BY_NAME["3x3"].dense(), (1, 4), norm_bias=True)
+    conv, norm = folded[1:]
+    x = BY_NAME["3x3"].input().requires_grad_()
+    wanted = (x, norm.bias, conv.bias)
+    plain = torch.autograd.grad(folded(x).square().sum(), wanted)
+    output = torch.utils.checkpoint.checkpoint(folded, x, use_reentrant=False)
+    for gradient, expected in zip(torch.autograd.grad(output.square().sum(), wanted), plain, strict=True):
+        assert torch.equal(gradient, expected)
+    assert torch.autograd.gradcheck(lambda *_: folded(x), wanted)
+
+
+def test_a_norms_bias_is_read_at_every_forward() -> None:
+    folded = fold(USUAL.dense(), (), norm_bias=True)
+    optimizer = torch.optim.SGD([folded[2].bias], lr=0.5)
+    x = USUAL.input()
+    before = folded(x)
+    before.sum().backward()
+    optimizer.step()
+    pixels = before.shape[0] * before.shape[2] * before.shape[3]
+    assert_near(folded(x), before - 0.5 * pixels, 1e-12)
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("names", (("weight",), ("weight", "bias")), ids=str)
+def test_norm_whose_weight_trains_again_is_not_folded(names: tuple[str, ...]) -> None:
     dense = USUAL.dense()
     folded = fold(dense, USUAL.channels)
     for name in names:
@@ -354,7 +418,7 @@ def test_compiles(name: str) -> None:
     torch._dynamo.reset()
     case = BY_NAME[name]
     dense = case.dense()
-    folded = fold(dense, case.channels)
+    folded = fold(dense, case.channels, norm_bias=True)
     compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         x, x_compiled = (case.input().requires_grad_() for _ in range(2))
@@ -368,6 +432,8 @@ def test_compiles(name: str) -> None:
         assert_near(x_compiled.grad, x.grad, 1e-12)
         rows = folded[1].read_rows(dense[1].weight.grad, folded[1].channels)
         assert_near(folded[1].channel_weight.grad, rows, 1e-12)
+        if case.affine:
+            assert_near(folded[2].bias.grad, dense[2].bias.grad, 1e-12)
         state = case.dense().state_dict()  # the graph reads the norm that is there now
         dense.load_state_dict(state)
         folded.load_state_dict(state)

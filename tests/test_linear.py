@@ -133,6 +133,12 @@ def test_saves_selected_features_only(case: Case) -> None:
     x.requires_grad_(False)
     sparse.requires_grad_(False)
     assert saved_bytes(sparse, lambda: sparse(x)) == 0
+    assert sparse.bias is not None
+    sparse.bias.requires_grad_(True)
+    assert saved_bytes(sparse, lambda: sparse(x)) == 0
+    grad_output = torch.randn(*x.shape[:-1], sparse.out_features, dtype=x.dtype)
+    sparse(x).backward(grad_output)
+    torch.testing.assert_close(sparse.bias.grad, grad_output.flatten(0, -2).sum(0))
 
 
 def test_double_backward_and_vmap_are_refused() -> None:

@@ -103,11 +103,42 @@ def test_round_trip_and_state_dict() -> None:
         assert torch.equal(copied(x), other(x))
 
 
-def test_unfrozen_affine_trains() -> None:
-    frozen = FrozenBatchNorm2d.from_dense(dense_norm()).train()
+@pytest.mark.parametrize("names", (("bias",), ("weight",), ("weight", "bias")), ids=str)
+def test_unfrozen_affine_trains(names: tuple[str, ...]) -> None:
+    dense = dense_norm().eval()
+    frozen = FrozenBatchNorm2d.from_dense(dense).train()
+    for name in names:
+        getattr(frozen, name).requires_grad_(True)
+    x = torch.randn(3, 5, 4, 7, dtype=torch.float64)
+    kept = saved_bytes(frozen, lambda: frozen(x))
+    assert (kept >= x.numel() * 8) == ("weight" in names)
+    assert kept == 0 or "weight" in names
+    output, expected = frozen(x), dense(x)
+    grad_output = torch.randn_like(expected)
+    output.backward(grad_output)
+    expected.backward(grad_output)
+    for name, parameter in frozen.named_parameters():
+        assert (parameter.grad is not None) == (name in names)
+        if name in names:
+            torch.testing.assert_close(parameter.grad, getattr(dense, name).grad)
+
+
+def test_trained_bias_of_an_input_that_trains() -> None:
+    frozen = FrozenBatchNorm2d.from_dense(dense_norm())
     frozen.bias.requires_grad_(True)
-    frozen(torch.randn(3, 5, 4, 7, dtype=torch.float64)).sum().backward()
-    assert frozen.bias.grad is not None and frozen.weight.grad is None
+    x = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+    assert saved_bytes(frozen, lambda: frozen(x)) == 0
+    wanted = (x, frozen.bias)
+    assert torch.autograd.gradcheck(lambda *_: frozen(x), wanted)
+    compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(compiled(x).square().sum(), wanted)
+    expected = torch.autograd.grad(frozen(x).square().sum(), wanted)
+    for gradient, value in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, value)
+    with torch.autocast("cpu"):
+        output = frozen.float()(x.detach().bfloat16())
+    (gradient,) = torch.autograd.grad(output, frozen.bias, grad_output := torch.randn_like(output))
+    torch.testing.assert_close(gradient, grad_output.float().sum((0, 2, 3)))
 
 
 def test_compiles() -> None:

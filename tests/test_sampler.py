@@ -118,7 +118,7 @@ def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> No
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes_pools_and_when_they_draw(name: str) -> None:
-    model = sparse_net()
+    model = tk.sparsify(as_trained(ResidualNet()), X, biases=SCHEMES[name].biases)
     budget = 1_000 if SCHEMES[name].budgeted else None
     drawn = sampler(
         model,
@@ -129,14 +129,25 @@ def test_schemes_pools_and_when_they_draw(name: str) -> None:
             name: torch.rand(cost.channels) for name, cost in measure_layers(model, X).items()
         },
     )
-    pools = {"trady": POOL, "s-topk-random": POOL, "head-only": []}
+    pools = {"trady": POOL, "s-topk-random": POOL, "head-only": [], "bias-only": []}
     assert drawn.pool == pools.get(name, list(sparse_layers(model)))
     before = drawn.selection
     drawn.resample()
     assert equal(drawn.selection, before) == (not SCHEMES[name].every_epoch)
-    expected = {"head-only": Cost(), "full": drawn.full_cost}
+    expected = {"head-only": Cost(), "bias-only": Cost(), "full": drawn.full_cost}
     if name in expected:
         assert drawn.cost == expected[name]
+
+
+def test_bias_only_wants_biases_that_train() -> None:
+    with pytest.raises(
+        ValueError, match=r"^scheme: got 'bias-only' .*expected one from sparsify\(model, biases"
+    ):
+        sampler(budget=None, scheme="bias-only")
+    model = tk.sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4))
+    model[0].bias.requires_grad_(True)  # by hand
+    drawn = tk.ChannelSampler(model, torch.randn(2, 4), budget=None, scheme="bias-only")
+    assert drawn.backward == Backward("0", 8, 8)
 
 
 @pytest.mark.parametrize("name", ["head-only", "full"])
@@ -357,12 +368,13 @@ NETWORKS = (
 )
 
 
+@pytest.mark.parametrize("biases", (False, 3, True), ids=str)
 @pytest.mark.parametrize("case", NETWORKS, ids=lambda case: case.name)
-def test_the_backward_pass_computes_what_is_counted(case: Network) -> None:
+def test_the_backward_pass_computes_what_is_counted(case: Network, biases: bool | int) -> None:
     if case.name != "ResidualNet" and importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed: pip install torchvision")
     x = torch.randn(2, 3, 32, 32)
-    model = tk.sparsify(as_trained(case.make()), x)
+    model = tk.sparsify(as_trained(case.make()), x, biases=biases)
     names = list(sparse_layers(model))
     ends = set()
     for seed in range(4):
@@ -377,7 +389,10 @@ def test_the_backward_pass_computes_what_is_counted(case: Network) -> None:
         assert note.startswith(f"the backward pass ends at {backward.ends_at}, layer ")
         for part in (f"of {case.layers} in", f"{backward.flops:,} FLOPs a sample", share):
             assert part in note
-    assert len(ends) > 1
+        trained = len(tk.conversion_report(model).biases)
+        assert (f"biases (train, not in the budget): {trained}, " in drawn.report()) == bool(biases)
+    first = next(iter(drawn.layers))
+    assert ends == {first} if biases is True else len(ends) > 1
 
 
 def test_the_full_backward_pass_computes_what_is_counted() -> None:

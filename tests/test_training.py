@@ -20,6 +20,7 @@ from trady_kernels.data import ImageData, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, channel_norms
+from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
@@ -157,7 +158,20 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseExcept
 
 @pytest.mark.parametrize(
     "scheme",
-    ["trady", "s-topk-random", "d-full-random", "d-det-rgn", "s-det-rgn", "medyate", "head-only", "full"],
+    [
+        "trady",
+        "s-topk-random",
+        "d-full-random",
+        "d-det-rgn",
+        "s-det-rgn",
+        "medyate",
+        "head-only",
+        "full",
+        "bias-only",
+        "trady+bias+stats",
+        "medyate+8bit",
+        "full+stats",
+    ],
 )
 def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, scheme: str) -> None:
     data = data_of(settings)
@@ -176,7 +190,7 @@ def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, sc
     assert again.to_json() == resumed.to_json() and finished.steps == 0
 
 
-@pytest.mark.parametrize("scheme", ["trady", "head-only", "full"])
+@pytest.mark.parametrize("scheme", ["trady", "head-only", "full", "trady+stats+bias"])
 def test_checkpoint_loads_into_the_plain_network(tmp_path: Path, settings: Settings, scheme: str) -> None:
     data = data_of(settings)
     result = train_scheme(scheme, settings, data, tmp_path / "c.pt", Recorder())
@@ -194,7 +208,7 @@ def test_checkpoint_loads_into_the_plain_network(tmp_path: Path, settings: Setti
 def test_only_what_the_scheme_selects_moves(tmp_path: Path, settings: Settings) -> None:
     data, start = data_of(settings), start_state(settings)
     moved = {}
-    for scheme in ("trady", "head-only", "full"):
+    for scheme in ("trady", "head-only", "full", "bias-only", "trady+bias", "head-only+stats"):
         train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
         end = torch.load(tmp_path / f"{scheme}.pt")["model"]
         assert end.keys() == start.keys()
@@ -205,6 +219,10 @@ def test_only_what_the_scheme_selects_moves(tmp_path: Path, settings: Settings) 
     assert head < moved["trady"] <= head | convolutions
     statistics = {name for name in start if "running" in name or "tracked" in name}
     assert moved["full"] == start.keys() - statistics
+    biases = {name for name in start if name.endswith(".bias")}
+    assert moved["bias-only"] == head | biases
+    assert head | biases < moved["trady+bias"] <= head | biases | convolutions
+    assert moved["head-only+stats"] == head | statistics
 
 
 def test_figures_are_measured_and_inside_the_budget(tmp_path: Path, settings: Settings) -> None:
@@ -251,6 +269,35 @@ def test_a_shipped_ranking_is_found_by_the_schemes_metric() -> None:
         found = find_ranking(None, "efficientnet_lite0", metric)
         assert found is not None and found.metric == metric
     assert find_ranking(None, "mobilenet_v2_w035", "rgn") is None
+
+
+def test_ingredients_in_the_figures(tmp_path: Path, settings: Settings) -> None:
+    data = data_of(settings)
+    results = {
+        scheme: train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        for scheme in ("full", "head-only", "bias-only", "trady", "trady+bias", "full+stats")
+    }
+    full, head, bias, plain, trady = (
+        results[name] for name in ("full", "head-only", "bias-only", "trady", "trady+bias")
+    )
+    assert trady.scheme == "trady+bias" and [epoch.cost for epoch in trady.epochs] == [
+        epoch.cost for epoch in plain.epochs
+    ]
+    assert head.saved_bytes < bias.saved_bytes < trady.saved_bytes < full.saved_bytes
+    assert (bias.cost, bias.gradient_share) == (0, 0)
+    for result in (bias, trady):
+        assert {"norms are frozen, all but their biases", "4 biases train, 40 elements"} < set(result.notes)
+        assert INGREDIENTS["bias"].note in result.notes
+    assert INGREDIENTS["stats"].note in results["full+stats"].notes
+    assert results["full+stats"].epochs[0].train_loss != full.epochs[0].train_loss
+
+
+def test_learning_rates_of_specs(settings: Settings) -> None:
+    own = dataclasses.replace(settings, learning_rate=None)
+    assert own.learning_rate_of("trady+bias") == own.learning_rate_of("trady")
+    assert own.learning_rate_of("full+stats") == own.learning_rate_of("full") != own.learning_rate_of("trady")
+    assert own.learning_rate_of("head-only+8bit") == own.learning_rate_of("head-only")
+    assert settings.learning_rate_of("full+stats") == 0.1
 
 
 def test_seed_decides_the_numbers(tmp_path: Path, settings: Settings) -> None:

@@ -17,6 +17,7 @@ from trady_kernels.cli import _INTERRUPTED, Failed, usage_errors
 from trady_kernels.cli.console import TrainingProgress, check_writable, in_bytes, make_console
 from trady_kernels.cost import Budget
 from trady_kernels.selection import SCHEMES
+from trady_kernels.training.ingredients import INGREDIENTS, Spec
 from trady_kernels.training.loop import Diverged
 from trady_kernels.training.plot import plot_accuracy
 from trady_kernels.training.results import SchemeResult
@@ -32,7 +33,7 @@ Without arguments: EfficientNet-Lite0 with its ImageNet weights on 5,000 MNIST d
 _EPILOG = """\
 examples:
   trady finetune --model efficientnet_lite0 --data mnist --budget 28000 --output runs/digits
-  trady finetune --data fashion-mnist --train-samples 4000 --budget 256KiB --scheme trady,d-full-random
+  trady finetune --data fashion-mnist --train-samples 4000 --budget 256KiB --scheme trady+bias,d-full-random
   trady finetune --model timm:mobilenetv2_100 --data path/to/class-folders --budget 5% --image-size 128
   trady finetune --resume runs/digits
 
@@ -59,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme",
         default=argparse.SUPPRESS,
-        metavar="NAME[,NAME]",
-        help=f"how channels are chosen: {', '.join(SCHEMES)} (default: {defaults.schemes[0]})",
+        metavar="NAME[+INGREDIENT][,NAME]",
+        help=f"how channels are chosen: {', '.join(SCHEMES)} (default: {defaults.schemes[0]}); a name may be followed "
+        "by ingredients: " + "; ".join(f"+{name}: {known.note}" for name, known in INGREDIENTS.items()),
     )
     parser.add_argument(
         "--no-baselines",
@@ -170,7 +172,7 @@ def _table(job: Run, results: list[SchemeResult]) -> Table:
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for result in results:
-        budgeted = SCHEMES[result.scheme].budgeted
+        budgeted = Spec.parse(result.scheme).kind.budgeted
         table.add_row(
             result.scheme,
             f"{result.top1:.1%}",

@@ -13,8 +13,7 @@ from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
-from trady_kernels.selection.schemes import find_scheme
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, find_scheme
 from trady_kernels.training.regimes import find_ranking
 
 DEFAULT_BUDGET = "28000"
@@ -128,7 +127,7 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
     """Convert ``model`` in place as the arguments say; returns its layers' ranking.
 
     Raises:
-        BadUsage: a bad ranking, or a network that the batch does not fit.
+        BadUsage: a bad scheme or ranking, or a network that the batch does not fit.
     """
     with usage_errors():
         scheme = find_scheme(args.scheme)
@@ -139,7 +138,8 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
             )
         ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.images, head=head, lean=LEAN[args.lean])
+        biases = find_scheme(args.scheme).biases
+        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=biases)
     return ranking
 
 

@@ -31,12 +31,14 @@ class Calls:
         head: name of the last one whose output is the network's; None if there is none.
         counts: how often each module is called; None without an example.
         attention: the modules that call ``F.scaled_dot_product_attention`` themselves.
+        before_norm: ``{name of a norm: name of the layer called last before it}``, of the norms that have one.
     """
 
     layers: list[str] = field(default_factory=list)
     head: str | None = None
     counts: Counter[nn.Module] | None = None
     attention: list[nn.Module] = field(default_factory=list)
+    before_norm: dict[str, str] = field(default_factory=dict)
 
 
 class _Attending(TorchFunctionMode):
@@ -55,13 +57,17 @@ class _Attending(TorchFunctionMode):
 
 def all_calls(names: Mapping[nn.Module, str]) -> Calls:
     """Without an example: every layer is called, in the order of definition."""
-    layers = [
-        name
-        for module, name in names.items()
+    layers: list[str] = []
+    before_norm: dict[str, str] = {}
+    for module, name in names.items():
         # The output projection of nn.MultiheadAttention, whose weight is used without a call.
-        if isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    ]
-    return Calls(layers, head=layers[-1] if layers else None)
+        if isinstance(module, _ConvNd | nn.Linear) and not isinstance(
+            module, NonDynamicallyQuantizableLinear
+        ):
+            layers.append(name)
+        elif isinstance(module, NORMS) and layers:
+            before_norm[name] = layers[-1]
+    return Calls(layers, head=layers[-1] if layers else None, before_norm=before_norm)
 
 
 def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_input: Example) -> Calls:
@@ -69,6 +75,7 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     layers: list[str] = []
     outputs: list[tuple[str, weakref.ref[torch.Tensor]]] = []
     counts: Counter[nn.Module] = Counter()
+    before_norm: dict[str, str] = {}
     norm_is_last = False
     running: list[nn.Module] = []
 
@@ -86,6 +93,8 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
             outputs.extend((names[module], weakref.ref(tensor)) for tensor in tensors_in(output))
         elif isinstance(module, NORMS):
             norm_is_last = True
+            if layers:
+                before_norm.setdefault(names[module], layers[-1])
 
     handles = [module.register_forward_hook(called) for module in names]
     handles += [module.register_forward_pre_hook(begins) for module in names]
@@ -103,4 +112,4 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
             head = name
     if head is None and layers and not norm_is_last:
         head = layers[-1]
-    return Calls(layers, head, counts, list(attending.modules))
+    return Calls(layers, head, counts, list(attending.modules), before_norm)

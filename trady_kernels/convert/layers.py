@@ -26,7 +26,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseChannels]:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What to give an optimiser: every ``channel_weight``, also those without a channel now, and the head.
+    """What to give an optimiser: every ``channel_weight``, also those without a channel now, head, trained biases.
 
     Args:
         model: a network with sparse layers.

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from trady_kernels.batch import Example, call, without_trace
 from trady_kernels.convert import fold, report
+from trady_kernels.convert.biases import biases_to_train, check_biases
 from trady_kernels.convert.classes import (
     DENSE,
     LEAN,
@@ -22,7 +23,7 @@ from trady_kernels.convert.classes import (
     frozen_class,
 )
 from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_calls
-from trady_kernels.convert.report import ConversionReport, find_report
+from trady_kernels.convert.report import ConversionReport, biases_of_reports, find_report
 from trady_kernels.memory import saved_by_module
 from trady_kernels.nn.attention import keep_attention, recompute_attention
 from trady_kernels.nn.channels import SparseChannels
@@ -64,10 +65,11 @@ def sparsify(
     head: str | None = "auto",
     freeze_norm: bool = True,
     lean: Lean = True,
+    biases: bool | int = False,
 ) -> Model:
     """Make a network's convolutions and linears sparse, in place, with no channel selected yet.
 
-    Afterwards only ``channel_weight``s and the head require gradients, and what stands between the layers
+    Afterwards only ``channel_weight``s, the head and the ``biases`` asked for require gradients, and what stands between the layers
     keeps as little as it can: frozen batch norms are folded into the convolution before them wherever a
     ``torch.fx`` graph proves that its output goes nowhere else, and are an affine that keeps nothing
     elsewhere; ReLU-like activations and dropout keep one bit an element, max pooling a byte; attention whose
@@ -94,13 +96,17 @@ def sparsify(
         lean: False leaves activations, pooling and dropout as they are. "8bit" also packs what all other
             operations keep for backward (GELU, SiLU, Hardswish, layer norm, attention, gates) into one byte
             an element, which costs exactness: see ``trady_kernels.functional.eight_bit``.
+        biases: True trains the biases of all sparse layers and of the frozen batch norms behind them, an int those
+            of that many last layers in the order of calls (Sparse Update, arXiv 2206.15472). Their gradients keep
+            no activation and no budget counts them, but the backward pass goes down to the lowest of them, which
+            keeps the bits of the activations on its way. Biases of other norms (layer norms) stay frozen.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_input`` is of another type.
-        ValueError: ``head`` names no module, or one that is sparse already; ``lean`` is none of these;
+        ValueError: ``head`` names no module, or one that is sparse already; ``lean`` or ``biases`` is none of these;
             ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
             changed then.
     """
@@ -112,8 +118,10 @@ def sparsify(
         )
     if not isinstance(lean, bool) and lean != "8bit":
         raise ValueError(f'lean: got {lean!r}, expected True, False or "8bit"')
+    check_biases(biases)
     names = {module: name for name, module in model.named_modules()}
     earlier = find_report(model)
+    trained_before = biases_of_reports(model)
     calls = example_calls(model, names, example_input) if example_input is not None else all_calls(names)
     if head == "auto":
         head = earlier.head if earlier else calls.head
@@ -149,6 +157,13 @@ def sparsify(
     folded = dict(earlier.folded) if earlier else {}
     folded.update(fold.fold(names, flow))
     fold.overwrite(names, flow)
+    trained = biases_to_train(names, plan.sparse, plan.norms, calls, folded, biases)
+    for bias in trained_before:
+        if id(bias) not in map(id, trained.values()):
+            bias.requires_grad_(False)
+            bias.grad = None  # an optimiser would still step on it
+    for bias in trained.values():
+        bias.requires_grad_(True)
     for module in calls.attention if lean else ():
         if module not in inside_head:
             recompute_attention(module)
@@ -163,6 +178,7 @@ def sparsify(
         folded,
         tuple(plan.lean),
         {} if example_input is None else _kept_elsewhere(model, example_input, known),
+        {name: bias.numel() for name, bias in trained.items()},
     )
     return model
 

@@ -23,6 +23,7 @@ class ConversionReport:
         dense: ``{name: why}`` of the layers and norms that stay as they are; their parameters do not train.
         kept: ``{name: bytes}`` of what other modules keep for backward in the example run when everything
             before them trains; empty without an example. "" is the network's own forward.
+        biases: ``{parameter name: elements}`` of the biases of sparse layers and frozen norms that train.
     """
 
     head: str | None
@@ -32,6 +33,7 @@ class ConversionReport:
     folded: Mapping[str, str] = field(default_factory=dict)
     lean: tuple[str, ...] = ()
     kept: Mapping[str, int] = field(default_factory=dict)
+    biases: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         norms = len(self.frozen_norms)
@@ -41,6 +43,8 @@ class ConversionReport:
             f"{len(self.lean)} lean modules, "
             + (f"head {self.head!r}" if self.head is not None else "no head")
         ]
+        if self.biases:
+            lines.append(f"{len(self.biases)} biases train, {sum(self.biases.values()):,} elements")
         if self.dense:
             lines.append("stay dense and frozen:")
             lines += _aligned(self.dense)
@@ -61,6 +65,14 @@ def _aligned(rows: Mapping[str, str]) -> list[str]:
 def find_report(model: nn.Module) -> ConversionReport | None:
     """The report that ``sparsify`` left in a network or a part of it."""
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
+
+
+def biases_of_reports(model: nn.Module) -> list[nn.Parameter]:
+    """The biases that ``sparsify`` let train, in a network or in parts of it that it converted by themselves."""
+    reports = {
+        module: module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__
+    }
+    return [module.get_parameter(name) for module, report in reports.items() for name in report.biases]
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:

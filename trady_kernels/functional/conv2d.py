@@ -15,8 +15,9 @@ from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.norm import (
     FrozenNorm,
     frozen_batch_norm_input_grad,
-    norm_trains,
+    norm_weight_trains,
     normalize,
+    sum_to_bias,
 )
 from trady_kernels.ops import (
     conv2d_channel_grad,
@@ -206,7 +207,7 @@ class _SparseConv2d(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         input, weight, bias, channel_weight, channels, *ctx.convolution = inputs[:10]
-        norm_weight, _, _, running_var, ctx.eps = inputs[10:]
+        norm_weight, norm_bias, _, running_var, ctx.eps = inputs[10:]
         _, selected = output
         if selected is not None:
             ctx.mark_non_differentiable(selected)
@@ -231,6 +232,7 @@ class _SparseConv2d(torch.autograd.Function):
         ctx.dtypes = (
             None if bias is None else bias.dtype,
             None if channel_weight is None else channel_weight.dtype,
+            None if norm_bias is None else norm_bias.dtype,
         )
 
     @staticmethod
@@ -241,7 +243,7 @@ class _SparseConv2d(torch.autograd.Function):
         selected, weight, channels, norm_weight, running_var = ctx.saved_tensors
         stride, padding, dilation, groups, padding_mode = ctx.convolution
         shape, memory_format = ctx.input_layout
-        bias_dtype, rows_dtype = ctx.dtypes
+        bias_dtype, rows_dtype, norm_bias_dtype = ctx.dtypes
         if padding_mode == "zeros" and len(padding) == 2:  # the usual case, at every layer of every step
             symmetric, by_hand, padded = padding, (0, 0, 0, 0), False
         else:
@@ -251,17 +253,21 @@ class _SparseConv2d(torch.autograd.Function):
         mode = "constant" if padding_mode == "zeros" else padding_mode
 
         scale: torch.Tensor | None = None
+        grad_norm_bias = None  # a plain sum of grad_output, before anything scales it
         if running_var is not None:
             pixels = grad_output.shape[0] * grad_output.shape[2] * grad_output.shape[3]
             if not ctx.needs_input_grad[0]:
                 scale = norm_scale(norm_weight, running_var, ctx.eps)
             elif _scales_output(pixels, weight):
+                if ctx.needs_input_grad[11]:
+                    grad_norm_bias = sum_to_bias(grad_output)
                 grad_output = frozen_batch_norm_input_grad(grad_output, norm_weight, running_var, ctx.eps)
             else:
                 weight, scale = fold_norm(
                     weight, None, norm_weight, None, None, running_var, ctx.eps, grad_output.dtype
                 )[:2]
-        grad_input = grad_bias = grad_rows = None
+        grad_input = grad_bias = grad_rows = sums = None
+        needs_sums = ctx.needs_input_grad[2] or (ctx.needs_input_grad[11] and grad_norm_bias is None)
         if ctx.needs_input_grad[3]:
             arguments = (
                 F.pad(selected, by_hand, mode=mode) if padded else selected,
@@ -274,8 +280,8 @@ class _SparseConv2d(torch.autograd.Function):
                 dilation,
                 groups,
             )
-            if ctx.needs_input_grad[2] and groups == 1 and channels.shape[0] > 0:
-                grad_rows, grad_bias = conv2d_channel_grad_with_bias(*arguments)
+            if needs_sums and groups == 1 and channels.shape[0] > 0:
+                grad_rows, sums = conv2d_channel_grad_with_bias(*arguments)
             else:
                 grad_rows = conv2d_channel_grad(*arguments)
             if scale is not None:
@@ -294,13 +300,16 @@ class _SparseConv2d(torch.autograd.Function):
                 grad_input = inner.clone(memory_format=memory_format)
             elif padded:
                 grad_input = _UNPAD[padding_mode](grad_input, shape, by_hand)
-        if ctx.needs_input_grad[2]:
-            if grad_bias is None:
-                grad_bias = grad_output.sum((0, 2, 3))
-            if scale is not None:
-                grad_bias = grad_bias * scale
-            grad_bias = grad_bias.to(bias_dtype)
-        return grad_input, None, grad_bias, grad_rows, *(None,) * 11
+        if needs_sums:
+            if sums is None:
+                sums = sum_to_bias(grad_output)
+            if ctx.needs_input_grad[2]:
+                grad_bias = (sums if scale is None else sums * scale).to(bias_dtype)
+            if ctx.needs_input_grad[11] and grad_norm_bias is None:
+                grad_norm_bias = sums
+        if grad_norm_bias is not None:
+            grad_norm_bias = grad_norm_bias.to(norm_bias_dtype)
+        return grad_input, None, grad_bias, grad_rows, *(None,) * 7, grad_norm_bias, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -327,7 +336,8 @@ def sparse_conv2d(
     With a norm folded in, :math:`s = \gamma / \sqrt{\sigma^2 + \epsilon}` scales the weight on its way into the
     convolution, or the output where it is the smaller one: :math:`dX` is that of :math:`s[o] W`, and
 
-    .. math:: dW[c, o, i, j] = s[o] \; dW'[c, o, i, j], \qquad db[o] = s[o] \sum_{n, h, w} dY[n, o, h, w]
+    .. math:: dW[c, o, i, j] = s[o] \; dW'[c, o, i, j], \qquad db[o] = s[o] \; d\beta[o], \qquad
+              d\beta[o] = \sum_{n, h, w} dY[n, o, h, w]
 
     Kept for backward: the selected channels of the input where ``channel_weight`` requires grad, and
     references: to ``weight`` where the input does, and to the norm's weight and variance (TraDy, arXiv
@@ -339,14 +349,14 @@ def sparse_conv2d(
             ``channel_weight`` at ``channels``; it gets no gradient itself.
         bias: ``(C',)`` or None.
         channel_weight: ``(k, C'/groups, kh, kw)``, what the gradient of the selected channels goes to, one
-            row an input channel; None where nothing but the input and the bias gets a gradient. Its
+            row an input channel; None where nothing but the input and the biases get a gradient. Its
             values are not read.
         channels: ``(k,)`` int64, sorted and unique, the input channel of each row.
         stride, padding, dilation, groups: as ``F.conv2d`` takes them, ``'same'`` and ``'valid'`` included;
             ``padding`` also as (left, right, top, bottom), as ``F.pad`` takes them.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
-        norm: a batch norm in evaluation mode that the output goes through. While its weight or bias requires
-            grad it is not folded, and the convolution's output is kept for it.
+        norm: a batch norm in evaluation mode that the output goes through. Its bias gets a gradient where it
+            requires grad. While its weight does it is not folded, and the convolution's output is kept for it.
 
     Returns:
         ``(N, C', H', W')`` or ``(C', H', W')``, without ``norm`` bit-equal to ``nn.Conv2d``'s.
@@ -371,7 +381,7 @@ def sparse_conv2d(
     if not isinstance(padding, str):
         padding = _pair_or_margins(padding)
     input = input if dim == 4 else input.unsqueeze(0)
-    if norm is not None and norm_trains(norm):
+    if norm is not None and norm_weight_trains(norm):
         output = sparse_conv2d(
             input, weight, bias, channel_weight, channels, stride, padding, dilation, groups, padding_mode
         )
@@ -380,7 +390,10 @@ def sparse_conv2d(
     if channel_weight is not None and not channel_weight.requires_grad:
         channel_weight = None
     if not torch.is_grad_enabled() or not (
-        channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
+        channel_weight is not None
+        or input.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (norm is not None and norm.bias is not None and norm.bias.requires_grad)
     ):
         output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
         return output if dim == 4 else output.squeeze(0)

@@ -39,9 +39,9 @@ class FrozenNorm(NamedTuple):
 # Functions and not methods: torch.compile of torch 2.10 knows nothing but the fields of a named tuple.
 
 
-def norm_trains(norm: FrozenNorm) -> bool:
-    """Whether gamma or beta gets a gradient."""
-    return any(tensor is not None and tensor.requires_grad for tensor in (norm.weight, norm.bias))
+def norm_weight_trains(norm: FrozenNorm) -> bool:
+    """Whether gamma gets a gradient, which takes the norm's input."""
+    return norm.weight is not None and norm.weight.requires_grad
 
 
 def normalize(input: torch.Tensor, norm: FrozenNorm) -> torch.Tensor:  # (N, C, ...) -> (N, C, ...)
@@ -61,6 +61,12 @@ def frozen_batch_norm_input_grad(
     return _scale_and_shift(grad_output, weight, None, mean, running_var, eps)
 
 
+def sum_to_bias(grad_output: torch.Tensor) -> torch.Tensor:  # (N, C, ...) -> (C,)
+    """Gradient of what is added to every element of a channel, in float32 at least."""
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
+    return grad_output.sum([0, *range(2, grad_output.dim())], dtype=dtype)
+
+
 class _FrozenBatchNorm(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -77,14 +83,19 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, weight, _, _, running_var, ctx.eps = inputs
+        _, weight, bias, _, running_var, ctx.eps = inputs
         ctx.save_for_backward(weight, running_var)  # references, no copies
+        ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         weight, running_var = ctx.saved_tensors
-        grad_input = frozen_batch_norm_input_grad(grad_output, weight, running_var, ctx.eps)
-        return grad_input, None, None, None, None, None
+        grad_input = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = frozen_batch_norm_input_grad(grad_output, weight, running_var, ctx.eps)
+        if ctx.needs_input_grad[2]:
+            grad_bias = sum_to_bias(grad_output).to(ctx.bias_dtype)
+        return grad_input, None, grad_bias, None, None, None
 
 
 def frozen_batch_norm(
@@ -95,16 +106,17 @@ def frozen_batch_norm(
     running_var: torch.Tensor,  # (C,)
     eps: float = 1e-5,
 ) -> torch.Tensor:  # (N, C, ...)
-    r"""Batch norm in evaluation mode as a fixed affine; only the input gets a gradient.
+    r"""Batch norm in evaluation mode with a fixed scale; only the input and the bias get a gradient.
 
     .. math:: y = \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta, \qquad
-              dX = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} dY
+              dX = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} dY, \qquad d\beta = \sum_{n, ...} dY
 
     Kept for backward: references to ``weight`` and ``running_var``.
 
     Args:
         input: ``(N, C, ...)``.
-        weight, bias: ``(C,)`` or None, gamma and beta; they get no gradient.
+        weight: ``(C,)`` or None, gamma; it gets no gradient.
+        bias: ``(C,)`` or None, beta; it gets one where it requires grad.
         running_mean, running_var: ``(C,)``.
         eps: added to the variance.
 
@@ -113,6 +125,7 @@ def frozen_batch_norm(
 
     Source: Ioffe and Szegedy, arXiv 1502.03167, algorithm 2.
     """
-    if not (torch.is_grad_enabled() and input.requires_grad):
+    trains = input.requires_grad or (bias is not None and bias.requires_grad)
+    if not (torch.is_grad_enabled() and trains):
         return _scale_and_shift(input, weight, bias, running_mean, running_var, eps)
     return apply(_FrozenBatchNorm, input, weight, bias, running_mean, running_var, eps)

@@ -149,6 +149,12 @@ class SparseChannels(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def trains_beside_rows(self) -> bool:
+        """Whether something in this layer gets a gradient besides ``channel_weight``."""
+        bias = self.bias
+        return isinstance(bias, torch.Tensor) and bias.requires_grad
+
     # -- construction ------------------------------------------------------------------------------
 
     def _register_rows(self, channels: Channels) -> None:

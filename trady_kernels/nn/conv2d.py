@@ -122,7 +122,8 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
 
         Args:
             norm: a batch norm with running statistics, used as in evaluation mode; None leaves what is folded.
-                While its weight or bias requires grad it trains, at the price of its input being kept.
+                Its bias trains while it requires grad, and nothing is kept for it; so does its weight, at the
+                price of the norm's input being kept.
             margins: (left, right, top, bottom), the zeros around the input; None leaves what is folded.
 
         Returns:
@@ -207,6 +208,13 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
     @property
     def channel_count(self) -> int:
         return self.in_channels
+
+    @property
+    def trains_beside_rows(self) -> bool:
+        norm = self.folded_norm
+        return super().trains_beside_rows or (
+            norm is not None and any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
+        )
 
     def _by_channel(self, weight: torch.Tensor) -> torch.Tensor:
         """View ``(groups, C/groups, C'/groups, kh, kw)``: what belongs to each input channel."""

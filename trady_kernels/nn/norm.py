@@ -13,7 +13,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with fixed statistics and affine, under ``train()`` too; keeps no activation.
 
     ``state_dict()`` is the dense module's. ``weight`` and ``bias`` have ``requires_grad=False``; set it to True
-    and they are trained again, at the price of the input being kept.
+    and they are trained again: the bias keeps nothing, the weight its input.
 
     Args:
         num_features, eps, momentum, affine, device, dtype: as ``nn.BatchNorm2d`` takes them; ``momentum`` is
@@ -40,7 +40,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, C, H, W) -> (N, C, H, W)
         self._check_input_dim(input)
         statistics = (self.running_mean, self.running_var)
-        if self.affine and (self.weight.requires_grad or self.bias.requires_grad):
+        if self.affine and self.weight.requires_grad:
             return F.batch_norm(input, *statistics, self.weight, self.bias, False, 0.0, self.eps)
         return frozen_batch_norm(input, self.weight, self.bias, *statistics, self.eps)
 

@@ -4,7 +4,7 @@ from trady_kernels.selection.channel_norms import channel_norms
 from trady_kernels.selection.ranking import LayerRanking, rank_layers
 from trady_kernels.selection.resampling import Resampling
 from trady_kernels.selection.sampler import ChannelSampler
-from trady_kernels.selection.schemes import SCHEMES, Scheme
+from trady_kernels.selection.schemes import SCHEMES, Scheme, find_scheme
 
 __all__ = [
     "SCHEMES",
@@ -13,5 +13,6 @@ __all__ = [
     "Resampling",
     "Scheme",
     "channel_norms",
+    "find_scheme",
     "rank_layers",
 ]

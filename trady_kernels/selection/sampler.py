@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from trady_kernels.batch import Example
 from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
+from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.resampling import Resampling, SinceDraw
@@ -59,7 +60,7 @@ class ChannelSampler:
             size, resolution and dtype that training uses.
         budget: an int counts elements of one sample; a string with a unit ("256KiB", "1 MB") the bytes of
             selected weight gradients and stored inputs of the example batch; "5%" is a share of the full cost
-            in elements. None is for the schemes without a budget, "head-only" and "full", which ignore it.
+            in elements. None is for the schemes without a budget ("head-only", "bias-only", "full"), which ignore it.
         scheme: one of ``trady_kernels.selection.SCHEMES``.
         ranking: of the model's layers, for the schemes whose pool are the top layers; None makes the pool
             every sparse layer.
@@ -120,6 +121,15 @@ class ChannelSampler:
         modules = sparse_layers(model)
         if ranking is not None:
             _check_ranking(ranking, modules, model)
+        self._conversion = _report_or_none(model)
+        if self._scheme.biases and not (
+            any(layer.trains_beside_rows for layer in modules.values())
+            or (self._conversion is not None and self._conversion.biases)
+        ):
+            raise ValueError(
+                f"scheme: got {scheme!r} for a network whose biases are frozen, expected one from "
+                "sparsify(model, biases=True)"
+            )
         network = measure_network(model, example_input)
         uncalled = [name for name in modules if name not in network.layers]
         if uncalled:
@@ -136,7 +146,6 @@ class ChannelSampler:
         self._ranking = ranking
         self._counts = counts
         self._measure = gradients
-        self._conversion = _report_or_none(model)
         self._generator = torch.Generator().manual_seed(seed)
         self._fixed: dict[str, int] | None = None
         watches = self._scheme.observes or self.resampling.kind == "norm"
@@ -163,8 +172,13 @@ class ChannelSampler:
         """Cost of the backward pass for the current selection and the dense layers that train."""
         trained = {name: len(channels) for name, channels in self._selection.items() if len(channels)}
         for name, module in self._called.items():
-            if name not in trained and any(parameter.requires_grad for parameter in module.parameters()):
-                weight = getattr(module, "weight", None)  # a sparse layer's never requires a gradient itself
+            if name in trained:
+                continue
+            if isinstance(module, SparseChannels):  # its weight never requires a gradient itself
+                if module.trains_beside_rows:
+                    trained[name] = 0
+            elif any(parameter.requires_grad for parameter in module.parameters()):
+                weight = getattr(module, "weight", None)
                 whole = weight is not None and weight.requires_grad
                 trained[name] = self._network.layers[name].channels if whole else 0
         return self._network.backward(trained)
@@ -415,6 +429,10 @@ class ChannelSampler:
             notes.append(
                 f"head (dense, trains, not in the budget): {head}" if head is not None else "no head"
             )
+            if biases := self._conversion.biases:
+                notes.append(
+                    f"biases (train, not in the budget): {len(biases)}, {sum(biases.values()):,} elements"
+                )
             notes += [
                 f"stays dense and frozen: {name}, {why}" for name, why in self._conversion.dense.items()
             ]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from trady_kernels.selection import SCHEMES
 from trady_kernels.study.cells import Cell, CellFile, Outcome
+from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.loop import Diverged, train_scheme
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import load_task
@@ -53,9 +53,10 @@ class Matrix:
         """The table's rows: scheme by scheme, so that what is there after an interruption can be compared."""
         for place, budget in enumerate(self.budgets):
             for scheme in self.leading if place else self.schemes:
-                if budgeted(scheme) or not place:
+                budgeted = Spec.parse(scheme).kind.budgeted
+                if budgeted or not place:
                     for task in self.recipes:
-                        yield Row(task, scheme, budget if budgeted(scheme) else "")
+                        yield Row(task, scheme, budget if budgeted else "")
 
     def trials(self, row: Row) -> list[Cell]:
         """The runs that choose a row's learning rate; those of the first budget serve all budgets."""
@@ -75,11 +76,6 @@ class Matrix:
         rows = list(self.rows())
         tuned = {(row.task, row.scheme) for row in rows}
         return len(tuned) * len(FACTORS) + len(rows) * self.seeds
-
-
-def budgeted(scheme: str) -> bool:
-    """Whether a scheme, with whatever ingredients, is bounded by a budget."""
-    return SCHEMES[scheme.partition("+")[0]].budgeted
 
 
 def best_rate(cells: CellFile, trials: list[Cell]) -> float:

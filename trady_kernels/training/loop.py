@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ from trady_kernels.atomic_write import save_checkpoint
 from trady_kernels.data import ImageData, LabelledImages, to_network_input
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, classifier_name, load_model, read_checkpoint
-from trady_kernels.selection import SCHEMES, channel_norms
+from trady_kernels.selection import channel_norms
+from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.regimes import Regime, find_ranking, prepare_dense, prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
@@ -89,7 +91,7 @@ def train_scheme(
     learning rate with warm-up, no dropout, the classifier always trained; norm statistics are frozen.
 
     Args:
-        scheme: name of the channel selection scheme, or a baseline.
+        scheme: name of the channel selection scheme, or a baseline, and of ingredients, such as "trady+bias".
         settings: of the run.
         data: what to train and test on.
         checkpoint: file that holds the last epoch. Its entry ``"model"`` is a state dict of the plain network.
@@ -101,9 +103,10 @@ def train_scheme(
 
     Raises:
         Diverged: the loss became infinite or NaN.
-        ValueError: the checkpoint is of another network, or damaged.
+        ValueError: no such scheme or ingredient, or the checkpoint is of another network, or damaged.
         OSError: the checkpoint could not be written; the one before is whole.
     """
+    spec = Spec.parse(scheme)
     device = torch.device(settings.device)
     saved = read_checkpoint(checkpoint) if resume and checkpoint.exists() else None
     if saved is not None and saved["epoch"] == settings.epochs:
@@ -120,19 +123,23 @@ def train_scheme(
     _disable_dropout(model)
     dense_saved_bytes = measure_memory(prepare_dense(model), example, F.cross_entropy).saved_bytes
     if saved is not None:
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved["model"])  # with what the ingredients had prepared
+    else:
+        for ingredient in spec.ingredients:
+            if ingredient.prepare is not None:
+                ingredient.prepare(model, _whole_batches(data, settings, to_input))
 
     def gradients() -> dict[str, torch.Tensor]:
         images = first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size)
         return channel_norms(model, (to_input(data.train, part) for part in images), F.cross_entropy)
 
     regime = prepare_regime(
-        scheme,
+        spec,
         model,
         example[0],
         head=classifier_name(model, len(data.classes)),
         budget=settings.budget,
-        ranking=find_ranking(settings.ranking, settings.model, SCHEMES[scheme].metric),
+        ranking=find_ranking(settings.ranking, settings.model, spec.kind.metric),
         resampling=settings.resampling,
         seed=settings.seed,
         gradients=gradients,
@@ -263,6 +270,14 @@ def _epoch_order(data: ImageData, settings: Settings, epoch: int) -> torch.Tenso
     """Order of the training images, a function of seed and epoch alone, so that a resumed run has it too."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     return torch.randperm(len(data.train), generator=generator)
+
+
+def _whole_batches(data: ImageData, settings: Settings, to_input: _Input) -> Iterator[torch.Tensor]:
+    """One pass over the training images, in an order of its own, without a smaller batch at its end."""
+    batches = _epoch_order(data, settings, epoch=0).split(settings.batch_size)
+    for indices in batches:
+        if len(indices) == len(batches[0]):
+            yield to_input(data.train, indices)[0]
 
 
 def _disable_dropout(model: nn.Module) -> None:

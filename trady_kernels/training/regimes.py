@@ -13,7 +13,8 @@ from torch import nn
 
 from trady_kernels.convert import conversion_report, sparsify, trainable_parameters
 from trady_kernels.cost import measure_layers, total
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
+from trady_kernels.selection import ChannelSampler, LayerRanking
+from trady_kernels.training.ingredients import Spec
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def prepare_dense(model: nn.Module) -> nn.Module:
 
 
 def prepare_regime(
-    scheme: str,
+    spec: Spec,
     model: nn.Module,
     example_input: torch.Tensor,
     *,
@@ -88,8 +89,8 @@ def prepare_regime(
     """Make a plain network ready for a scheme, in place.
 
     Args:
-        scheme: ``"full"`` leaves the network dense; any other is one of ``SCHEMES``.
-        model: the network.
+        spec: scheme and ingredients; ``"full"`` leaves the network dense.
+        model: the network, to which ``prepare`` of the ingredients has been done.
         example_input: a training batch, ``(N, 3, H, W)``.
         head: name of the classifier, which trains whole; None to look for it.
         budget: for the schemes that have one.
@@ -99,19 +100,22 @@ def prepare_regime(
         gradients: for the schemes that draw by the gradients of all channels, as ``ChannelSampler`` takes it.
 
     Raises:
-        ValueError: no such scheme, or a bad budget or ranking.
+        ValueError: a bad budget or ranking.
     """
-    if scheme == "full":
-        return _Dense(model, example_input, head)
-    return _Sparse(scheme, model, example_input, head, budget, ranking, resampling, seed, gradients)
+    if spec.scheme == "full":
+        return _Dense(spec, model, example_input, head)
+    return _Sparse(spec, model, example_input, head, budget, ranking, resampling, seed, gradients)
 
 
 class _Dense:
-    def __init__(self, model: nn.Module, example_input: torch.Tensor, head: str | None) -> None:
+    def __init__(self, spec: Spec, model: nn.Module, example_input: torch.Tensor, head: str | None) -> None:
         self.model = model
         layers = measure_layers(model, example_input)
         self.full_cost = total(layer.full for name, layer in layers.items() if name != head).elements
-        self.notes = ["all parameters train, biases and norm affines too; norm statistics are frozen"]
+        self.notes = [
+            "all parameters train, biases and norm affines too; norm statistics are frozen",
+            *spec.notes,
+        ]
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
@@ -138,7 +142,7 @@ class _Dense:
 class _Sparse:
     def __init__(
         self,
-        scheme: str,
+        spec: Spec,
         model: nn.Module,
         example_input: torch.Tensor,
         head: str | None,
@@ -148,32 +152,40 @@ class _Sparse:
         seed: int,
         gradients: Callable[[], Mapping[str, torch.Tensor]] | None,
     ) -> None:
-        self.model = sparsify(model, example_input, head=head or "auto")
+        self.model = sparsify(model, example_input, head=head or "auto", **spec.sparsify)
         self._sampler = ChannelSampler(
             model,
             example_input,
             budget=budget,
-            scheme=scheme,
+            scheme=spec.scheme,
             ranking=ranking,
             resampling=resampling,
             seed=seed,
             gradients=gradients,
         )
         self.full_cost = self._sampler.full_cost.elements
-        self.notes = ["norms are frozen, statistics and affine"]
-        if SCHEMES[scheme].ranked and ranking is None:
+        report = conversion_report(model)
+        if report.biases:
+            self.notes = [
+                "norms are frozen, all but their biases",
+                f"{len(report.biases)} biases train, {sum(report.biases.values()):,} elements",
+            ]
+        else:
+            self.notes = ["norms are frozen, statistics and affine"]
+        self.notes += spec.notes
+        if spec.kind.ranked and ranking is None:
             self.notes.append("no layer ranking: channels are drawn from every sparse layer")
-        if SCHEMES[scheme].needs_gradients:
+        if spec.kind.needs_gradients:
             self.notes.append(
                 "an oracle: it measures the whole gradient before it draws, which is over the budget by design"
             )
-        if SCHEMES[scheme].budgeted:
+        if spec.kind.budgeted:
             if self._sampler.cost.elements == self.full_cost:
                 self.notes.append("the budget is above the full cost: every channel is selected")
             elif not self._sampler.cost.elements:
                 self.notes.append("the budget is below the cheapest channel: none is selected")
-        if dense := conversion_report(model).dense:
-            self.notes.append(f"stay dense and frozen: {', '.join(dense)}")
+        if report.dense:
+            self.notes.append(f"stay dense and frozen: {', '.join(report.dense)}")
 
     def parameters(self) -> list[nn.Parameter]:
         return trainable_parameters(self.model)

@@ -42,7 +42,7 @@ class SchemeResult:
     """One row of the results table.
 
     Args:
-        scheme: name of the channel selection scheme.
+        scheme: name of the channel selection scheme, and of its ingredients.
         weights: where the network's first weights came from.
         learning_rate: peak of the cosine schedule.
         full_cost: elements of one sample that all channels of all layers take.

@@ -12,7 +12,8 @@ from trady_kernels.cost import Budget
 from trady_kernels.data import ImageData, load_data
 from trady_kernels.models.loading import load_model, read_checkpoint
 from trady_kernels.provenance import describe
-from trady_kernels.selection import SCHEMES, Resampling
+from trady_kernels.selection import Resampling
+from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.loop import Observer, train_scheme
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
@@ -163,9 +164,7 @@ def _check(settings: Settings) -> ImageData:
     Budget.parse(settings.budget)
     Resampling.parse(settings.resampling)
     for scheme in settings.schemes:
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
-        find_ranking(settings.ranking, settings.model, SCHEMES[scheme].metric)
+        find_ranking(settings.ranking, settings.model, Spec.parse(scheme).kind.metric)
     _check_device(settings.device)
     data = load_task(settings)
     load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)

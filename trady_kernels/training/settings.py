@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from trady_kernels.training.ingredients import Spec
+
 #: Schemes that set a run's floor and ceiling.
 BASELINES = ("head-only", "full")
 
@@ -33,7 +35,8 @@ class Settings:
         test_samples: number of test images, None for all.
         validation_share: share of the training images to test on instead of the test images.
         budget: elements of one sample, bytes of a batch (``"256KiB"``) or a share (``"5%"``).
-        schemes: names of channel selection schemes, trained one after the other from the same start.
+        schemes: names of channel selection schemes, each with any ingredients ("trady+bias"), trained one after the
+            other from the same start.
         resampling: when the samplers draw again: "epoch", "50 steps" or "norm 60%", see
             :class:`trady_kernels.ChannelSampler`.
         ranking: file with a layer ranking; None takes the one that ships for the model, if any.
@@ -79,10 +82,11 @@ class Settings:
             )
 
     def learning_rate_of(self, scheme: str) -> float:
-        """Peak learning rate of a scheme: the one asked for, or the scheme's own."""
+        """Peak learning rate of a scheme: the one asked for, its own, or without ingredients its own."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return LEARNING_RATES.get(scheme, LEARNING_RATE_OF_SAMPLERS)
+        plain = LEARNING_RATES.get(Spec.parse(scheme).scheme, LEARNING_RATE_OF_SAMPLERS)
+        return LEARNING_RATES.get(scheme, plain)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values."""

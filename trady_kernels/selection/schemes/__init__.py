@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from trady_kernels.selection.schemes.bias_only import BiasOnly
 from trady_kernels.selection.schemes.d_det_rgn import DDetRgn
 from trady_kernels.selection.schemes.d_full_random import DFullRandom
 from trady_kernels.selection.schemes.full import Full
@@ -27,6 +28,7 @@ SCHEMES: dict[str, type[Scheme]] = {
         Medyate,
         LastLayers,
         HeadOnly,
+        BiasOnly,
         Full,
     )
 }

@@ -30,6 +30,7 @@ class Scheme(ABC):
         needs_gradients: whether the order depends on the gradients of all channels: the sampler then has to be given
             a function that measures them, calls it before each draw and hands the norms to :meth:`measure`.
         metric: that of the ranking which the scheme's source takes.
+        biases: whether biases train too, which takes a network from ``sparsify(model, biases=...)``.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,7 @@ class Scheme(ABC):
     observes: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     metric: ClassVar[str] = "rgn"
+    biases: ClassVar[bool] = False
 
     @abstractmethod
     def pool(

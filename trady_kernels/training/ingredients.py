@@ -1,0 +1,110 @@
+"""What a scheme can be combined with: ``trady+bias`` is the scheme ``trady`` with the ingredient ``bias``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from trady_kernels.selection import SCHEMES, Scheme
+from trady_kernels.training.norm_statistics import estimate_norm_statistics
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """Something that goes with any scheme that chooses channels.
+
+    Attributes:
+        name: how users call it, after a "+".
+        note: what it does, as a reader of the results must know it.
+        sparsify: arguments of ``sparsify`` that it sets.
+        prepare: called with the plain network and batches of training images, before anything else is made of it.
+    """
+
+    name: str
+    note: str
+    sparsify: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[nn.Module, Iterable[torch.Tensor]], None] | None = None
+
+
+#: By name; another one joins them by ``INGREDIENTS[mine.name] = mine``.
+INGREDIENTS: dict[str, Ingredient] = {
+    ingredient.name: ingredient
+    for ingredient in (
+        Ingredient(
+            "bias",
+            "biases of layers and frozen norms train, outside the budget; no activation is kept for them, but down to "
+            "the first layer one bit for each element of a ReLU",
+            sparsify={"biases": True},
+        ),
+        Ingredient(
+            "8bit",
+            "what other operations keep for backward is packed into 8 bits, so that gradients are not exact",
+            sparsify={"lean": "8bit"},
+        ),
+        Ingredient(
+            "stats",
+            "norm statistics are those of the training images, estimated by forward passes before training",
+            prepare=estimate_norm_statistics,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A scheme and what it is combined with.
+
+    Attributes:
+        scheme: name of the scheme.
+        ingredients: in the order given; first those that the scheme itself consists of.
+    """
+
+    scheme: str
+    ingredients: tuple[Ingredient, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        """The spec that a user means: the name of a scheme, and of ingredients, each after a "+".
+
+        Raises:
+            ValueError: no such scheme or ingredient, one given twice, or one that the scheme cannot have.
+        """
+        scheme, *names = text.split("+")
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        for name in names:
+            if name not in INGREDIENTS:
+                raise ValueError(
+                    f"scheme: got {text!r}, in which {name!r} is no ingredient, expected one of "
+                    f"{', '.join(INGREDIENTS)} after a +"
+                )
+        if SCHEMES[scheme].biases:
+            names = ["bias", *names]
+        ingredients = tuple(INGREDIENTS[name] for name in names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"scheme: got {text!r}, which has an ingredient twice, expected each one once")
+        if scheme == "full" and any(ingredient.sparsify for ingredient in ingredients):
+            raise ValueError(
+                f"scheme: got {text!r}, expected only ingredients that leave the network dense, as full does: "
+                f"{', '.join(name for name, known in INGREDIENTS.items() if not known.sparsify)}"
+            )
+        return cls(scheme, ingredients)
+
+    @property
+    def kind(self) -> type[Scheme]:
+        """The scheme's class."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def sparsify(self) -> dict[str, Any]:
+        """Arguments of ``sparsify`` that the ingredients set."""
+        return {name: value for part in self.ingredients for name, value in part.sparsify.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results must know about the ingredients."""
+        return [ingredient.note for ingredient in self.ingredients]
