@@ -35,7 +35,7 @@ BEST = {"trady": 2.0, "medyate": 1.0, "head-only": 0.5, "full": 1.0}
 
 
 def epoch(number: int, top1: float) -> EpochFigures:
-    return EpochFigures(number, 1.0, 0.5, 1.0, top1, 10, 0.25, 3 * 2**20, 4.0, 1.0)
+    return EpochFigures(number, 1.0, 0.5, 1.0, top1, 10, 0.1, 0.2, 0.25, 3 * 2**20, 4.0, 1.0)
 
 
 @dataclasses.dataclass
@@ -135,7 +135,7 @@ def test_a_run_that_diverged_is_kept_and_not_chosen(trainer: Trainer, tmp_path: 
     )
     outcome = cells[Cell("digits", "full", "", RECIPE.learning_rate_of("full"), 1, False)]
     assert outcome.top1 == pytest.approx(0.901)
-    assert outcome.curves["top1"] == [0.1, 0.901] and outcome.saved_bytes == 3 * 2**20
+    assert outcome.curves["weight_share"] == [0.1, 0.1] and outcome.saved_bytes == 3 * 2**20
 
 
 def test_a_file_of_other_settings_or_damaged_is_refused(trainer: Trainer, tmp_path: Path) -> None:

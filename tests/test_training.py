@@ -473,3 +473,19 @@ def test_bad_settings_leave_no_folder(tmp_path: Path, settings: Settings) -> Non
 def test_classifier_is_found() -> None:
     assert classifier_name(TinyNetwork(3), 3) == "classifier"
     assert classifier_name(TinyNetwork(3), 5) is None
+
+
+def test_the_test_images_are_looked_at_once_where_asked(tmp_path: Path, settings: Settings) -> None:
+    data = data_of(settings)
+    once = dataclasses.replace(settings, test_once=True)
+    result = train_scheme("trady", once, data, tmp_path / "once.pt", Recorder())
+    always = train_scheme("trady", settings, data, tmp_path / "always.pt", Recorder())
+    assert [epoch.top1 is None for epoch in result.epochs] == [True] * (settings.epochs - 1) + [False]
+    assert [epoch.test_loss is None for epoch in result.epochs] == [
+        epoch.top1 is None for epoch in result.epochs
+    ]
+    assert (result.top1, result.epochs[-1].test_loss) == (always.top1, always.epochs[-1].test_loss)
+    for epoch in result.epochs:
+        assert 0 < epoch.weight_share < 1 and 0 < epoch.activation_share < 1
+    with pytest.raises(ValueError, match="expected a run to its end"):
+        _ = SchemeResult("trady", "", 0.1, 1, 1, epochs=result.epochs[:1]).top1

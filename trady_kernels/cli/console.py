@@ -149,8 +149,9 @@ class TrainingProgress:
         pace = (time.perf_counter() - self._started) / max(self._steps_here, 1)
         self._console.print(
             f"{self._scheme} epoch {figures.epoch}/{self._epochs}: loss {figures.train_loss:.3f}, "
-            f"accuracy {figures.train_accuracy:.1%}, test {figures.top1:.1%}, "
-            f"{in_bytes(figures.saved_bytes)} saved for backward, {in_time(figures.seconds)}, "
+            f"accuracy {figures.train_accuracy:.1%}, "
+            + ("" if figures.top1 is None else f"test {figures.top1:.1%}, ")
+            + f"{in_bytes(figures.saved_bytes)} saved for backward, {in_time(figures.seconds)}, "
             f"{in_time(pace * (total - self._steps_done))} left"
         )
 

@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--train-samples", "train on that many images only", type=int)
     add("--test-samples", "test on that many images only", type=int)
     add("--validation-share", "test on that share of the training images instead of the test set", type=float)
+    add("--test-once", "test after the last epoch alone", action="store_true")
     add("--seed", "of the classifier, the order of the images and the channels", type=int)
     add("--device", "cpu or cuda")
     add("--threads", "threads of a CPU operator", type=int)

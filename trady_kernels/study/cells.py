@@ -18,7 +18,7 @@ _VERSION = 1
 #: Share of the training samples that learning rates are chosen on.
 HELD_OUT_SHARE = 0.2
 #: Of every epoch, what is kept.
-_CURVES = ("train_loss", "test_loss", "top1", "cost", "gradient_share", "saved_bytes")
+_CURVES = ("train_loss", "cost", "weight_share", "activation_share", "gradient_share", "saved_bytes")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Outcome:
         gradient_share: multiply-accumulates of weight gradients, the dearest epoch's, over all of them.
         step_ms: median of a training step, on a machine that may have been busy.
         seconds: of the run.
-        curves: of every epoch: train_loss, test_loss, top1, cost, gradient_share, saved_bytes.
+        curves: of every epoch: train_loss, cost, weight_share, activation_share, gradient_share, saved_bytes.
         notes: what a reader must know.
         provenance: index of what it was made with in the file's list.
     """

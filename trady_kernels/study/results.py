@@ -12,22 +12,37 @@ from trady_kernels.training.settings import Settings
 BUDGETS = ("2.2%", "1%", "7%")
 #: One thread a run, so that as many runs as there are cores go side by side.
 IMAGES = Settings(
-    model="efficientnet_lite0", train_samples=1000, test_samples=1000, image_size=64, epochs=5, threads=1
+    model="efficientnet_lite0",
+    train_samples=1000,
+    test_samples=1000,
+    image_size=64,
+    epochs=5,
+    threads=1,
+    test_once=True,
 )
 RECIPES: Mapping[str, Settings] = {
     "fashion-mnist": replace(IMAGES, data="fashion-mnist"),
     "mnist": replace(IMAGES, data="mnist"),
 }
+#: In the order in which they run: what others are compared with comes first.
 SCHEMES = (
     "trady",
     "medyate",
     "head-only",
     "full",
-    "s-topk-random",
+    "trady+bias",
+    "medyate+bias",
+    "bias-only",
     "d-full-random",
+    "s-topk-random",
+    "d-det-rgn",
+    "last-layers",
     "s-full-random",
+    "s-det-rgn",
+    "trady+bias+stats",
 )
-LEADING = ("trady", "medyate")
+#: At every budget.
+LEADING = ("trady", "medyate", "trady+bias", "medyate+bias")
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,9 @@ def _train_epoch(
         seen += len(labels)
         observer.on_step(statistics.fmean(losses), correct / seen)
 
-    test_loss, top1 = evaluate(regime.model, data.test, to_input)
+    test_loss = top1 = None
+    if not settings.test_once or epoch == settings.epochs:
+        test_loss, top1 = evaluate(regime.model, data.test, to_input)
     selection = regime.selection_cost()
     return EpochFigures(
         epoch=epoch,
@@ -242,6 +244,8 @@ def _train_epoch(
         test_loss=test_loss,
         top1=top1,
         cost=selection.elements,
+        weight_share=selection.weight_share,
+        activation_share=selection.activation_share,
         gradient_share=selection.gradient_share,
         saved_bytes=saved_bytes,
         step_ms=1e3 * statistics.median(step_seconds),

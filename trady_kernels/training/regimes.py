@@ -23,10 +23,14 @@ class SelectionCost:
 
     Args:
         elements: weights and activations of one sample.
+        weight_share: elements of the weight gradients over those of all channels.
+        activation_share: elements of the stored inputs over those of all channels.
         gradient_share: multiply-accumulates of their weight gradients over those of all channels.
     """
 
     elements: int
+    weight_share: float
+    activation_share: float
     gradient_share: float
 
 
@@ -130,7 +134,7 @@ class _Dense:
         prepare_dense(self.model)
 
     def selection_cost(self) -> SelectionCost:
-        return SelectionCost(self.full_cost, 1.0)
+        return SelectionCost(self.full_cost, 1.0, 1.0, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -201,8 +205,13 @@ class _Sparse:
         self.model.train()
 
     def selection_cost(self) -> SelectionCost:
-        cost = self._sampler.cost
-        return SelectionCost(cost.elements, cost.macs / self._sampler.full_cost.macs)
+        cost, full = self._sampler.cost, self._sampler.full_cost
+        return SelectionCost(
+            cost.elements,
+            cost.weight_elements / full.weight_elements,
+            cost.activation_elements / full.activation_elements,
+            cost.macs / full.macs,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return self._sampler.state_dict()

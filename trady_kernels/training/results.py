@@ -15,9 +15,10 @@ class EpochFigures:
         epoch: counted from 1.
         train_loss: mean cross entropy over the epoch's steps.
         train_accuracy: share of the training images classified right, while the weights moved.
-        test_loss: mean cross entropy over the test images, after the epoch.
-        top1: share of the test images classified right, after the epoch.
+        test_loss: mean cross entropy over the test images, after the epoch; None where they were not looked at.
+        top1: share of the test images classified right, after the epoch; None where they were not looked at.
         cost: elements of one sample that the epoch's channels took of the budget.
+        weight_share, activation_share: elements of weight gradients, and of stored inputs, over those of all channels.
         gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the
             classifier's apart.
         saved_bytes: bytes that a training step kept for its backward pass, measured on the first batch.
@@ -28,9 +29,11 @@ class EpochFigures:
     epoch: int
     train_loss: float
     train_accuracy: float
-    test_loss: float
-    top1: float
+    test_loss: float | None
+    top1: float | None
     cost: int
+    weight_share: float
+    activation_share: float
     gradient_share: float
     saved_bytes: int
     step_ms: float
@@ -61,8 +64,14 @@ class SchemeResult:
 
     @property
     def top1(self) -> float:
-        """Top-1 accuracy after the last epoch (never the best one: that would choose on the test set)."""
-        return self.epochs[-1].top1
+        """Top-1 accuracy after the last epoch (never the best one: that would choose on the test set).
+
+        Raises:
+            ValueError: the test images were not looked at after it.
+        """
+        if (top1 := self.epochs[-1].top1) is None:
+            raise ValueError(f"top1: got {len(self.epochs)} epochs, expected a run to its end")
+        return top1
 
     @property
     def cost(self) -> int:
@@ -89,8 +98,9 @@ class SchemeResult:
         """The row's figures, and those of every epoch, as plain values."""
         content = dataclasses.asdict(self)
         if self.epochs:
-            summary = ("top1", "cost", "gradient_share", "saved_bytes", "step_ms")
+            summary = ("cost", "gradient_share", "saved_bytes", "step_ms")
             content |= {name: getattr(self, name) for name in summary}
+            content["top1"] = self.epochs[-1].top1
         return content
 
     @classmethod

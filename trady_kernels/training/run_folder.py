@@ -11,7 +11,7 @@ from typing import Any
 from trady_kernels.atomic_write import write_json
 
 _FORMAT = "trady-finetune-run"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)

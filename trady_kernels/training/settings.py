@@ -34,6 +34,7 @@ class Settings:
         train_samples: number of training images, None for all.
         test_samples: number of test images, None for all.
         validation_share: share of the training images to test on instead of the test images.
+        test_once: test after the last epoch alone.
         budget: elements of one sample, bytes of a batch (``"256KiB"``) or a share (``"5%"``).
         schemes: names of channel selection schemes, each with any ingredients ("trady+bias"), trained one after the
             other from the same start.
@@ -56,6 +57,7 @@ class Settings:
     train_samples: int | None = None
     test_samples: int | None = None
     validation_share: float = 0.0
+    test_once: bool = False
     budget: int | str = 28_000
     schemes: tuple[str, ...] = ("trady", *BASELINES)
     resampling: str = "epoch"
