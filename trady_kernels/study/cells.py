@@ -15,7 +15,7 @@ from trady_kernels.training.settings import Settings
 
 _FORMAT = "trady-study-cells"
 _VERSION = 1
-#: Share of the training samples that learning rates are chosen on.
+#: Share of the samples to train on that is held out for choosing learning rates.
 HELD_OUT_SHARE = 0.2
 #: Of every epoch, what is kept.
 _CURVES = ("train_loss", "cost", "weight_share", "activation_share", "gradient_share", "saved_bytes")
@@ -31,8 +31,8 @@ class Cell:
         budget: as ``ChannelSampler`` takes it; "" for the schemes without one.
         learning_rate: peak.
         seed: of the run.
-        held_out: whether a fifth of the training samples takes the place of the test samples: a trial that chooses
-            settings.
+        held_out: whether samples held out from those to train on take the place of the test samples: a trial that
+            chooses settings.
     """
 
     task: str

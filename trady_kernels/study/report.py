@@ -112,8 +112,8 @@ def _making(cells: CellFile) -> list[str]:
         *(f"    {command}" for command in commands),
         "",
         f"Commits {', '.join(commits)}; Python {versions['python']}, torch {versions['torch']}. "
-        f"{len(cells)} training runs, {len(seeds)} seeds. Each learning rate is the best of three on a fifth of the training samples "
-        "of seed 0; the test samples were evaluated by the final runs alone, and the last epoch counts. Figures are means over seeds "
+        f"{len(cells)} training runs, {len(seeds)} seeds. Each learning rate is the best of three, of seed 0, on samples held out from "
+        "those to train on; the test samples were evaluated by the final runs alone, and the last epoch counts. Figures are means over seeds "
         "with the sample standard deviation. Tests are two-sided paired t-tests over the pairs of task and seed.",
     ]
 
