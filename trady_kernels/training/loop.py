@@ -136,6 +136,7 @@ def train_scheme(
         resampling=settings.resampling,
         seed=settings.seed,
         gradients=gradients,
+        made=SCHEMES[scheme].for_network(settings.model, settings.layer_fractions),
     )
     result = SchemeResult(
         scheme,

@@ -13,7 +13,7 @@ from torch import nn
 
 from trady_kernels.convert import conversion_report, sparsify, trainable_parameters
 from trady_kernels.cost import measure_layers, total
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def prepare_regime(
     resampling: str,
     seed: int,
     gradients: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+    made: Scheme | None = None,
 ) -> Regime:
     """Make a plain network ready for a scheme, in place.
 
@@ -97,13 +98,14 @@ def prepare_regime(
         resampling: when they draw again.
         seed: of the sampler's draws.
         gradients: for the schemes that draw by the gradients of all channels, as ``ChannelSampler`` takes it.
+        made: the scheme itself, where it needs more than its name.
 
     Raises:
         ValueError: no such scheme, or a bad budget or ranking.
     """
     if scheme == "full":
         return _Dense(model, example_input, head)
-    return _Sparse(scheme, model, example_input, head, budget, ranking, resampling, seed, gradients)
+    return _Sparse(scheme, model, example_input, head, budget, ranking, resampling, seed, gradients, made)
 
 
 class _Dense:
@@ -147,13 +149,14 @@ class _Sparse:
         resampling: str,
         seed: int,
         gradients: Callable[[], Mapping[str, torch.Tensor]] | None,
+        made: Scheme | None,
     ) -> None:
         self.model = sparsify(model, example_input, head=head or "auto")
         self._sampler = ChannelSampler(
             model,
             example_input,
             budget=budget,
-            scheme=scheme,
+            scheme=scheme if made is None else made,
             ranking=ranking,
             resampling=resampling,
             seed=seed,
@@ -167,7 +170,11 @@ class _Sparse:
             self.notes.append(
                 "an oracle: it measures the whole gradient before it draws, which is over the budget by design"
             )
-        if SCHEMES[scheme].budgeted:
+        if biases := getattr(made, "bias_layers", 0):
+            self.notes.append(
+                f"the biases of the last {biases} layers, which the fractions ask for, do not train"
+            )
+        if SCHEMES[scheme].budgeted and not SCHEMES[scheme].given:
             if self._sampler.cost.elements == self.full_cost:
                 self.notes.append("the budget is above the full cost: every channel is selected")
             elif not self._sampler.cost.elements:

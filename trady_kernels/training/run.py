@@ -151,6 +151,7 @@ def _check(settings: Settings) -> ImageData:
         if scheme not in SCHEMES:
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
         find_ranking(settings.ranking, settings.model, SCHEMES[scheme].metric)
+        SCHEMES[scheme].for_network(settings.model, settings.layer_fractions)
     _check_device(settings.device)
     data = load_data(
         settings.data,
