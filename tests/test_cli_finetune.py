@@ -116,6 +116,11 @@ USAGES = (
         ("finetune", "--data", "PETS", *SMALL, "--weights", "nowhere.pt"),
         "nowhere.pt does not exist",
     ),
+    UsageCase(
+        "layer_fractions",
+        ("finetune", "--scheme", "sparse-update", "--layer-fractions", "no.json"),
+        "no.json",
+    ),
     UsageCase("ranking", ("finetune", "--ranking", "nowhere.json"), "nowhere.json"),
     UsageCase("rank_needs_output", ("rank",), "required: --output"),
 )

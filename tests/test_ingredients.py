@@ -11,7 +11,7 @@ from trady_kernels.training.ingredients import INGREDIENTS, Spec
 def test_a_spec_is_a_scheme_and_ingredients() -> None:
     for scheme in SCHEMES:
         spec = Spec.parse(scheme)
-        assert spec.scheme == scheme and spec.kind is SCHEMES[scheme]
+        assert spec.scheme == scheme and spec.budgeted == SCHEMES[scheme].budgeted
         assert [part.name for part in spec.ingredients] == (["bias"] if scheme == "bias-only" else [])
     spec = Spec.parse("medyate+stats+8bit+bias")
     assert (spec.scheme, [part.name for part in spec.ingredients]) == ("medyate", ["stats", "8bit", "bias"])

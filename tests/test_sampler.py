@@ -22,7 +22,7 @@ from trady_kernels.cost import Backward, Cost, measure_layers, total
 from trady_kernels.models import MobileNetV2
 from trady_kernels.models.loading import load_model
 from trady_kernels.nn import SparseLinear
-from trady_kernels.selection import SCHEMES
+from trady_kernels.selection import SCHEMES, LayerFractions, SparseUpdate
 
 X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
 Selection = Mapping[str, torch.Tensor]
@@ -123,13 +123,19 @@ def test_schemes_pools_and_when_they_draw(name: str) -> None:
     drawn = sampler(
         model,
         budget=budget,
-        scheme=name,
+        scheme=SparseUpdate(LayerFractions("small", 1, {"neck": 1})) if name == "sparse-update" else name,
         ranking=ranking_of(model),
         gradients=lambda: {
             name: torch.rand(cost.channels) for name, cost in measure_layers(model, X).items()
         },
     )
-    pools = {"trady": POOL, "s-topk-random": POOL, "head-only": [], "bias-only": []}
+    pools = {
+        "trady": POOL,
+        "s-topk-random": POOL,
+        "head-only": [],
+        "bias-only": [],
+        "sparse-update": ["neck"],
+    }
     assert drawn.pool == pools.get(name, list(sparse_layers(model)))
     before = drawn.selection
     drawn.resample()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -90,6 +91,9 @@ def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loading.EMBEDDED, "tiny", entry)
 
 
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")
+
+
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     folder = write_images(tmp_path / "pets", {"cat": 18, "dog": 12, "eel": 10})
@@ -171,10 +175,14 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseExcept
         "trady+bias+stats",
         "medyate+8bit",
         "full+stats",
+        "velocity",
+        pytest.param("lora", marks=needs_peft),
     ],
 )
 def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, scheme: str) -> None:
     data = data_of(settings)
+    if scheme == "lora":  # the cheapest adapter keeps a whole input
+        settings = dataclasses.replace(settings, budget=3000)
     whole = train_scheme(scheme, settings, data, tmp_path / "whole.pt", Recorder())
     parts = tmp_path / "parts.pt"
     for interrupt_at_step in (9, 8):  # in the second epoch; then, having gone on with it, in the third
@@ -190,7 +198,7 @@ def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, sc
     assert again.to_json() == resumed.to_json() and finished.steps == 0
 
 
-@pytest.mark.parametrize("scheme", ["trady", "head-only", "full", "trady+stats+bias"])
+@pytest.mark.parametrize("scheme", ["trady", "head-only", "full", "trady+stats+bias", "velocity"])
 def test_checkpoint_loads_into_the_plain_network(tmp_path: Path, settings: Settings, scheme: str) -> None:
     data = data_of(settings)
     result = train_scheme(scheme, settings, data, tmp_path / "c.pt", Recorder())
@@ -253,7 +261,7 @@ def test_an_oracle_says_that_it_is_one(
         measured.append((len(given), sum(float(images.sum()) for images, _ in given)))
         return channel_norms(model, given, loss_fn)
 
-    monkeypatch.setattr("trady_kernels.training.loop.channel_norms", measure)
+    monkeypatch.setattr("trady_kernels.training.regimes.channel_norms", measure)
     result = train_scheme(scheme, settings, data_of(settings), tmp_path / "c.pt", Recorder())
     assert any("over the budget by design" in note for note in result.notes)
     assert all(0 < epoch.cost <= 150 for epoch in result.epochs)

@@ -33,6 +33,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "memory": Command("trady_kernels.cli.memory", "bytes that a training step keeps, dense beside sparse"),
     "rank": Command("trady_kernels.cli.rank", "rank a network's layers, for the schemes that need it"),
+    "search": Command(
+        "trady_kernels.cli.search", "find the share of each layer that sparse-update trains inside a budget"
+    ),
     "study": Command("trady_kernels.cli.study", "experiments over many runs: tables, tests and plots"),
     "bench": Command("trady_kernels.cli.bench", "time the operators beside ATen"),
     "doctor": Command("trady_kernels.cli.doctor", "what is installed, what is missing and how to get it"),

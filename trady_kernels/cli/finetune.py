@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.cli import _INTERRUPTED, Failed, usage_errors
+from trady_kernels.cli import _INTERRUPTED, BadUsage, Failed, usage_errors
 from trady_kernels.cli.console import TrainingProgress, check_writable, in_bytes, make_console
 from trady_kernels.cost import Budget
 from trady_kernels.selection import SCHEMES
@@ -75,6 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "when channels are drawn again: epoch, '50 steps', or 'norm 60%', once their gradient has fallen so far",
     )
     add("--ranking", "layer ranking to use instead of the one that ships for the model", metavar="FILE")
+    add(
+        "--layer-fractions",
+        "layer fractions of sparse-update to use instead of those that ship for the model",
+        metavar="FILE",
+    )
     add("--epochs", "passes over the training images", type=int)
     add("--warmup-epochs", "of them, with a rising learning rate", type=float)
     add("--batch-size", "images in a step", type=int)
@@ -122,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
         return _INTERRUPTED
     except Diverged as error:
         raise Failed(str(error)) from error
+    except ValueError as error:  # a budget or ranking that the network itself shows to be wrong
+        raise BadUsage(str(error)) from error
     except OSError as error:
         raise Failed(
             f"{error}; the last epoch's checkpoint is whole, go on with: trady finetune --resume {job.folder.path}"
@@ -173,7 +180,7 @@ def _table(job: Run, results: list[SchemeResult]) -> Table:
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for result in results:
-        budgeted = Spec.parse(result.scheme).kind.budgeted
+        budgeted = Spec.parse(result.scheme).budgeted
         table.add_row(
             result.scheme,
             f"{result.top1:.1%}",

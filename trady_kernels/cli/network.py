@@ -13,7 +13,7 @@ from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, find_scheme
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
 from trady_kernels.training.regimes import find_ranking
 
 DEFAULT_BUDGET = "28000"
@@ -78,6 +78,11 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranking", metavar="FILE", help="layer ranking instead of the one that ships for the model"
     )
     parser.add_argument(
+        "--layer-fractions",
+        metavar="FILE",
+        help="of sparse-update, instead of those that ship for the model",
+    )
+    parser.add_argument(
         "--lean",
         choices=LEAN,
         default="on",
@@ -85,6 +90,12 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "byte an element, which is not exact (8bit) (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
+
+
+def _scheme(name: str) -> type[Scheme]:
+    if name not in SCHEMES:
+        raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(_without_data())}")
+    return SCHEMES[name]
 
 
 def _without_data() -> list[str]:
@@ -130,7 +141,7 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
         BadUsage: a bad scheme or ranking, or a network that the batch does not fit.
     """
     with usage_errors():
-        scheme = find_scheme(args.scheme)
+        scheme = _scheme(args.scheme)
         if scheme.needs_gradients:
             raise ValueError(
                 f"scheme: got {args.scheme!r}, which draws by the gradients of a data set that this command does not read, "
@@ -138,8 +149,7 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
             )
         ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
-        biases = find_scheme(args.scheme).biases
-        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=biases)
+        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=scheme.biases)
     return ranking
 
 
@@ -152,6 +162,7 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
     budget = int(args.budget) if args.budget.isdecimal() else args.budget
     ranking = make_sparse(model, batch, args)
     with usage_errors(), in_autocast(args):
+        scheme = SCHEMES[args.scheme].for_network(args.model, args.layer_fractions)
         return ChannelSampler(
-            model, batch.images, budget=budget, scheme=args.scheme, ranking=ranking, seed=args.seed
+            model, batch.images, budget=budget, scheme=scheme, ranking=ranking, seed=args.seed
         )

@@ -211,7 +211,7 @@ def classifier_name(model: nn.Module, num_classes: int) -> str | None:
     return found
 
 
-def _import(library: str) -> ModuleType:
+def import_library(library: str) -> ModuleType:
     """Import timm or torchvision, also beside a build of torch that torchvision's binaries do not fit."""
     try:
         return importlib.import_module(library)
@@ -241,7 +241,7 @@ _torchvision_operators: torch.library.Library | None = None
 def _names(library: str) -> Iterable[str]:
     if importlib.util.find_spec(library) is None:
         return ()
-    module = _import(library)
+    module = import_library(library)
     names: list[str] = module.list_models() if library == "timm" else module.models.list_models(module.models)
     return names
 
@@ -272,7 +272,7 @@ def _check_name(library: str, bare: str, names: Iterable[str]) -> None:
 
 
 def _load_timm(bare: str, num_classes: int, pretrained: bool) -> LoadedModel:
-    timm = _import("timm")
+    timm = import_library("timm")
     _check_name("timm", bare.partition(".")[0], timm.list_models())
     words = "random"
     model: nn.Module | None = None
@@ -289,7 +289,7 @@ def _load_timm(bare: str, num_classes: int, pretrained: bool) -> LoadedModel:
 
 
 def _load_torchvision(bare: str, num_classes: int, pretrained: bool) -> LoadedModel:
-    models = importlib.import_module(f"{_import('torchvision').__name__}.models")
+    models = importlib.import_module(f"{import_library('torchvision').__name__}.models")
     _check_name("torchvision", bare, models.list_models(models))
     model = models.get_model(bare, weights=None, num_classes=num_classes)
     words = "random"

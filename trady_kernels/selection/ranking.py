@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.batch import Example
 from trady_kernels.cost import Budget, LayerCost
 from trady_kernels.selection.channel_norms import BlockNorms, layers_of, mean_norms, measure_batches
+from trady_kernels.selection.saved import parse_saved
 
 _FORMAT = "trady-layer-ranking"
 _VERSION = 1
@@ -162,15 +162,14 @@ class LayerRanking(Mapping[str, float]):
 
     @classmethod
     def _parse(cls, content: bytes, origin: str) -> LayerRanking:
-        try:
-            data = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"path: {origin} is not JSON ({error}), expected a saved LayerRanking") from None
-        if not isinstance(data, dict) or data.get("format") != _FORMAT or data.get("version") != _VERSION:
-            raise ValueError(
-                f"path: {origin} is not a layer ranking of version {_VERSION}, expected a file that "
-                "LayerRanking.save wrote"
-            )
+        data = parse_saved(
+            content,
+            origin,
+            format=_FORMAT,
+            version=_VERSION,
+            words="layer ranking",
+            made_by=cls.__name__,
+        )
         if not isinstance(data.get("scores"), dict):
             raise ValueError(f'path: {origin} has no "scores" object, expected {{layer name: score}}')
         try:

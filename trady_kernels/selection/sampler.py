@@ -18,7 +18,7 @@ from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.resampling import Resampling, SinceDraw
-from trady_kernels.selection.schemes import find_scheme
+from trady_kernels.selection.schemes import Scheme, find_scheme
 
 Counts = Literal["free", "fixed"]
 _VERSION = 2
@@ -61,7 +61,8 @@ class ChannelSampler:
         budget: an int counts elements of one sample; a string with a unit ("256KiB", "1 MB") the bytes of
             selected weight gradients and stored inputs of the example batch; "5%" is a share of the full cost
             in elements. None is for the schemes without a budget ("head-only", "bias-only", "full"), which ignore it.
-        scheme: one of ``trady_kernels.selection.SCHEMES``.
+        scheme: name of one of ``trady_kernels.selection.SCHEMES``, or a scheme, such as ``SparseUpdate(file)``, for
+            this sampler alone.
         ranking: of the model's layers, for the schemes whose pool are the top layers; None makes the pool
             every sparse layer.
         counts: "free" draws anew how many channels each layer trains; "fixed" keeps every layer's number
@@ -94,7 +95,7 @@ class ChannelSampler:
         example_input: Example,
         *,
         budget: int | str | Budget | None,
-        scheme: str = "trady",
+        scheme: str | Scheme = "trady",
         ranking: LayerRanking | None = None,
         counts: Counts = "free",
         resampling: str = "epoch",

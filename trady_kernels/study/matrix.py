@@ -53,7 +53,7 @@ class Matrix:
         """The table's rows: scheme by scheme, so that what is there after an interruption can be compared."""
         for place, budget in enumerate(self.budgets):
             for scheme in self.leading if place else self.schemes:
-                budgeted = Spec.parse(scheme).kind.budgeted
+                budgeted = Spec.parse(scheme).budgeted
                 if budgeted or not place:
                     for task in self.recipes:
                         yield Row(task, scheme, budget if budgeted else "")

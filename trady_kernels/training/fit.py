@@ -14,7 +14,7 @@ from trady_kernels.batch import loss_of, tensors_in, without_trace
 from trady_kernels.convert import trainable_parameters
 from trady_kernels.cost import Budget
 from trady_kernels.memory import peak_memory, saved_by_module
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
 
 #: Optimisers by the name that a user gives, at a learning rate that leaves the weights alone.
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -84,6 +84,18 @@ class TrainingStep:
         return asdict(self) | {"budget": self.budget_text, "total_bytes": self.total_bytes}
 
 
+#: Why no budget can be looked for with a scheme, by the attribute that says so.
+_UNFIT: tuple[tuple[Callable[[type[Scheme]], bool], str], ...] = (
+    (lambda scheme: not scheme.budgeted, "has no budget"),
+    (lambda scheme: scheme.needs_gradients, "draws by the gradients of a data set"),
+    (lambda scheme: scheme.given, "is the same selection for every budget"),
+)
+
+
+def _unfit(scheme: type[Scheme]) -> str | None:
+    return next((why for holds, why in _UNFIT if holds(scheme)), None)
+
+
 @dataclass(frozen=True)
 class StepMeter:
     """Measures steps of one network, on random weights that no step moves.
@@ -96,7 +108,8 @@ class StepMeter:
         scheme, ranking, seed: of the ``ChannelSampler``.
 
     Raises:
-        ValueError: no such optimiser, or a scheme without a budget or one that draws by the gradients of data.
+        ValueError: no such optimiser, or a scheme without a budget one that draws by the gradients of
+            data, or one that is given as data.
     """
 
     model: nn.Module
@@ -110,11 +123,11 @@ class StepMeter:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-        meant = [n for n, scheme in SCHEMES.items() if scheme.budgeted and not scheme.needs_gradients]
-        if self.scheme in SCHEMES and self.scheme not in meant:
-            lacks = "draws by gradients" if SCHEMES[self.scheme].budgeted else "has no budget"
+        unfit = {name: why for name, scheme in SCHEMES.items() if (why := _unfit(scheme))}
+        if self.scheme in unfit:
+            fit = ", ".join(name for name in SCHEMES if name not in unfit)
             raise ValueError(
-                f"scheme: got {self.scheme!r}, which {lacks}, expected one of {', '.join(meant)}"
+                f"scheme: got {self.scheme!r}, which {unfit[self.scheme]}, expected one of {fit}"
             )
 
     def measure(self, batch_size: int, budget: Budget, draws: int = 1) -> TrainingStep:

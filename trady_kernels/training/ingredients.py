@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trady_kernels.selection import SCHEMES, Scheme
+from trady_kernels.selection import SCHEMES
 from trady_kernels.training.norm_statistics import estimate_norm_statistics
 
 
@@ -30,6 +30,8 @@ class Ingredient:
     prepare: Callable[[nn.Module, Iterable[torch.Tensor]], None] | None = None
 
 
+#: Schemes that train a network without choosing channels of it, by name: whether a budget bounds what trains.
+WITHOUT_CHANNELS = {"full": False, "velocity": True, "lora": True}
 #: By name; another one joins them by ``INGREDIENTS[mine.name] = mine``.
 INGREDIENTS: dict[str, Ingredient] = {
     ingredient.name: ingredient
@@ -74,30 +76,31 @@ class Spec:
             ValueError: no such scheme or ingredient, one given twice, or one that the scheme cannot have.
         """
         scheme, *names = text.split("+")
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(SCHEMES)}")
+        if scheme not in SCHEMES and scheme not in WITHOUT_CHANNELS:
+            known = dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS])
+            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(known)}")
         for name in names:
             if name not in INGREDIENTS:
                 raise ValueError(
                     f"scheme: got {text!r}, in which {name!r} is no ingredient, expected one of "
                     f"{', '.join(INGREDIENTS)} after a +"
                 )
-        if SCHEMES[scheme].biases:
+        if scheme in SCHEMES and SCHEMES[scheme].biases:
             names = ["bias", *names]
         ingredients = tuple(INGREDIENTS[name] for name in names)
         if len(set(names)) < len(names):
             raise ValueError(f"scheme: got {text!r}, which has an ingredient twice, expected each one once")
-        if scheme == "full" and any(ingredient.sparsify for ingredient in ingredients):
+        if scheme in WITHOUT_CHANNELS and any(ingredient.sparsify for ingredient in ingredients):
             raise ValueError(
-                f"scheme: got {text!r}, expected only ingredients that leave the network dense, as full does: "
+                f"scheme: got {text!r}, expected only ingredients that leave the network dense, as {scheme} does: "
                 f"{', '.join(name for name, known in INGREDIENTS.items() if not known.sparsify)}"
             )
         return cls(scheme, ingredients)
 
     @property
-    def kind(self) -> type[Scheme]:
-        """The scheme's class."""
-        return SCHEMES[self.scheme]
+    def budgeted(self) -> bool:
+        """Whether a budget bounds what trains."""
+        return SCHEMES[self.scheme].budgeted if self.scheme in SCHEMES else WITHOUT_CHANNELS[self.scheme]
 
     @property
     def sparsify(self) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from trady_kernels.atomic_write import save_checkpoint
 from trady_kernels.data import ImageData, LabelledImages, to_network_input
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, classifier_name, load_model, read_checkpoint
-from trady_kernels.selection import channel_norms
 from trady_kernels.training.ingredients import Spec
-from trady_kernels.training.regimes import Regime, find_ranking, prepare_dense, prepare_regime
+from trady_kernels.training.regimes import Regime, Start, prepare_dense, prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
 
@@ -28,7 +27,7 @@ from trady_kernels.training.settings import Settings
 _EVALUATION_BATCH = 250
 #: A step of full fine-tuning of EfficientNet-Lite0 (batch 32, 64x64, 2 cores) takes 240 ms so, 388 otherwise.
 _MEMORY_FORMAT = torch.channels_last
-#: Batches on which the schemes that draw by gradients measure them: the first of the first epoch, always the same, so
+#: Batches that schemes measure on which draw by gradients or outputs: the first of the first epoch, always the same, so
 #: that a resumed run measures as the whole one does.
 _MEASURED_BATCHES = 4
 
@@ -129,21 +128,12 @@ def train_scheme(
             if ingredient.prepare is not None:
                 ingredient.prepare(model, _whole_batches(data, settings, to_input))
 
-    def gradients() -> dict[str, torch.Tensor]:
-        images = first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size)
-        return channel_norms(model, (to_input(data.train, part) for part in images), F.cross_entropy)
+    def measured() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part in first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size):
+            yield to_input(data.train, part)
 
-    regime = prepare_regime(
-        spec,
-        model,
-        example[0],
-        head=classifier_name(model, len(data.classes)),
-        budget=settings.budget,
-        ranking=find_ranking(settings.ranking, settings.model, spec.kind.metric),
-        resampling=settings.resampling,
-        seed=settings.seed,
-        gradients=gradients,
-    )
+    head = classifier_name(model, len(data.classes))
+    regime = prepare_regime(Start(spec, model, example[0], head, settings, measured))
     result = SchemeResult(
         scheme,
         loaded.weights,
@@ -176,7 +166,7 @@ def train_scheme(
         save_checkpoint(
             checkpoint,
             {
-                "model": _on_cpu(regime.model.state_dict()),
+                "model": _on_cpu(regime.weights()),
                 "epoch": epoch,
                 "scheme": scheme,
                 "settings": settings.to_json(),

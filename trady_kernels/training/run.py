@@ -15,7 +15,7 @@ from trady_kernels.provenance import describe
 from trady_kernels.selection import Resampling
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.loop import Observer, train_scheme
-from trady_kernels.training.regimes import find_ranking
+from trady_kernels.training.regimes import check_spec
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder
 from trady_kernels.training.settings import Settings
@@ -164,7 +164,7 @@ def _check(settings: Settings) -> ImageData:
     Budget.parse(settings.budget)
     Resampling.parse(settings.resampling)
     for scheme in settings.schemes:
-        find_ranking(settings.ranking, settings.model, Spec.parse(scheme).kind.metric)
+        check_spec(Spec.parse(scheme), settings)
     _check_device(settings.device)
     data = load_task(settings)
     load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)

@@ -41,6 +41,7 @@ class Settings:
         resampling: when the samplers draw again: "epoch", "50 steps" or "norm 60%", see
             :class:`trady_kernels.ChannelSampler`.
         ranking: file with a layer ranking; None takes the one that ships for the model, if any.
+        layer_fractions: file with the layer fractions of sparse-update; None takes those that ship for the model.
         epochs: passes over the training images.
         warmup_epochs: of them, the first in which the learning rate rises linearly from zero.
         batch_size: images in a step.
@@ -62,6 +63,7 @@ class Settings:
     schemes: tuple[str, ...] = ("trady", *BASELINES)
     resampling: str = "epoch"
     ranking: str | None = None
+    layer_fractions: str | None = None
     epochs: int = 5
     warmup_epochs: float = 0.5
     batch_size: int = 32

@@ -13,6 +13,7 @@ from trady_kernels.selection.schemes.s_det_rgn import SDetRgn
 from trady_kernels.selection.schemes.s_full_random import SFullRandom
 from trady_kernels.selection.schemes.s_topk_random import STopKRandom
 from trady_kernels.selection.schemes.scheme import Scheme
+from trady_kernels.selection.schemes.sparse_update import SparseUpdate
 from trady_kernels.selection.schemes.trady import Trady
 
 #: By name; a scheme of the user's own joins them by ``SCHEMES[MyScheme.name] = MyScheme``.
@@ -26,6 +27,7 @@ SCHEMES: dict[str, type[Scheme]] = {
         DDetRgn,
         SDetRgn,
         Medyate,
+        SparseUpdate,
         LastLayers,
         HeadOnly,
         BiasOnly,
@@ -34,15 +36,17 @@ SCHEMES: dict[str, type[Scheme]] = {
 }
 
 
-def find_scheme(name: str) -> Scheme:
-    """The scheme of that name.
+def find_scheme(name: str | Scheme) -> Scheme:
+    """The scheme of that name; a scheme itself is that scheme.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it needs more than its name.
     """
+    if isinstance(name, Scheme):
+        return name
     if not isinstance(name, str) or name not in SCHEMES:
         raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(SCHEMES)}")
     return SCHEMES[name]()
 
 
-__all__ = ["SCHEMES", "Scheme", "find_scheme"]
+__all__ = ["SCHEMES", "Scheme", "SparseUpdate", "find_scheme"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +30,8 @@ class Scheme(ABC):
             their norms and hands them to :meth:`observe`.
         needs_gradients: whether the order depends on the gradients of all channels: the sampler then has to be given
             a function that measures them, calls it before each draw and hands the norms to :meth:`measure`.
+        given: whether the selection is data that the user has: the budget only checks it.
+        bias_layers: of how many of the last layers the biases train too.
         metric: that of the ranking which the scheme's source takes.
         biases: whether biases train too, which takes a network from ``sparsify(model, biases=...)``.
     """
@@ -39,8 +42,24 @@ class Scheme(ABC):
     ranked: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
+    given: ClassVar[bool] = False
     metric: ClassVar[str] = "rgn"
+    bias_layers: int = 0
     biases: ClassVar[bool] = False
+
+    @classmethod
+    def for_network(cls, network: str, fractions: str | os.PathLike[str] | None = None) -> Scheme:
+        """The scheme for a network by name.
+
+        Args:
+            network: as ``trady finetune --model`` takes it.
+            fractions: file of layer fractions, for a scheme that is given as data; None takes what ships for the
+                network.
+
+        Raises:
+            OSError, ValueError: the file cannot be read or holds something else, or nothing ships.
+        """
+        return cls()
 
     @abstractmethod
     def pool(
@@ -55,7 +74,10 @@ class Scheme(ABC):
         """
 
     def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
-        """Permutation of the pool's channels, layer after layer as in ``sizes``: the order of trying them."""
+        """Permutation of the pool's channels, layer after layer as in ``sizes``: the order of trying them.
+
+        Channels that it leaves out are not tried.
+        """
         return torch.randperm(sum(sizes.values()), generator=generator)
 
     def observe(  # noqa: B027 - most schemes have nothing to note

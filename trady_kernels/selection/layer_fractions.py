@@ -1,0 +1,179 @@
+"""``LayerFractions``: which share of each layer trains, given as data."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from trady_kernels.atomic_write import write_json
+from trady_kernels.cost import Budget, Cost, LayerCost, total
+from trady_kernels.selection.saved import parse_saved
+
+#: Shares of a layer's input channels that may train [Sparse Update, arXiv 2206.15472, section 3.2].
+FRACTIONS = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
+
+_FORMAT = "trady-layer-fractions"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerFractions:
+    """The share of every layer's input channels that trains: always the first ones.
+
+    Args:
+        network: name of the network that they are for.
+        budget: that they were made for, as ``ChannelSampler`` takes it.
+        layers: ``{layer name: 0, 1/8, 1/4, 1/2 or 1}``; a layer that is not there has 0.
+        bias_layers: how many of the last layers train their bias too.
+
+    Raises:
+        TypeError, ValueError: an argument is not of that kind.
+
+    Source: Lin et al., On-Device Training Under 256KB Memory, arXiv 2206.15472, section 3.2.
+    """
+
+    network: str
+    budget: int | str
+    layers: Mapping[str, float] = field(default_factory=dict)
+    bias_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, str) or not self.network:
+            raise ValueError(f"network: got {self.network!r}, expected the network's name")
+        Budget.parse(self.budget)
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"layers: got {type(self.layers).__name__}, expected {{layer name: fraction}}")
+        for name, fraction in self.layers.items():
+            if not isinstance(name, str) or isinstance(fraction, bool) or fraction not in FRACTIONS:
+                raise ValueError(
+                    f"layers: got {fraction!r} for layer {name!r}, expected one of 0, 0.125, 0.25, 0.5 and 1"
+                )
+        whole = isinstance(self.bias_layers, int) and not isinstance(self.bias_layers, bool)
+        if not whole or self.bias_layers < 0:
+            raise ValueError(f"bias_layers: got {self.bias_layers!r}, expected a number of layers from 0")
+
+    def channels_of(self, layer: LayerCost) -> int:
+        """How many of a layer's channels train: the fraction of them, rounded down."""
+        return math.floor(self.layers.get(layer.name, 0.0) * layer.channels)
+
+    def cost(self, layers: Mapping[str, LayerCost]) -> Cost:
+        """Cost of all channels that train.
+
+        Args:
+            layers: every sparse layer of the network.
+
+        Raises:
+            ValueError: a fraction is of no layer of it.
+        """
+        for name in self.layers:
+            if name not in layers:
+                raise ValueError(
+                    f"layers: got a fraction for {name!r}, expected sparse layers of this network: these fractions are "
+                    f"for {self.network}"
+                )
+        return total(layer.channel * self.channels_of(layer) for layer in layers.values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fractions as JSON; an interrupted write leaves the file that was there.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "network": self.network,
+            "budget": self.budget,
+            "layers": dict(self.layers),
+            "bias_layers": self.bias_layers,
+        }
+        write_json(Path(path), content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerFractions:
+        """The fractions that ``save`` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it does not hold layer fractions.
+        """
+        return cls._parse(Path(path).read_bytes(), os.fspath(path))
+
+    @classmethod
+    def shipped(cls, network: str) -> LayerFractions:
+        """The fractions of an embedded network that come with the package.
+
+        Args:
+            network: its name, such as "efficientnet_lite0".
+
+        Raises:
+            ValueError: none are shipped for that network.
+        """
+        folder = resources.files("trady_kernels.selection") / "fractions"
+        names = sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
+        if network not in names:
+            raise ValueError(
+                f"network: got {network!r}, expected one that layer fractions ship for ({', '.join(names) or 'none'}), "
+                "or a file with them, which trady search makes"
+            )
+        return cls._parse((folder / f"{network}.json").read_bytes(), f"{network}.json")
+
+    @classmethod
+    def _parse(cls, content: bytes, origin: str) -> LayerFractions:
+        data = parse_saved(
+            content,
+            origin,
+            format=_FORMAT,
+            version=_VERSION,
+            words="file of layer fractions",
+            made_by=cls.__name__,
+        )
+        try:
+            return cls(data.get("network"), data.get("budget"), data.get("layers"), data.get("bias_layers"))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"path: {origin} is damaged: {error}") from None
+
+
+def choose_fractions(
+    contributions: Mapping[str, Mapping[float, float]],
+    layers: Mapping[str, LayerCost],
+    budget: Budget,
+) -> dict[str, float]:
+    """Fractions that contribute most for what they cost, inside a budget, chosen greedily.
+
+    From nothing, the layer whose next larger fraction adds most to the sum of contributions per unit of cost is
+    enlarged, until nothing that adds fits.
+
+    Args:
+        contributions: ``{layer name: {fraction: gain}}``, in any unit, of the layer alone; 0 has the gain 0.
+        layers: costs of every sparse layer.
+        budget: of the selection.
+
+    Returns:
+        ``{layer name: fraction}`` of the layers that train.
+    """
+    left = budget.limit(total(layer.full for layer in layers.values()))
+
+    def price(name: str, fraction: float) -> int:
+        layer = layers[name]
+        return budget.of(layer.channel * math.floor(fraction * layer.channels))
+
+    chosen = dict.fromkeys(contributions, 0.0)
+    while True:
+        best: tuple[float, str, float] | None = None
+        for name, gains in contributions.items():
+            now = chosen[name]
+            for fraction, gain in gains.items():
+                added, cost = gain - gains.get(now, 0.0), price(name, fraction) - price(name, now)
+                if fraction > now and added > 0 and 0 < cost <= left:
+                    step = (added / cost, name, fraction)
+                    best = max(best, step, key=lambda known: known[0]) if best else step
+        if best is None:
+            return {name: fraction for name, fraction in chosen.items() if fraction}
+        _, name, fraction = best
+        left -= price(name, fraction) - price(name, chosen[name])
+        chosen[name] = fraction
