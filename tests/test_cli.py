@@ -58,6 +58,8 @@ BAD_USAGE = [
     (["memory", "--plot", "no/such/folder/plot.png"], "no/such/folder", "written"),
     (["memory", "--autocast", "float16"], "float16", "bfloat16"),
     (["memory", "--lean", "4bit"], "4bit", "8bit"),
+    (["memory", "--biases", "some"], "--biases: got 'some'", "expected all or a number of last layers"),
+    (["plan", "--biases", "-2"], "--biases", "expected"),
     (["memory", "--memory-format", "nhwc"], "nhwc", "channels_last"),
     (["bench", "--selected", "1,x"], "1,x", "1,4,16"),
     (["bench", "--rounds", "0"], "0", "at least 1"),
@@ -176,7 +178,14 @@ def test_memory_with_other_arguments(
     usual, cast = sparse(), sparse("--autocast", "bfloat16", "--memory-format", "channels_last")
     assert cast["conv input"] == usual["conv input"] / 2 and cast["activation"] == usual["activation"]
     assert sparse("--lean", "off")["activation"] > 5 * usual["activation"]
-    assert "resident memory: not here" in capsys.readouterr().out
+    biases = [
+        sparse("--scheme", "head-only", "--biases", count)["activation"] for count in ("3", "20", "all")
+    ]
+    assert biases == sorted(set(biases)) and sparse("--scheme", "bias-only")["activation"] == biases[-1]
+    shown = capsys.readouterr().out
+    assert "resident memory: not here" in shown
+    for line in ("0 elements of one sample, and 3 biases, ", "0 elements of one sample, and 52 biases, "):
+        assert line in shown
 
 
 @pytest.fixture

@@ -559,14 +559,15 @@ def test_inductor(name: str) -> None:
     torch._dynamo.reset()
     case = BY_NAME[name]
     dense = case.dense(torch.float32)
-    folded = fold(dense, case.channels)
+    folded = fold(dense, case.channels, norm_bias=True)
     compiled = torch.compile(folded, fullgraph=True, dynamic=True)
     for batch in (2, 9):
         x = torch.randn(batch, case.in_channels, *case.size, requires_grad=True)
         output, output_compiled = dense(x), compiled(x)
         assert_near(output_compiled, output, ROUNDING[torch.float32])
         grad_output = torch.randn_like(output)
-        (expected,) = torch.autograd.grad(output, x, grad_output)
-        (grad,) = torch.autograd.grad(output_compiled, x, grad_output)
-        assert_near(grad, expected, ROUNDING[torch.float32])
+        expected = torch.autograd.grad(output, (x, dense[2].bias), grad_output)
+        found = torch.autograd.grad(output_compiled, (x, folded[2].bias), grad_output)
+        for gradient, value in zip(found, expected, strict=True):
+            assert_near(gradient, value, ROUNDING[torch.float32])
     torch._dynamo.reset()

@@ -27,7 +27,7 @@ from trady_kernels.cli.network import (
     make_network,
     make_sampler,
 )
-from trady_kernels.convert import sparse_layers
+from trady_kernels.convert import conversion_report, sparse_layers
 from trady_kernels.memory import KINDS, MemoryReport, measure_memory
 from trady_kernels.resident import ResidentReport, in_fresh_process, measure_resident
 
@@ -121,8 +121,11 @@ def run(args: argparse.Namespace) -> int:
     budget = sampler.budget if sampler.budget is not None else "no budget"
     images = f"{args.batch_size} images of {args.image_size}x{args.image_size}"
     console.print(f"{args.model}, {images}, {dense.counted.device}")
+    biases = conversion_report(sparse_model).biases
     console.print(
-        f"dense: all parameters train; sparse: {sampler.scheme} at {budget}, {cost.elements:,} elements of one sample\n"
+        f"dense: all parameters train; sparse: {sampler.scheme} at {budget}, {cost.elements:,} elements of one sample"
+        + (f", and {len(biases)} biases, {sum(biases.values()):,} elements" if biases else "")
+        + "\n"
     )
     console.print(_comparison(dense, sparse))
     if no_resident:

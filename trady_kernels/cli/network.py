@@ -89,6 +89,11 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         help="what stands between the layers keeps bits (on), its tensors (off), or bits and everything else in one "
         "byte an element, which is not exact (8bit) (default: %(default)s)",
     )
+    parser.add_argument(
+        "--biases",
+        metavar="N|all",
+        help="train the biases of the last N sparse layers too, and of the norms behind them, or all of them",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
 
 
@@ -138,8 +143,9 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
     """Convert ``model`` in place as the arguments say; returns its layers' ranking.
 
     Raises:
-        BadUsage: a bad scheme or ranking, or a network that the batch does not fit.
+        BadUsage: a bad scheme, ranking or number of biases, or a network that the batch does not fit.
     """
+    biases = _biases(args)
     with usage_errors():
         scheme = _scheme(args.scheme)
         if scheme.needs_gradients:
@@ -149,8 +155,19 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
             )
         ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=scheme.biases)
+        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=biases)
     return ranking
+
+
+def _biases(args: argparse.Namespace) -> bool | int:
+    if args.biases is None:
+        with usage_errors():
+            return _scheme(args.scheme).biases
+    if args.biases == "all":
+        return True
+    if not args.biases.isdecimal():
+        raise BadUsage(f"--biases: got {args.biases!r}, expected all or a number of last layers, from 0")
+    return int(args.biases)
 
 
 def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> ChannelSampler:
