@@ -14,14 +14,16 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import usage_errors
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data import load_data
+from trady_kernels.models.loading import Sizes
 from trady_kernels.provenance import describe
 from trady_kernels.selection import LayerRanking
 from trady_kernels.training.ranking import rank_model
 
 _EPILOG = """\
-example:
+examples:
   trady rank --model efficientnet_lite0 --data fashion-mnist --steps 300 --output lite0.json
-  trady finetune --model efficientnet_lite0 --data mnist --ranking lite0.json"""
+  trady finetune --model efficientnet_lite0 --data mnist --ranking lite0.json
+  trady rank --model minilm --data movie-reviews --lr 0.05 --output minilm.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric", default="rgn", help="rgn (TraDy) or lara (MeDyate) (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=300, help="of SGD (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=64, help="tokens of a sentence (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -64,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             learning_rate=args.lr,
             seed=args.seed,
             device=args.device,
+            sizes=Sizes(args.image_size, args.max_length),
             on_step=lambda: progress.advance(task),
         )
     console.print(_table(ranking))

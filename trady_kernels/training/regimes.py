@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from trady_kernels.batch import Example
 from trady_kernels.convert import conversion_report, sparsify, trainable_parameters
 from trady_kernels.cost import measure_layers, total
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking
@@ -75,7 +76,7 @@ def prepare_dense(model: nn.Module) -> nn.Module:
 def prepare_regime(
     scheme: str,
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_input: Example,
     *,
     head: str | None,
     budget: int | str,
@@ -88,7 +89,7 @@ def prepare_regime(
     Args:
         scheme: ``"full"`` leaves the network dense; any other is one of ``SCHEMES``.
         model: the network.
-        example_input: a training batch, ``(N, 3, H, W)``.
+        example_input: the input of a training batch.
         head: name of the classifier, which trains whole; None to look for it.
         budget: for the schemes that have one.
         ranking: for the schemes that take one.
@@ -104,7 +105,7 @@ def prepare_regime(
 
 
 class _Dense:
-    def __init__(self, model: nn.Module, example_input: torch.Tensor, head: str | None) -> None:
+    def __init__(self, model: nn.Module, example_input: Example, head: str | None) -> None:
         self.model = model
         layers = measure_layers(model, example_input)
         self.full_cost = total(layer.full for name, layer in layers.items() if name != head).elements
@@ -137,7 +138,7 @@ class _Sparse:
         self,
         scheme: str,
         model: nn.Module,
-        example_input: torch.Tensor,
+        example_input: Example,
         head: str | None,
         budget: int | str,
         ranking: LayerRanking | None,

@@ -14,9 +14,9 @@ class EpochFigures:
     Args:
         epoch: counted from 1.
         train_loss: mean cross entropy over the epoch's steps.
-        train_accuracy: share of the training images classified right, while the weights moved.
-        test_loss: mean cross entropy over the test images, after the epoch.
-        top1: share of the test images classified right, after the epoch.
+        train_accuracy: share of the training samples classified right, while the weights moved.
+        test_loss: mean cross entropy over the test samples, after the epoch.
+        top1: share of the test samples classified right, after the epoch.
         cost: elements of one sample that the epoch's channels took of the budget.
         gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the
             classifier's apart.
