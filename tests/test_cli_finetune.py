@@ -74,7 +74,7 @@ def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]
 def test_the_examples_are_understood(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["finetune", "--help"])
     examples = re.findall(r"^  trady (finetune .*)$", capsys.readouterr().out, re.MULTILINE)
-    assert len(examples) == 4
+    assert len(examples) == 5
     for example in examples:  # parsed, then stopped by a folder that is none
         arguments = [*shlex.split(example), "--json", str(pets / "no" / "folder.json")]
         assert main(arguments) == 2

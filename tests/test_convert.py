@@ -826,7 +826,7 @@ def test_other_peoples_networks(case: Foreign) -> None:
         pytest.skip(f"{library} is not installed: pip install {library}")
     from trady_kernels.models import loading
 
-    module = loading._import(library)
+    module = loading.import_library(library)
     make = module.create_model if library == "timm" else module.models.get_model
     model = as_trained(make(name, num_classes=5)).eval()
     size = (

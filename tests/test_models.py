@@ -54,7 +54,7 @@ def test_efficientnet_lite0_is_timms_tf_efficientnet_lite0() -> None:
         pytest.skip("timm is not installed: pip install timm")
     from trady_kernels.models import loading
 
-    theirs = loading._import("timm").create_model("tf_efficientnet_lite0", num_classes=7).eval()
+    theirs = loading.import_library("timm").create_model("tf_efficientnet_lite0", num_classes=7).eval()
     ours = as_trained(EfficientNetLite0(num_classes=7)).eval()
     pairs = zip(theirs.state_dict(), ours.state_dict().values(), strict=True)
     theirs.load_state_dict(dict(pairs), strict=True)

@@ -154,7 +154,9 @@ def test_candidates_train_something_and_fit_alone() -> None:
 
 @pytest.fixture
 def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = loading._Embedded("test_training", "TinyNetwork", {}, None, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    entry = loading._Embedded(
+        "test_training", "TinyNetwork", {}, None, loading.images((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    )
     monkeypatch.setitem(loading.EMBEDDED, "tiny", entry)
 
 
@@ -164,7 +166,7 @@ def test_a_candidate_leaves_no_trace(tmp_path: Path) -> None:
     trial = _Trial(load_model("tiny", 2), data, 4, 0, "cpu")
     before = {name: value.clone() for name, value in trial._model.state_dict().items()}
     candidate = candidates_of(trial.costs, Budget.parse(2_000))[5]
-    images = trial.images(2, 2)
+    images = trial.samples(2, 2)
     losses = [trial.loss_after(each, images, data.test, 0.1) for each in (None, candidate, candidate, None)]
     assert losses[0] == losses[3] != losses[1] == losses[2]
     after = trial._model.state_dict()

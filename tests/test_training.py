@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from image_folders import write_images
 
 from trady_kernels.atomic_write import write_atomically
-from trady_kernels.data import ImageData, load_data, to_network_input
+from trady_kernels.data import DataSet, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, channel_norms
@@ -87,7 +87,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = loading._Embedded(__name__, "TinyNetwork", {}, None, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    entry = loading._Embedded(
+        __name__, "TinyNetwork", {}, None, loading.images((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+    )
     monkeypatch.setitem(loading.EMBEDDED, "tiny", entry)
 
 
@@ -111,7 +113,7 @@ def settings(tmp_path: Path) -> Settings:
     )
 
 
-def data_of(settings: Settings) -> ImageData:
+def data_of(settings: Settings) -> DataSet:
     return load_data(settings.data, image_size=settings.image_size)
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from rich.table import Table
 from trady_kernels.atomic_write import write_json
 from trady_kernels.batch import tensors_in
 from trady_kernels.cli.console import check_writable, make_console
+from trady_kernels.data.digits import find_digits
 from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder
 from trady_kernels.data.mnist import find_mnist
-from trady_kernels.models.loading import find_efficientnet_lite0_weights
+from trady_kernels.data.sentences import FILES, find_sentences
+from trady_kernels.models.loading import find_efficientnet_lite0_weights, find_minilm_weights
 from trady_kernels.ops import available, choice, last_kernel
 from trady_kernels.ops.backend import OPERATORS, TRITON_INTERPRETED, build_record, triton_version
 from trady_kernels.provenance import commit, machine, versions
@@ -188,10 +191,14 @@ def _alike(results: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 
 def _optional() -> list[Finding]:
     findings = [_package(name, use) for name, use in _PACKAGES.items()]
-    for name, find in (
+    files: list[tuple[str, Callable[[], Path]]] = [
         ("EfficientNet-Lite0 weights", find_efficientnet_lite0_weights),
         ("mnist", find_mnist),
-    ):
+        ("digits", find_digits),
+        ("MiniLM weights", find_minilm_weights),
+        *((name, partial(find_sentences, name)) for name in FILES),
+    ]
+    for name, find in files:
         try:
             findings.append(Finding(name, True, str(find())))
         except (FileNotFoundError, ModuleNotFoundError) as error:
@@ -207,6 +214,8 @@ _PACKAGES = {
     "matplotlib": "plots",
     "PIL": "folders of images",
     "numpy": "data sets",
+    "safetensors": "MiniLM's weights",
+    "tokenizers": "sentences",
     "timm": "networks by name",
     "torchvision": "networks by name",
 }

@@ -16,6 +16,7 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import _INTERRUPTED, BadUsage, Failed, usage_errors
 from trady_kernels.cli.console import TrainingProgress, check_writable, in_bytes, make_console
 from trady_kernels.cost import Budget
+from trady_kernels.data import DATA_SETS
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.ingredients import INGREDIENTS, Spec
 from trady_kernels.training.loop import Diverged
@@ -25,7 +26,7 @@ from trady_kernels.training.run import Run, resume_run, start_run
 from trady_kernels.training.settings import BASELINES, Settings
 
 _DESCRIPTION = """\
-Fine-tune a pretrained network on images while only the input channels that fit a budget train, and set
+Fine-tune a pretrained network on images or sentences while only the input channels that fit a budget train, and set
 accuracy, bytes and time beside those of training the head alone and of training everything.
 
 Without arguments: EfficientNet-Lite0 with its ImageNet weights on 5,000 MNIST digits, at 28,000 elements."""
@@ -35,6 +36,7 @@ examples:
   trady finetune --model efficientnet_lite0 --data mnist --budget 28000 --output runs/digits
   trady finetune --data fashion-mnist --train-samples 4000 --budget 256KiB --scheme trady+bias,d-full-random
   trady finetune --model timm:mobilenetv2_100 --data path/to/class-folders --budget 5% --image-size 128
+  trady finetune --model minilm --data tweets --scheme trady --budget 5% --train-samples 1000 --epochs 3
   trady finetune --resume runs/digits
 
 The run folder gets results.json (settings, versions, every epoch), accuracy.png, and checkpoint-SCHEME.pt after
@@ -53,9 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, default=argparse.SUPPRESS, help=(text + shown).replace("%", "%%"), **options
         )
 
-    add("--model", "efficientnet_lite0, or a name of timm or torchvision", metavar="NAME")
+    add("--model", "efficientnet_lite0, minilm, or a name of timm or torchvision", metavar="NAME")
     add("--weights", "checkpoint to start from instead of the pretrained weights", metavar="FILE")
-    add("--data", "mnist, fashion-mnist, a folder of class folders, or of IDX files", metavar="NAME|FOLDER")
+    add(
+        "--data",
+        f"{', '.join(DATA_SETS)}, a folder of class folders of images, or of IDX files",
+        metavar="NAME|FOLDER",
+    )
     add("--budget", "elements of one sample (28000), bytes of a batch (256KiB) or a share (5%)")
     parser.add_argument(
         "--scheme",
@@ -80,16 +86,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "layer fractions of sparse-update to use instead of those that ship for the model",
         metavar="FILE",
     )
-    add("--epochs", "passes over the training images", type=int)
+    add("--epochs", "passes over the training samples", type=int)
     add("--warmup-epochs", "of them, with a rising learning rate", type=float)
-    add("--batch-size", "images in a step", type=int)
+    add("--batch-size", "samples in a step", type=int)
     add("--lr", "peak learning rate of SGD (default: each scheme's own)", type=float, dest="learning_rate")
     add("--image-size", "side of the images in pixels", type=int)
-    add("--train-samples", "train on that many images only", type=int)
-    add("--test-samples", "test on that many images only", type=int)
-    add("--validation-share", "test on that share of the training images instead of the test set", type=float)
+    add("--max-length", "tokens of a sentence: shorter ones are padded, longer ones cut", type=int)
+    add("--train-samples", "train on that many samples only", type=int)
+    add("--test-samples", "test on that many samples only", type=int)
+    add(
+        "--validation-share", "test on that share of the training samples instead of the test set", type=float
+    )
     add("--test-once", "test after the last epoch alone", action="store_true")
-    add("--seed", "of the classifier, the order of the images and the channels", type=int)
+    add("--seed", "of the classifier, the order of the samples and the channels", type=int)
     add("--device", "cpu or cuda")
     add("--threads", "threads of a CPU operator", type=int)
     parser.add_argument(
@@ -162,8 +171,8 @@ def _default_output(settings: Settings) -> Path:
 def _introduce(console: Console, job: Run) -> None:
     settings, data = job.settings, job.data
     console.print(
-        f"{settings.model} on {data.name}: {len(data.train):,} training and {len(data.test):,} test images of "
-        f"{settings.image_size}x{settings.image_size} in {len(data.classes)} classes, budget "
+        f"{settings.model} on {data.name}: {len(data.train):,} training and {len(data.test):,} test {data.kind} of "
+        f"{job.front.size} in {len(data.classes)} classes, budget "
         f"{Budget.parse(settings.budget)}, {settings.epochs} epochs, {settings.device}, into {job.folder.path}"
     )
 

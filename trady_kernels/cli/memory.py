@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure both steps and print the tables."""
     _check_files(args)
     console = make_console()
-    dense_model, batch = make_network(args), make_batch(args)
+    loaded = make_network(args)
+    dense_model, batch = loaded.model, make_batch(loaded, args)
     sparse_model = copy.deepcopy(dense_model)
     sampler = make_sampler(sparse_model, batch, args)
     no_resident = resident.unavailable()
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             with in_autocast(args):
                 counted = stage(
                     f"{name} step",
-                    lambda: measure_memory(model, (batch.images, batch.labels), F.cross_entropy),
+                    lambda: measure_memory(model, (batch.input, batch.labels), F.cross_entropy),
                 )
             if no_resident:
                 return _Measured(counted, None)
@@ -119,8 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
     cost, selected = sampler.cost, _selected(sparse_model, sparse.counted)
     budget = sampler.budget if sampler.budget is not None else "no budget"
-    images = f"{args.batch_size} images of {args.image_size}x{args.image_size}"
-    console.print(f"{args.model}, {images}, {dense.counted.device}")
+    console.print(f"{args.model}, {batch}, {dense.counted.device}")
     biases = conversion_report(sparse_model).biases
     console.print(
         f"dense: all parameters train; sparse: {sampler.scheme} at {budget}, {cost.elements:,} elements of one sample"
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.modules > 0:
         console.print(_modules(dense.counted, sparse.counted, args.modules))
     if args.plot is not None:
-        title = f"{args.model}, {images}" + ("" if sampler.budget is None else f", budget {args.budget}")
+        title = f"{args.model}, {batch}" + ("" if sampler.budget is None else f", budget {args.budget}")
         plot_memory(args.plot, dense.counted, sparse.counted, title)
         console.print(f"drawn in {args.plot}")
     if args.json is not None:
@@ -176,11 +176,12 @@ def _measure_apart(args: argparse.Namespace, sparse: bool) -> ResidentReport:
 
 
 def _resident(args: argparse.Namespace, sparse: bool) -> ResidentReport:
-    model, batch = make_network(args), make_batch(args)
+    loaded = make_network(args)
+    batch = make_batch(loaded, args)
     if sparse:
-        make_sampler(model, batch, args)
+        make_sampler(loaded.model, batch, args)
     with in_autocast(args):
-        return measure_resident(model, (batch.images, batch.labels), F.cross_entropy)
+        return measure_resident(loaded.model, (batch.input, batch.labels), F.cross_entropy)
 
 
 def _selected(model: Any, report: MemoryReport) -> _Selected:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from trady_kernels.batch import Example
 from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
-from trady_kernels.models.loading import classifier_name, load_model
+from trady_kernels.models.front import Front
+from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
 from trady_kernels.training.regimes import find_ranking
 
@@ -24,10 +26,14 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of random images and labels: memory and cost depend on the shapes alone."""
+    """A batch of random input and labels: memory and cost depend on the shapes alone."""
 
-    images: torch.Tensor  # (N, 3, H, W)
+    input: Example
     labels: torch.Tensor  # (N,)
+    front: Front
+
+    def __str__(self) -> str:
+        return f"{len(self.labels)} {self.front.kind} of {self.front.size}"
 
 
 def add_network_arguments(parser: argparse.ArgumentParser, *, batch_size: int, image_size: int) -> None:
@@ -36,16 +42,19 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, batch_size: int, i
         "--model",
         default="efficientnet_lite0",
         metavar="NAME",
-        help="efficientnet_lite0, or a name of timm or torchvision (default: efficientnet_lite0)",
+        help="efficientnet_lite0, minilm, or a name of timm or torchvision (default: efficientnet_lite0)",
     )
     parser.add_argument(
         "--classes", type=int, default=10, help="outputs of the classifier (default: %(default)s)"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=batch_size, help="images in a step (default: %(default)s)"
+        "--batch-size", type=int, default=batch_size, help="samples in a step (default: %(default)s)"
     )
     parser.add_argument(
         "--image-size", type=int, default=image_size, help="side of the images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=64, help="tokens of a sentence (default: %(default)s)"
     )
     parser.add_argument(
         "--autocast",
@@ -108,29 +117,31 @@ def _without_data() -> list[str]:
     return [name for name, scheme in SCHEMES.items() if not scheme.needs_gradients]
 
 
-def make_network(args: argparse.Namespace) -> nn.Module:
+def make_network(args: argparse.Namespace) -> LoadedModel:
     """The network that the arguments name, in training mode, with random weights.
 
     Raises:
         BadUsage: no such network, or a count below 1.
     """
-    for name in ("classes", "batch_size", "image_size"):
+    for name in ("classes", "batch_size", "image_size", "max_length"):
         if getattr(args, name) < 1:
             raise BadUsage(f"--{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
     with usage_errors():
-        model = load_model(args.model, args.classes, pretrained=False).model.train()
-    return model.to(memory_format=MEMORY_FORMATS[args.memory_format])  # type: ignore[call-overload]
+        sizes = Sizes(args.image_size, args.max_length)
+        loaded = load_model(args.model, args.classes, pretrained=False, sizes=sizes)
+    loaded.model.train().to(memory_format=MEMORY_FORMATS[args.memory_format])  # type: ignore[call-overload]
+    return loaded
 
 
-def make_batch(args: argparse.Namespace, batch_size: int | None = None) -> Batch:
-    """A batch of the size that the arguments give, or of another."""
+def make_batch(loaded: LoadedModel, args: argparse.Namespace, batch_size: int | None = None) -> Batch:
+    """A batch for a network, of the size that the arguments give, or of another."""
     generator = torch.Generator().manual_seed(0)
     count = args.batch_size if batch_size is None else batch_size
-    images = torch.randn((count, 3, args.image_size, args.image_size), generator=generator)
-    return Batch(
-        images.contiguous(memory_format=MEMORY_FORMATS[args.memory_format]),
-        torch.randint(args.classes, (count,), generator=generator),
-    )
+    input = loaded.front.random_input(count, generator)
+    labels = torch.randint(args.classes, (count,), generator=generator)
+    if isinstance(input, torch.Tensor):
+        input = input.contiguous(memory_format=MEMORY_FORMATS[args.memory_format])
+    return Batch(input, labels, loaded.front)
 
 
 def in_autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager[object]:
@@ -155,7 +166,7 @@ def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Lay
             )
         ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.images, head=head, lean=LEAN[args.lean], biases=biases)
+        sparsify(model, batch.input, head=head, lean=LEAN[args.lean], biases=biases)
     return ranking
 
 
@@ -181,5 +192,5 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
     with usage_errors(), in_autocast(args):
         scheme = SCHEMES[args.scheme].for_network(args.model, args.layer_fractions)
         return ChannelSampler(
-            model, batch.images, budget=budget, scheme=scheme, ranking=ranking, seed=args.seed
+            model, batch.input, budget=budget, scheme=scheme, ranking=ranking, seed=args.seed
         )

@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from trady_kernels.atomic_write import write_json
+from trady_kernels.batch import Example
 from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.cli.console import check_writable, in_bytes, make_console
 from trady_kernels.cli.network import (
@@ -76,10 +77,11 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _plan_budget(args: argparse.Namespace) -> int:
-    model, batch = make_network(args), make_batch(args)
-    sampler = make_sampler(model, batch, args)
+    loaded = make_network(args)
+    batch = make_batch(loaded, args)
+    sampler = make_sampler(loaded.model, batch, args)
     console = make_console()
-    console.print(f"{args.model}, {args.batch_size} images of {args.image_size}x{args.image_size}\n")
+    console.print(f"{args.model}, {batch}\n")
     console.print(sampler.report(), soft_wrap=True, markup=False)
     if args.json is not None:
         layers = [dataclasses.asdict(layer) for layer in sampler.layer_selections()]
@@ -105,12 +107,13 @@ def _plan_budget(args: argparse.Namespace) -> int:
 
 def _plan_total(args: argparse.Namespace) -> int:
     total = _total(args)
-    model = make_network(args)
-    ranking = make_sparse(model, make_batch(args, 1), args)
+    loaded = make_network(args)
+    kind = loaded.front.kind
+    ranking = make_sparse(loaded.model, make_batch(loaded, args, 1), args)
 
-    def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = make_batch(args, size)
-        return batch.images, batch.labels
+    def batch_of(size: int) -> tuple[Example, torch.Tensor]:
+        batch = make_batch(loaded, args, size)
+        return batch.input, batch.labels
 
     console = make_console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -123,19 +126,20 @@ def _plan_total(args: argparse.Namespace) -> int:
 
         def on_measure(batch_size: int, budget: Budget) -> None:
             words = {EVERYTHING: "every channel", NOTHING: "no channel"}.get(budget, str(budget))
-            images = f"{batch_size} images" if batch_size > 1 else "1 image"
-            progress.update(task, description=f"measuring step {next(numbers)}: {images}, {words}")
+            progress.update(task, description=f"measuring step {next(numbers)}: {kind} {batch_size}, {words}")
 
-        meter = StepMeter(model, batch_of, F.cross_entropy, args.optimizer, args.scheme, ranking, args.seed)
+        meter = StepMeter(
+            loaded.model, batch_of, F.cross_entropy, args.optimizer, args.scheme, ranking, args.seed
+        )
         steps = fit_total(meter, total, args.batch_size, on_measure)
 
     console.print(
-        f"{args.model}, images of {args.image_size}x{args.image_size}, {args.optimizer}, {args.scheme}: what fits in "
+        f"{args.model}, {kind} of {loaded.front.size}, {args.optimizer}, {args.scheme}: what fits in "
         f"{in_bytes(total)}\n"
     )
-    console.print(_steps(steps))
+    console.print(_steps(steps, kind))
     console.print(
-        "measured: of three draws of channels the one that takes most; total is weights, optimiser state, images and "
+        "measured: of three draws of channels the one that takes most; total is weights, optimiser state, {kind} and "
         "the peak, which\ncontains saved tensors and gradients; Python and the libraries themselves come on top"
     )
     if steps[-1].batch_size == args.batch_size:
@@ -167,10 +171,10 @@ def _total(args: argparse.Namespace) -> int:
     return int(total.amount)
 
 
-def _steps(steps: Sequence[TrainingStep]) -> Table:
+def _steps(steps: Sequence[TrainingStep], kind: str) -> Table:
     table = Table()
     headings = (
-        "images",
+        kind,
         "--budget",
         "of full cost",
         "channels",

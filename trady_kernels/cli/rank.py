@@ -14,16 +14,18 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import usage_errors
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data import load_data
+from trady_kernels.models.loading import Sizes
 from trady_kernels.provenance import describe
 from trady_kernels.selection import LayerRanking
 from trady_kernels.training.ranking import rank_model
 from trady_kernels.training.regimes import find_ranking
 
 _EPILOG = """\
-example:
+examples:
   trady rank --model efficientnet_lite0 --data fashion-mnist --steps 300 --output lite0.json
   trady rank --data mnist --budget 10% --output lite0.json
-  trady finetune --model efficientnet_lite0 --data mnist --ranking lite0.json"""
+  trady finetune --model efficientnet_lite0 --data mnist --ranking lite0.json
+  trady rank --model minilm --data movie-reviews --lr 0.05 --output minilm.json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "have to be steps enough for all blocks (default: whole gradients)",
     )
     parser.add_argument("--steps", type=int, default=300, help="of SGD (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="learning rate (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=64, help="tokens of a sentence (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             learning_rate=args.lr,
             seed=args.seed,
             device=args.device,
+            sizes=Sizes(args.image_size, args.max_length),
             on_step=lambda: progress.advance(task),
         )
     console.print(_table(ranking))

@@ -14,6 +14,7 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import usage_errors
 from trady_kernels.cli.console import check_writable, make_console
 from trady_kernels.data import load_data
+from trady_kernels.models.loading import Sizes
 from trady_kernels.provenance import describe
 from trady_kernels.training.search import Found, search_fractions
 
@@ -50,12 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-steps", type=int, default=150, help="of the head alone, before (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="images in a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step (default: %(default)s)")
     parser.add_argument(
-        "--validation-samples", type=int, default=512, help="images that validate (default: %(default)s)"
+        "--validation-samples", type=int, default=512, help="samples that validate (default: %(default)s)"
     )
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=64, help="tokens of a sentence (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
@@ -82,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             learning_rate=args.lr,
             seed=args.seed,
             device=args.device,
+            sizes=Sizes(args.image_size, args.max_length),
             on_count=lambda count: progress.update(task, total=count),
             on_candidate=lambda: progress.advance(task),
         )

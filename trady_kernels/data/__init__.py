@@ -1,4 +1,4 @@
-"""Data sets for fine-tuning: MNIST and Fashion-MNIST by name, anything else as a folder."""
+"""Data sets for fine-tuning: images and sentences by name, anything else as a folder of images."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ from pathlib import Path
 
 import torch
 
+from trady_kernels.data.digits import find_digits, read_digits
 from trady_kernels.data.fashion_mnist import CLASSES as FASHION_CLASSES
 from trady_kernels.data.fashion_mnist import DEBIAN_FOLDER, is_idx_folder, read_idx_folder
 from trady_kernels.data.image_folder import find_classes, read_images
-from trady_kernels.data.images import (
-    ImageData,
-    LabelledImages,
-    complement,
-    resize,
-    stratified_subset,
-    to_network_input,
-)
+from trady_kernels.data.images import LabelledImages, resize, to_network_input
 from trady_kernels.data.mnist import find_mnist, read_mnist
+from trady_kernels.data.samples import DataSet, Samples, SamplesOfAKind, complement, stratified_subset
+from trady_kernels.data.sentences import CLASSES as SENTENCE_CLASSES
+from trady_kernels.data.sentences import FILES, LabelledSentences, find_sentences, read_sentences
 
-__all__ = ["DATA_SETS", "ImageData", "LabelledImages", "load_data", "to_network_input"]
+__all__ = [
+    "DATA_SETS",
+    "DataSet",
+    "LabelledImages",
+    "LabelledSentences",
+    "Samples",
+    "kind_of",
+    "load_data",
+    "to_network_input",
+]
 
-#: Share of the images tested on where a data set brings no test set of its own.
+#: Share of the samples tested on where a data set brings no test set of its own.
 TEST_SHARE = 0.2
-#: Splits do not follow the training seed: every run tests on the same images.
+#: Splits do not follow the training seed: every run tests on the same samples.
 _SPLIT_SEED = 0
 
 
@@ -36,19 +42,31 @@ class _Parts:
 
     name: str
     classes: tuple[str, ...]
-    train: LabelledImages
-    test: LabelledImages | None  # None: a share of train is held out
+    train: Samples
+    test: Samples | None  # None: a share of train is held out
+
+
+def _resized(images: LabelledImages, size: int) -> LabelledImages:
+    return LabelledImages(resize(images.images, size), images.labels)
 
 
 def _mnist(size: int) -> _Parts:
-    digits = read_mnist(find_mnist())
-    return _Parts(
-        "mnist", tuple("0123456789"), LabelledImages(resize(digits.images, size), digits.labels), None
-    )
+    return _Parts("mnist", tuple("0123456789"), _resized(read_mnist(find_mnist()), size), None)
+
+
+def _digits(size: int) -> _Parts:
+    return _Parts("digits", tuple("0123456789"), _resized(read_digits(find_digits()), size), None)
+
+
+def _sentences(name: str) -> Callable[[int], _Parts]:
+    def read(size: int) -> _Parts:
+        return _Parts(name, SENTENCE_CLASSES, read_sentences(find_sentences(name), name), None)
+
+    return read
 
 
 def _idx_folder(folder: Path, size: int, name: str, classes: tuple[str, ...] | None) -> _Parts:
-    train, test = (LabelledImages(resize(p.images, size), p.labels) for p in read_idx_folder(folder))
+    train, test = (_resized(part, size) for part in read_idx_folder(folder))
     count = 1 + int(torch.cat([train.labels, test.labels]).max())
     return _Parts(name, classes or tuple(map(str, range(count))), train, test)
 
@@ -78,7 +96,17 @@ def _class_folders(folder: Path, size: int) -> _Parts:
 
 
 #: Data sets that go by a name.
-DATA_SETS: dict[str, Callable[[int], _Parts]] = {"mnist": _mnist, "fashion-mnist": _fashion_mnist}
+DATA_SETS: dict[str, Callable[[int], _Parts]] = {
+    "mnist": _mnist,
+    "fashion-mnist": _fashion_mnist,
+    "digits": _digits,
+    **{name: _sentences(name) for name in FILES},
+}
+
+
+def kind_of(data: str) -> str:
+    """The kind of samples that a data set of that name has: "sentences" or "images"."""
+    return LabelledSentences.kind if data in FILES else LabelledImages.kind
 
 
 def _read(data: str, size: int) -> _Parts:
@@ -96,12 +124,12 @@ def _read(data: str, size: int) -> _Parts:
     return _class_folders(folder, size)
 
 
-def _limited(images: LabelledImages, samples: int | None, argument: str) -> LabelledImages:
-    if samples is None or samples == len(images):
-        return images
+def _limited(part: SamplesOfAKind, samples: int | None, argument: str) -> SamplesOfAKind:
+    if samples is None or samples == len(part):
+        return part
     generator = torch.Generator().manual_seed(_SPLIT_SEED)
     try:
-        return images.subset(stratified_subset(images.labels, samples, generator))
+        return part.subset(stratified_subset(part.labels, samples, generator))
     except ValueError as error:
         raise ValueError(str(error).replace("samples", argument, 1)) from error
 
@@ -113,20 +141,20 @@ def load_data(
     train_samples: int | None = None,
     test_samples: int | None = None,
     validation_share: float = 0.0,
-) -> ImageData:
-    """Read a data set, split it the same way every time, and resize it once.
+) -> DataSet:
+    """Read a data set, split it the same way every time, and resize its images once.
 
     Args:
-        data: ``"mnist"``, ``"fashion-mnist"``, or a folder: of IDX files, of class folders, or of
+        data: a name in ``DATA_SETS``, or a folder: of IDX files, of class folders of images, or of
             ``train`` and ``test`` (or ``val``) folders of class folders.
-        image_size: side of the images in pixels.
-        train_samples: train on that many images only, classes in proportion; None for all.
-        test_samples: the same for the test images.
-        validation_share: above 0, that share of the training images is held out and takes the place of
-            the test images, for choosing settings without looking at the test set.
+        image_size: side of the images in pixels; sentences have none.
+        train_samples: train on that many samples only, classes in proportion; None for all.
+        test_samples: the same for the test samples.
+        validation_share: above 0, that share of the training samples is held out and takes the place of
+            the test samples, for choosing settings without looking at the test set.
 
     Returns:
-        The data set, as bytes in memory.
+        The data set in memory, images as bytes, sentences as strings.
 
     Raises:
         FileNotFoundError: no such data set or folder, or its package is not installed.
@@ -145,13 +173,13 @@ def load_data(
         if int(torch.bincount(train.labels, minlength=len(parts.classes)).min()) < 2:
             smallest = parts.classes[int(torch.bincount(train.labels, minlength=len(parts.classes)).argmin())]
             raise ValueError(
-                f"data: class {smallest!r} of {data} has fewer than 2 images, "
+                f"data: class {smallest!r} of {data} has fewer than 2 {train.kind}, "
                 "expected at least one to train on and one to test on"
             )
         held_out = stratified_subset(train.labels, count, torch.Generator().manual_seed(_SPLIT_SEED))
         train, test = train.subset(complement(held_out, len(train))), train.subset(held_out)
     assert test is not None
-    return ImageData(
+    return DataSet(
         parts.name,
         parts.classes,
         _limited(train, train_samples, "train_samples"),

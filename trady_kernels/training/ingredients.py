@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from trady_kernels.batch import Example
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.norm_statistics import estimate_norm_statistics
 
@@ -21,13 +21,13 @@ class Ingredient:
         name: how users call it, after a "+".
         note: what it does, as a reader of the results must know it.
         sparsify: arguments of ``sparsify`` that it sets.
-        prepare: called with the plain network and batches of training images, before anything else is made of it.
+        prepare: called with the plain network and inputs of training batches, before anything else is made of it.
     """
 
     name: str
     note: str
     sparsify: Mapping[str, Any] = field(default_factory=dict)
-    prepare: Callable[[nn.Module, Iterable[torch.Tensor]], None] | None = None
+    prepare: Callable[[nn.Module, Iterable[Example]], None] | None = None
 
 
 #: Schemes that train a network without choosing channels of it, by name: whether a budget bounds what trains.
@@ -49,7 +49,7 @@ INGREDIENTS: dict[str, Ingredient] = {
         ),
         Ingredient(
             "stats",
-            "norm statistics are those of the training images, estimated by forward passes before training",
+            "norm statistics are those of the training samples, estimated by forward passes before training",
             prepare=estimate_norm_statistics,
         ),
     )

@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.atomic_write import save_checkpoint
-from trady_kernels.data import ImageData, LabelledImages, to_network_input
+from trady_kernels.batch import Example, call
+from trady_kernels.data import DataSet, Samples
 from trady_kernels.memory import measure_memory
-from trady_kernels.models.loading import LoadedModel, classifier_name, load_model, read_checkpoint
+from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model, read_checkpoint
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.regimes import Regime, Start, prepare_dense, prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
 
-#: Images evaluated at a time: no gradient is kept, so more than in a training step fit.
+#: Samples evaluated at a time: no gradient is kept, so more than in a training step fit.
 _EVALUATION_BATCH = 250
-#: A step of full fine-tuning of EfficientNet-Lite0 (batch 32, 64x64, 2 cores) takes 240 ms so, 388 otherwise.
+#: Of the weights; that of images is their front's.
 _MEMORY_FORMAT = torch.channels_last
 #: Batches that schemes measure on which draw by gradients or outputs: the first of the first epoch, always the same, so
 #: that a resumed run measures as the whole one does.
@@ -51,15 +52,14 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class _Input:
-    """Turns byte images of a data set into batches for one network."""
+    """Turns samples of a prepared data set into batches for one network."""
 
     loaded: LoadedModel
     device: torch.device
 
-    def __call__(self, images: LabelledImages, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        part = images.subset(indices)
-        batch = to_network_input(part.images, self.loaded.mean, self.loaded.std, self.device)
-        return batch.contiguous(memory_format=_MEMORY_FORMAT), part.labels.to(self.device)
+    def __call__(self, samples: Samples, indices: torch.Tensor) -> tuple[Example, torch.Tensor]:
+        part = samples.subset(indices)
+        return self.loaded.front.input(part, self.device), part.labels.to(self.device)
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -78,7 +78,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> floa
 def train_scheme(
     scheme: str,
     settings: Settings,
-    data: ImageData,
+    data: DataSet,
     checkpoint: Path,
     observer: Observer,
     *,
@@ -92,7 +92,7 @@ def train_scheme(
     Args:
         scheme: name of the channel selection scheme, or a baseline, and of ingredients, such as "trady+bias".
         settings: of the run.
-        data: what to train and test on.
+        data: what to train and test on; made ready for the network where that was not done yet.
         checkpoint: file that holds the last epoch. Its entry ``"model"`` is a state dict of the plain network.
         observer: is told how it goes.
         resume: go on from ``checkpoint`` where it exists, to the same numbers as without the interruption.
@@ -114,7 +114,14 @@ def train_scheme(
         return result
 
     torch.manual_seed(settings.seed)
-    loaded = load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)
+    loaded = load_model(
+        settings.model,
+        len(data.classes),
+        weights=settings.weights,
+        seed=settings.seed,
+        sizes=sizes_of(settings),
+    )
+    data = loaded.prepare(data)
     to_input = _Input(loaded, device)
     first_images = _epoch_order(data, settings, epoch=1)
     example = to_input(data.train, first_images[: settings.batch_size])
@@ -128,7 +135,7 @@ def train_scheme(
             if ingredient.prepare is not None:
                 ingredient.prepare(model, _whole_batches(data, settings, to_input))
 
-    def measured() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def measured() -> Iterator[tuple[Example, torch.Tensor]]:
         for part in first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size):
             yield to_input(data.train, part)
 
@@ -188,7 +195,7 @@ def _train_epoch(
     regime: Regime,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
-    data: ImageData,
+    data: DataSet,
     settings: Settings,
     to_input: _Input,
     observer: Observer,
@@ -204,8 +211,8 @@ def _train_epoch(
     losses, correct, seen, step_seconds = [], 0, 0, []
     for indices in order.split(settings.batch_size):
         step_started = time.perf_counter()
-        images, labels = to_input(data.train, indices)
-        output = regime.model(images)
+        input, labels = to_input(data.train, indices)
+        output = call(regime.model, input)
         loss = F.cross_entropy(output, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -244,30 +251,35 @@ def _train_epoch(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: LabelledImages, to_input: Any) -> tuple[float, float]:
-    """Mean cross entropy and top-1 accuracy of ``model``, in evaluation mode, over ``images``."""
+def evaluate(model: nn.Module, samples: Samples, to_input: Any) -> tuple[float, float]:
+    """Mean cross entropy and top-1 accuracy of ``model``, in evaluation mode, over ``samples``."""
     model.eval()
     loss, correct = 0.0, 0
-    for indices in torch.arange(len(images)).split(_EVALUATION_BATCH):
-        batch, labels = to_input(images, indices)
-        output = model(batch)
+    for indices in torch.arange(len(samples)).split(_EVALUATION_BATCH):
+        input, labels = to_input(samples, indices)
+        output = call(model, input)
         loss += F.cross_entropy(output, labels, reduction="sum").item()
         correct += int((output.argmax(1) == labels).sum())
-    return loss / len(images), correct / len(images)
+    return loss / len(samples), correct / len(samples)
 
 
-def _steps(data: ImageData, settings: Settings) -> int:
+def sizes_of(settings: Settings) -> Sizes:
+    """Sizes of the network's input, as the settings have them."""
+    return Sizes(settings.image_size, settings.max_length)
+
+
+def _steps(data: DataSet, settings: Settings) -> int:
     return math.ceil(len(data.train) / settings.batch_size)
 
 
-def _epoch_order(data: ImageData, settings: Settings, epoch: int) -> torch.Tensor:
-    """Order of the training images, a function of seed and epoch alone, so that a resumed run has it too."""
+def _epoch_order(data: DataSet, settings: Settings, epoch: int) -> torch.Tensor:
+    """Order of the training samples, a function of seed and epoch alone, so that a resumed run has it too."""
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     return torch.randperm(len(data.train), generator=generator)
 
 
-def _whole_batches(data: ImageData, settings: Settings, to_input: _Input) -> Iterator[torch.Tensor]:
-    """One pass over the training images, in an order of its own, without a smaller batch at its end."""
+def _whole_batches(data: DataSet, settings: Settings, to_input: _Input) -> Iterator[Example]:
+    """One pass over the training samples, in an order of its own, without a smaller batch at its end."""
     batches = _epoch_order(data, settings, epoch=0).split(settings.batch_size)
     for indices in batches:
         if len(indices) == len(batches[0]):

@@ -1,4 +1,4 @@
-"""Statistics of batch norms re-estimated on new images, by forward passes alone."""
+"""Statistics of batch norms re-estimated on new samples, by forward passes alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trady_kernels.batch import Example, call
+
 
 @torch.no_grad()
-def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+def estimate_norm_statistics(model: nn.Module, batches: Iterable[Example]) -> None:
     r"""Replace running statistics by their average over some batches; nothing is kept, no weight moves.
 
     .. math:: \mu = \frac{1}{B} \sum_b \mu_b, \qquad \sigma^2 = \frac{1}{B} \sum_b \sigma^2_b
@@ -21,7 +23,7 @@ def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) 
 
     Args:
         model: a network whose norms are not frozen yet. Norms without running statistics stay as they are.
-        batches: ``(N, ...)`` each, read once; of equal size, and in an order that does not depend on the classes:
+        batches: inputs of the network, read once; of equal size, and in an order that does not depend on the classes:
             variance between batches is not counted.
 
     Raises:
@@ -43,7 +45,7 @@ def estimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) 
             if count == 1:
                 for norm in norms:
                     norm.reset_running_stats()
-            model(batch)
+            call(model, batch)
     finally:
         for module, mode in modes.items():
             module.training = mode

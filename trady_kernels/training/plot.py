@@ -57,6 +57,6 @@ def plot_accuracy(path: Path, results: Sequence[SchemeResult], title: str) -> No
     axes.margins(x=0.25, y=0.25)
     axes.grid(alpha=0.3)
     axes.set_xlabel("saved for backward in a training step, measured (MiB, log scale)")
-    axes.set_ylabel("top-1 accuracy on the test images (%)")
+    axes.set_ylabel("top-1 accuracy on the test set (%)")
     axes.set_title(title, fontsize=11)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=150))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trady_kernels.batch import Example
 from trady_kernels.convert import conversion_report, sparsify, trainable_parameters
 from trady_kernels.cost import Budget, LayerCost, measure_layers, total
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, channel_norms
@@ -101,10 +102,10 @@ class Start:
 
     spec: Spec
     model: nn.Module
-    example_input: torch.Tensor
+    example_input: Example
     head: str | None
     settings: Settings
-    batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+    batches: Callable[[], Iterable[tuple[Example, torch.Tensor]]]
 
     @property
     def layers(self) -> dict[str, LayerCost]:

@@ -14,9 +14,9 @@ class EpochFigures:
     Args:
         epoch: counted from 1.
         train_loss: mean cross entropy over the epoch's steps.
-        train_accuracy: share of the training images classified right, while the weights moved.
-        test_loss: mean cross entropy over the test images, after the epoch; None where they were not looked at.
-        top1: share of the test images classified right, after the epoch; None where they were not looked at.
+        train_accuracy: share of the training samples classified right, while the weights moved.
+        test_loss: mean cross entropy over the test samples, after the epoch; None where they were not looked at.
+        top1: share of the test samples classified right, after the epoch; None where they were not looked at.
         cost: elements of one sample that the epoch's channels took of the budget.
         weight_share, activation_share: elements of weight gradients, and of stored inputs, over those of all channels.
         gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from trady_kernels.cost import Budget
-from trady_kernels.data import ImageData, load_data
+from trady_kernels.data import DataSet, load_data
+from trady_kernels.models.front import Front
 from trady_kernels.models.loading import load_model, read_checkpoint
 from trady_kernels.provenance import describe
 from trady_kernels.selection import Resampling
 from trady_kernels.training.ingredients import Spec
-from trady_kernels.training.loop import Observer, train_scheme
+from trady_kernels.training.loop import Observer, sizes_of, train_scheme
 from trady_kernels.training.regimes import check_spec
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder
@@ -27,14 +28,16 @@ class Run:
 
     Args:
         settings: of the run.
-        data: what it trains and tests on.
+        data: what it trains and tests on, made ready for the network.
+        front: what makes the network's input of it.
         folder: where its files go.
         provenance: command, versions, commit, machine, start.
         results: of the schemes that have at least one epoch.
     """
 
     settings: Settings
-    data: ImageData
+    data: DataSet
+    front: Front
     folder: RunFolder
     provenance: dict[str, Any]
     results: dict[str, SchemeResult]
@@ -101,12 +104,12 @@ def start_run(settings: Settings, folder: Path) -> Run:
         ValueError, OSError, ModuleNotFoundError: something is wrong or missing; nothing is left behind but
             an empty folder.
     """
-    data = _check(settings)
+    data, front = _check(settings)
     run_folder = RunFolder(folder)
     run_folder.create()
     torch.set_num_threads(settings.threads)
     provenance = describe(torch.device(settings.device))
-    return Run(settings, data, run_folder, provenance, {})
+    return Run(settings, data, front, run_folder, provenance, {})
 
 
 def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
@@ -129,11 +132,11 @@ def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
                 f"{name}: got {_plain(value)}, but the run in {folder} has {_plain(getattr(settings, name))}; "
                 "leave the setting away to resume, or start another run"
             )
-    data = _check(settings)
+    data, front = _check(settings)
     if (now := _data_facts(data)) != content["data"]:
         raise ValueError(
             f"data: {settings.data} is no longer what the run in {folder} was started with "
-            f"({now['train_samples']} training images now, {content['data']['train_samples']} then); "
+            f"({now['train_samples']} training samples now, {content['data']['train_samples']} then); "
             "bring it back, or start another run"
         )
     for scheme in settings.schemes:
@@ -141,10 +144,10 @@ def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
             _check_checkpoint(path, settings)
     provenance = {key: content[key] for key in ("command", "started", "versions", "commit", "machine")}
     results = {scheme: SchemeResult.from_json(row) for scheme, row in content["schemes"].items()}
-    return Run(settings, data, run_folder, provenance, results)
+    return Run(settings, data, front, run_folder, provenance, results)
 
 
-def load_task(settings: Settings) -> ImageData:
+def load_task(settings: Settings) -> DataSet:
     """The data that the settings ask for.
 
     Raises:
@@ -159,7 +162,7 @@ def load_task(settings: Settings) -> ImageData:
     )
 
 
-def _check(settings: Settings) -> ImageData:
+def _check(settings: Settings) -> tuple[DataSet, Front]:
     """Find what is wrong with the settings before anything is written, the slow checks last."""
     Budget.parse(settings.budget)
     Resampling.parse(settings.resampling)
@@ -167,8 +170,14 @@ def _check(settings: Settings) -> ImageData:
         check_spec(Spec.parse(scheme), settings)
     _check_device(settings.device)
     data = load_task(settings)
-    load_model(settings.model, len(data.classes), weights=settings.weights, seed=settings.seed)
-    return data
+    loaded = load_model(
+        settings.model,
+        len(data.classes),
+        weights=settings.weights,
+        seed=settings.seed,
+        sizes=sizes_of(settings),
+    )
+    return loaded.prepare(data), loaded.front
 
 
 def _check_device(name: str) -> None:
@@ -197,7 +206,7 @@ def _check_checkpoint(path: Path, settings: Settings) -> None:
         )
 
 
-def _data_facts(data: ImageData) -> dict[str, Any]:
+def _data_facts(data: DataSet) -> dict[str, Any]:
     return {
         "name": data.name,
         "classes": list(data.classes),

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from trady_kernels.batch import Example, call
 from trady_kernels.convert import sparse_layers, sparsify, trainable_parameters
 from trady_kernels.cost import Budget, LayerCost, measure_layers, total
-from trady_kernels.data import ImageData, LabelledImages, to_network_input
-from trady_kernels.models.loading import LoadedModel, classifier_name, load_model
+from trady_kernels.data import DataSet, Samples
+from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.layer_fractions import FRACTIONS, LayerFractions, choose_fractions
 
@@ -66,7 +67,7 @@ def candidates_of(layers: dict[str, LayerCost], budget: Budget) -> list[Candidat
 
 def search_fractions(
     model: str,
-    data: ImageData,
+    data: DataSet,
     *,
     budget: int | str,
     steps: int,
@@ -76,27 +77,29 @@ def search_fractions(
     learning_rate: float,
     seed: int,
     device: str,
+    sizes: Sizes | None = None,
     on_count: Callable[[int], None],
     on_candidate: Callable[[], None],
 ) -> Found:
     """Measure what each layer contributes alone and choose fractions greedily by contribution per cost.
 
     The head trains first. From there each candidate, the first r*C channels of one layer, trains with the head for
-    the same few steps on the same images. Its contribution is how much lower the loss on validation images is than
-    that of the head alone after these steps. The loss, and not the accuracy: on some hundred images the accuracy
+    the same few steps on the same samples. Its contribution is how much lower the loss on validation samples is than
+    that of the head alone after these steps. The loss, and not the accuracy: on some hundred samples the accuracy
     moves in steps as large as what most layers add.
 
     Args:
         model: as :func:`trady_kernels.models.loading.load_model` takes it.
-        data: what to train on; the validation images are its test images.
+        data: what to train on; the validation samples are its test samples.
         budget: as ``ChannelSampler`` takes it, with a batch of ``batch_size``.
         steps: of plain SGD, for each candidate.
         head_steps: of the head alone, before.
-        batch_size: images in a step.
+        batch_size: samples in a step.
         validation_samples: the first of ``data.test``.
         learning_rate: constant.
-        seed: of the classifier's first values and the order of the images.
+        seed: of the classifier's first values and the order of the samples.
         device: where to run.
+        sizes: of the network's input.
         on_count: is told how many candidates there are.
         on_candidate: called after each one.
 
@@ -115,15 +118,17 @@ def search_fractions(
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate: got {learning_rate}, expected a finite number above 0")
     parsed = Budget.parse(budget)
-    trial = _Trial(load_model(model, len(data.classes), seed=seed), data, batch_size, seed, device)
+    loaded = load_model(model, len(data.classes), seed=seed, sizes=sizes)
+    data = loaded.prepare(data)
+    trial = _Trial(loaded, data, batch_size, seed, device)
     candidates = candidates_of(trial.costs, parsed)
     if not candidates:
         raise ValueError(f"budget: got {parsed}, expected one that some layer's first channels fit")
     on_count(len(candidates) + 1)
-    trial.train(None, trial.images(0, head_steps), learning_rate)
-    images = trial.images(head_steps, steps)
+    trial.train(None, trial.samples(0, head_steps), learning_rate)
+    batches = trial.samples(head_steps, steps)
     validation = data.test.subset(torch.arange(min(validation_samples, len(data.test))))
-    floor = trial.loss_after(None, images, validation, learning_rate)
+    floor = trial.loss_after(None, batches, validation, learning_rate)
     if not math.isfinite(floor):
         raise ValueError(
             f"learning_rate: with {learning_rate:g} the head's loss became {floor}, expected a finite number; give a lower one"
@@ -131,7 +136,7 @@ def search_fractions(
     on_candidate()
     contributions: dict[str, dict[float, float]] = {}
     for candidate in candidates:
-        loss = trial.loss_after(candidate, images, validation, learning_rate)
+        loss = trial.loss_after(candidate, batches, validation, learning_rate)
         gain = floor - loss if math.isfinite(loss) else 0.0
         contributions.setdefault(candidate.layer, {})[candidate.fraction] = gain
         on_candidate()
@@ -142,12 +147,12 @@ def search_fractions(
 class _Trial:
     """A network that every candidate finds as the head's training left it."""
 
-    def __init__(self, loaded: LoadedModel, data: ImageData, batch_size: int, seed: int, device: str) -> None:
+    def __init__(self, loaded: LoadedModel, data: DataSet, batch_size: int, seed: int, device: str) -> None:
         self._loaded, self._data, self._batch_size, self._device = loaded, data, batch_size, device
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64)
         self._model: nn.Module = loaded.model.to(device, memory_format=_MEMORY_FORMAT)  # type: ignore[call-overload]
-        example, _ = self._batch(data.train, self.images(0, 1)[0])
+        example, _ = self._batch(data.train, self.samples(0, 1)[0])
         head = classifier_name(self._model, len(data.classes)) or "auto"
         sparsify(self._model, example, head=head)
         # Norms are frozen: what is left of the training mode is dropout, which only makes candidates differ by chance.
@@ -161,8 +166,8 @@ class _Trial:
         measured = measure_layers(self._model, example)
         self.costs = {name: measured[name] for name in self._layers if name in measured}
 
-    def images(self, skipped: int, steps: int) -> list[torch.Tensor]:
-        """Indices of the training images of some steps, counted from the first ones of the run."""
+    def samples(self, skipped: int, steps: int) -> list[torch.Tensor]:
+        """Indices of the training samples of some steps, counted from the first ones of the run."""
         first, last = skipped * self._batch_size, (skipped + steps) * self._batch_size
         while len(self._order) < last:
             more = torch.randperm(len(self._data.train), generator=self._generator)
@@ -172,8 +177,8 @@ class _Trial:
     def loss_after(
         self,
         candidate: Candidate | None,
-        images: list[torch.Tensor],
-        validation: LabelledImages,
+        batches: list[torch.Tensor],
+        validation: Samples,
         learning_rate: float,
     ) -> float:
         """The validation loss after training a candidate, which leaves no trace."""
@@ -182,7 +187,7 @@ class _Trial:
         kept = [tensor.detach().clone() for tensor in moved]
         if layer is not None and candidate is not None:
             layer.select(torch.arange(candidate.channels))
-        self.train(layer, images, learning_rate)
+        self.train(layer, batches, learning_rate)
         loss = self._loss(validation)
         with torch.no_grad():
             for tensor, value in zip(moved, kept, strict=True):
@@ -191,27 +196,26 @@ class _Trial:
             layer.select(0)
         return loss
 
-    def train(self, layer: SparseChannels | None, images: list[torch.Tensor], learning_rate: float) -> None:
+    def train(self, layer: SparseChannels | None, batches: list[torch.Tensor], learning_rate: float) -> None:
         """Some steps of SGD on the head, and on the selected channels of a layer."""
         rows = [] if layer is None else [layer.channel_weight]
         optimizer = torch.optim.SGD([*self._head, *rows], learning_rate)
-        for indices in images:
+        for indices in batches:
             batch, labels = self._batch(self._data.train, indices)
-            loss = F.cross_entropy(self._model(batch), labels)
+            loss = F.cross_entropy(call(self._model, batch), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def _loss(self, validation: LabelledImages) -> float:
+    def _loss(self, validation: Samples) -> float:
         loss = 0.0
         for indices in torch.arange(len(validation)).split(_EVALUATION_BATCH):
             batch, labels = self._batch(validation, indices)
-            loss += F.cross_entropy(self._model(batch), labels, reduction="sum").item()
+            loss += F.cross_entropy(call(self._model, batch), labels, reduction="sum").item()
         return loss / len(validation)
 
-    def _batch(self, images: LabelledImages, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        part = images.subset(indices)
-        batch = to_network_input(part.images, self._loaded.mean, self._loaded.std, torch.device(self._device))
-        return batch.contiguous(memory_format=_MEMORY_FORMAT), part.labels.to(self._device)
+    def _batch(self, samples: Samples, indices: torch.Tensor) -> tuple[Example, torch.Tensor]:
+        part = samples.subset(indices)
+        return self._loaded.front.input(part, self._device), part.labels.to(self._device)

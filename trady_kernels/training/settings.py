@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trady_kernels.data import kind_of
 from trady_kernels.training.ingredients import Spec
 
 #: Schemes that set a run's floor and ceiling.
@@ -20,6 +21,11 @@ BASELINES = ("head-only", "full")
 #: Head only: 0.025 91.4%, 0.05 92.6%, 0.1 92.5%.
 LEARNING_RATES = {"full": 0.01, "head-only": 0.05}
 LEARNING_RATE_OF_SAMPLERS = 0.2
+#: The same by the kind of samples: of the schemes that have their own, and of the samplers.
+RATES: dict[str, tuple[dict[str, float], float]] = {
+    "images": (LEARNING_RATES, LEARNING_RATE_OF_SAMPLERS),
+    "sentences": ({"full": 0.05, "head-only": 0.5}, 0.5),
+}
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,10 @@ class Settings:
         weights: checkpoint file instead of the pretrained weights.
         data: as :func:`trady_kernels.data.load_data` takes it.
         image_size: side of the images in pixels.
-        train_samples: number of training images, None for all.
-        test_samples: number of test images, None for all.
-        validation_share: share of the training images to test on instead of the test images.
+        max_length: tokens of a sentence: shorter ones are padded, longer ones cut.
+        train_samples: number of training samples, None for all.
+        test_samples: number of test samples, None for all.
+        validation_share: share of the training samples to test on instead of the test samples.
         test_once: test after the last epoch alone.
         budget: elements of one sample, bytes of a batch (``"256KiB"``) or a share (``"5%"``).
         schemes: names of channel selection schemes, each with any ingredients ("trady+bias"), trained one after the
@@ -42,11 +49,11 @@ class Settings:
             :class:`trady_kernels.ChannelSampler`.
         ranking: file with a layer ranking; None takes the one that ships for the model, if any.
         layer_fractions: file with the layer fractions of sparse-update; None takes those that ship for the model.
-        epochs: passes over the training images.
+        epochs: passes over the training samples.
         warmup_epochs: of them, the first in which the learning rate rises linearly from zero.
-        batch_size: images in a step.
+        batch_size: samples in a step.
         learning_rate: peak of the cosine schedule; None takes each scheme's own, see :meth:`learning_rate_of`.
-        seed: of the classifier's first values, the order of the images and the choice of channels.
+        seed: of the classifier's first values, the order of the samples and the choice of channels.
         device: as ``torch.device`` takes it.
         threads: threads of a CPU operator; sums depend on it in their last bits.
     """
@@ -55,6 +62,7 @@ class Settings:
     weights: str | None = None
     data: str = "mnist"
     image_size: int = 64
+    max_length: int = 64
     train_samples: int | None = None
     test_samples: int | None = None
     validation_share: float = 0.0
@@ -73,7 +81,8 @@ class Settings:
     threads: int = dataclasses.field(default_factory=torch.get_num_threads)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("threads", 1), ("image_size", 1), ("seed", 0)):
+        least_of = {"epochs": 1, "batch_size": 1, "threads": 1, "image_size": 1, "max_length": 1, "seed": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
@@ -86,11 +95,11 @@ class Settings:
             )
 
     def learning_rate_of(self, scheme: str) -> float:
-        """Peak learning rate of a scheme: the one asked for, its own, or without ingredients its own."""
+        """Peak learning rate of a scheme: the one asked for, its own for this kind of samples, or without ingredients its own."""
         if self.learning_rate is not None:
             return self.learning_rate
-        plain = LEARNING_RATES.get(Spec.parse(scheme).scheme, LEARNING_RATE_OF_SAMPLERS)
-        return LEARNING_RATES.get(scheme, plain)
+        rates, rate_of_samplers = RATES[kind_of(self.data)]
+        return rates.get(scheme, rates.get(Spec.parse(scheme).scheme, rate_of_samplers))
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values."""
