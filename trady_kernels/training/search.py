@@ -94,7 +94,7 @@ def search_fractions(
         head_steps: of the head alone, before.
         batch_size: images in a step.
         validation_samples: the first of ``data.test``.
-        learning_rate: constant.
+        learning_rate: of the first of these steps, falling to zero along a line, for the head too.
         seed: of the classifier's first values and the order of the images.
         device: where to run.
         on_count: is told how many candidates there are.
@@ -192,10 +192,14 @@ class _Trial:
         return loss
 
     def train(self, layer: SparseChannels | None, images: list[torch.Tensor], learning_rate: float) -> None:
-        """Some steps of SGD on the head, and on the selected channels of a layer."""
+        """Some steps of SGD on the head, and on the selected channels of a layer, at a rate that falls to zero.
+
+        At a constant rate the loss after the last step says more about that step's images than about the layer.
+        """
         rows = [] if layer is None else [layer.channel_weight]
         optimizer = torch.optim.SGD([*self._head, *rows], learning_rate)
-        for indices in images:
+        for step, indices in enumerate(images):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(images))
             batch, labels = self._batch(self._data.train, indices)
             loss = F.cross_entropy(self._model(batch), labels)
             optimizer.zero_grad()
