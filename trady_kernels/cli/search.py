@@ -46,16 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument(
-        "--steps", type=int, default=12, help="of SGD for each layer and share (default: %(default)s)"
+        "--steps", type=int, default=10, help="of SGD for each layer and share (default: %(default)s)"
     )
     parser.add_argument(
-        "--head-steps", type=int, default=150, help="of the head alone, before (default: %(default)s)"
+        "--head-steps", type=int, default=100, help="of the head alone, before (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=int, default=32, help="samples in a step (default: %(default)s)")
     parser.add_argument(
         "--validation-samples", type=int, default=512, help="samples that validate (default: %(default)s)"
     )
-    parser.add_argument("--lr", type=float, default=0.05, help="learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--lr", type=float, default=0.02, help="learning rate at first (default: %(default)s)"
+    )
     parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
     parser.add_argument(
         "--max-length", type=int, default=64, help="tokens of a sentence (default: %(default)s)"

@@ -80,7 +80,8 @@ def channel_norms(
         budget: as ``ChannelSampler`` takes it. With one, the channels of all layers are shuffled and cut into
             blocks that each fit; each batch gives the gradient of one block, in turn, and of no other channel:
             what is kept for backward and the gradient stay inside the budget, as in training. After the last
-            block they are shuffled anew. None takes the whole gradient of every batch.
+            block they are shuffled anew: a pass takes about as many batches as budgets go into the full cost.
+            None takes the whole gradient of every batch.
         seed: of the blocks.
 
     Returns:

@@ -96,7 +96,7 @@ def search_fractions(
         head_steps: of the head alone, before.
         batch_size: samples in a step.
         validation_samples: the first of ``data.test``.
-        learning_rate: constant.
+        learning_rate: of the first of these steps, falling to zero along a line, for the head too.
         seed: of the classifier's first values and the order of the samples.
         device: where to run.
         sizes: of the network's input.
@@ -197,10 +197,14 @@ class _Trial:
         return loss
 
     def train(self, layer: SparseChannels | None, batches: list[torch.Tensor], learning_rate: float) -> None:
-        """Some steps of SGD on the head, and on the selected channels of a layer."""
+        """Some steps of SGD on the head, and on the selected channels of a layer, at a rate that falls to zero.
+
+        At a constant rate the loss after the last step says more about that step's samples than about the layer.
+        """
         rows = [] if layer is None else [layer.channel_weight]
         optimizer = torch.optim.SGD([*self._head, *rows], learning_rate)
-        for indices in batches:
+        for step, indices in enumerate(batches):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / len(batches))
             batch, labels = self._batch(self._data.train, indices)
             loss = F.cross_entropy(call(self._model, batch), labels)
             optimizer.zero_grad()
