@@ -69,9 +69,9 @@ def sparsify(
 ) -> Model:
     """Make a network's convolutions and linears sparse, in place, with no channel selected yet.
 
-    Afterwards only ``channel_weight``s, the head and the ``biases`` asked for require gradients, and what stands between the layers
-    keeps as little as it can: frozen batch norms are folded into the convolution before them wherever a
-    ``torch.fx`` graph proves that its output goes nowhere else, and are an affine that keeps nothing
+    Afterwards only ``channel_weight``s, the head and the ``biases`` asked for require gradients, and what stands
+    between the layers keeps as little as it can: frozen batch norms are folded into the convolution before them
+    wherever a ``torch.fx`` graph proves that its output goes nowhere else, and are an affine that keeps nothing
     elsewhere; ReLU-like activations and dropout keep one bit an element, max pooling a byte; attention whose
     probabilities torch would keep (on the CPU: with dropout) computes them again. Modules stay the same
     objects under the same names, with their hooks, modes, devices and dtypes, and ``state_dict()`` keeps its
@@ -106,8 +106,8 @@ def sparsify(
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_input`` is of another type.
-        ValueError: ``head`` names no module, or one that is sparse already; ``lean`` or ``biases`` is none of these;
-            ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
+        ValueError: ``head`` names no module, or one that is sparse already; ``lean`` or ``biases`` is none of
+            these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
             changed then.
     """
     _check_model(model)
