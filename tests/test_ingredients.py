@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trady_kernels.memory import measure_memory
+from trady_kernels.models import EfficientNetLite0
 from trady_kernels.selection import SCHEMES
+from trady_kernels.training.checkpointing import blocks_of, checkpoint_blocks
 from trady_kernels.training.ingredients import INGREDIENTS, Spec
 
 
@@ -26,15 +34,36 @@ def test_a_spec_is_a_scheme_and_ingredients() -> None:
     (
         ("trudy+bias", "got 'trudy', expected one of trady, "),
         ("", "got '', expected one of trady, "),
-        ("trady+bais", "got 'trady+bais', in which 'bais' is no ingredient, expected one of bias, 8bit, stats"),
+        ("trady+bais", "got 'trady+bais', in which 'bais' is no ingredient, expected one of bias, 8bit, stats, "),
         ("trady+", "'' is no ingredient"),
         ("trady+bias+bias", "got 'trady+bias+bias', which has an ingredient twice"),
         ("bias-only+bias", "which has an ingredient twice"),
-        ("full+bias", "got 'full+bias', expected only ingredients that leave the network dense, as full does: stats"),
-        ("full+stats+8bit", "got 'full+stats+8bit', expected only ingredients that leave the network dense"),
+        ("full+bias", "got 'full+bias', expected only ingredients that go with full: stats, checkpoint, accumulate"),
+        ("full+stats+8bit", "got 'full+stats+8bit', expected only ingredients that go with full"),
+        ("trady+checkpoint", "expected only ingredients that go with trady: bias, 8bit, stats, accumulate"),
     ),
 )  # fmt: skip
 def test_bad_specs_get_one_sentence(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=r"^scheme: ") as caught:
         Spec.parse(text)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_checkpointed_blocks_have_the_same_gradients_and_keep_less() -> None:
+    torch.manual_seed(0)
+    dense = EfficientNetLite0(num_classes=4).double().eval()
+    checkpointed = copy.deepcopy(dense)
+    checkpoint_blocks(checkpointed)
+    assert len(blocks_of(dense)) == 16
+    batch = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3])
+    for model in (dense, checkpointed):
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    for (name, theirs), (_, ours) in zip(
+        dense.named_parameters(), checkpointed.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14, msg=name)
+    assert checkpointed.state_dict().keys() == dense.state_dict().keys()
+    kept = [measure_memory(model, batch, F.cross_entropy).saved_bytes for model in (checkpointed, dense)]
+    assert kept[0] < kept[1] / 4
+    with pytest.raises(ValueError, match="without a sequence of blocks"):
+        checkpoint_blocks(nn.Linear(2, 2))

@@ -177,6 +177,7 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseExcept
         "trady+bias+stats",
         "medyate+8bit",
         "full+stats",
+        "trady+accumulate",
         "velocity",
         pytest.param("lora", marks=needs_peft),
     ],
@@ -499,3 +500,17 @@ def test_the_test_images_are_looked_at_once_where_asked(tmp_path: Path, settings
         assert 0 < epoch.weight_share < 1 and 0 < epoch.activation_share < 1
     with pytest.raises(ValueError, match="expected a run to its end"):
         _ = SchemeResult("trady", "", 0.1, 1, 1, epochs=result.epochs[:1]).top1
+
+
+def test_samples_one_by_one_are_the_same_step(tmp_path: Path, settings: Settings) -> None:
+    """The gradient is the batch's, up to rounding; what is kept is one sample's."""
+    data = data_of(settings)
+    whole, parts = (
+        train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        for scheme in ("full", "full+accumulate")
+    )
+    for ours, theirs in zip(parts.epochs, whole.epochs, strict=True):
+        assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)
+        assert ours.test_loss == pytest.approx(theirs.test_loss, rel=1e-4)
+    assert parts.saved_bytes < whole.saved_bytes / 3
+    assert any("one by one" in note for note in parts.notes)

@@ -16,9 +16,14 @@ BUDGETS = ("2.2%", "1%", "7%")
 IMAGES = Settings(
     model="efficientnet_lite0", train_samples=1000, image_size=64, epochs=5, threads=1, test_once=True
 )
+SENTENCES = Settings(model="minilm", train_samples=1000, max_length=32, epochs=3, threads=1, test_once=True)
 RECIPES: Mapping[str, Settings] = {
     "fashion-mnist": replace(IMAGES, data="fashion-mnist", test_samples=1000),
     "mnist": replace(IMAGES, data="mnist"),
+    "digits": replace(IMAGES, data="digits"),
+    "movie-reviews": replace(SENTENCES, data="movie-reviews", test_samples=1000),
+    "tweets": replace(SENTENCES, data="tweets"),
+    "editorials": replace(SENTENCES, data="editorials"),
 }
 #: In the order in which they run: what others are compared with comes first.
 SCHEMES = (
@@ -32,7 +37,10 @@ SCHEMES = (
     "d-full-random",
     "s-topk-random",
     "d-det-rgn",
+    "sparse-update",
     "last-layers",
+    "velocity",
+    "lora",
     "s-full-random",
     "s-det-rgn",
     "trady+bias+stats",

@@ -10,24 +10,33 @@ from torch import nn
 
 from trady_kernels.batch import Example
 from trady_kernels.selection import SCHEMES
+from trady_kernels.training.checkpointing import checkpoint_blocks
 from trady_kernels.training.norm_statistics import estimate_norm_statistics
 
 
 @dataclass(frozen=True)
 class Ingredient:
-    """Something that goes with any scheme that chooses channels.
+    """Something that goes with a scheme.
 
     Attributes:
         name: how users call it, after a "+".
         note: what it does, as a reader of the results must know it.
         sparsify: arguments of ``sparsify`` that it sets.
         prepare: called with the plain network and inputs of training batches, before anything else is made of it.
+        dense: called with a network that stays dense, before its training, also when a run goes on.
+        at_once: samples that go forward and backward at a time; None for the whole batch.
     """
 
     name: str
     note: str
     sparsify: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[nn.Module, Iterable[Example]], None] | None = None
+    dense: Callable[[nn.Module], None] | None = None
+    at_once: int | None = None
+
+    def fits(self, scheme: str) -> bool:
+        """Whether it goes with the scheme of that name."""
+        return not (self.sparsify if scheme in WITHOUT_CHANNELS else self.dense)
 
 
 #: Schemes that train a network without choosing channels of it, by name: whether a budget bounds what trains.
@@ -51,6 +60,16 @@ INGREDIENTS: dict[str, Ingredient] = {
             "stats",
             "norm statistics are those of the training samples, estimated by forward passes before training",
             prepare=estimate_norm_statistics,
+        ),
+        Ingredient(
+            "checkpoint",
+            "what is inside a block is computed again in the backward pass",
+            dense=checkpoint_blocks,
+        ),
+        Ingredient(
+            "accumulate",
+            "samples go forward and backward one by one, their gradients added up over the batch",
+            at_once=1,
         ),
     )
 }
@@ -90,10 +109,10 @@ class Spec:
         ingredients = tuple(INGREDIENTS[name] for name in names)
         if len(set(names)) < len(names):
             raise ValueError(f"scheme: got {text!r}, which has an ingredient twice, expected each one once")
-        if scheme in WITHOUT_CHANNELS and any(ingredient.sparsify for ingredient in ingredients):
+        if not all(ingredient.fits(scheme) for ingredient in ingredients):
             raise ValueError(
-                f"scheme: got {text!r}, expected only ingredients that leave the network dense, as {scheme} does: "
-                f"{', '.join(name for name, known in INGREDIENTS.items() if not known.sparsify)}"
+                f"scheme: got {text!r}, expected only ingredients that go with {scheme}: "
+                f"{', '.join(name for name, known in INGREDIENTS.items() if known.fits(scheme))}"
             )
         return cls(scheme, ingredients)
 
@@ -101,6 +120,11 @@ class Spec:
     def budgeted(self) -> bool:
         """Whether a budget bounds what trains."""
         return SCHEMES[self.scheme].budgeted if self.scheme in SCHEMES else WITHOUT_CHANNELS[self.scheme]
+
+    @property
+    def at_once(self) -> int | None:
+        """Samples that go forward and backward at a time; None for the whole batch."""
+        return min((part.at_once for part in self.ingredients if part.at_once), default=None)
 
     @property
     def sparsify(self) -> dict[str, Any]:

@@ -205,29 +205,34 @@ def _train_epoch(
         regime.resample(optimizer)
     regime.train_mode()
     order = _epoch_order(data, settings, epoch)
-    first_batch = to_input(data.train, order[: settings.batch_size])
+    at_once = Spec.parse(scheme).at_once or settings.batch_size
+    first_batch = to_input(data.train, order[: min(at_once, settings.batch_size)])
     saved_bytes = measure_memory(regime.model, first_batch, F.cross_entropy).saved_bytes
 
     losses, correct, seen, step_seconds = [], 0, 0, []
     for indices in order.split(settings.batch_size):
         step_started = time.perf_counter()
-        input, labels = to_input(data.train, indices)
-        output = call(regime.model, input)
-        loss = F.cross_entropy(output, labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        mean_loss = hits = torch.zeros((), device=to_input.device)
+        for part in indices.split(at_once):
+            input, labels = to_input(data.train, part)
+            output = call(regime.model, input)
+            loss = F.cross_entropy(output, labels) * (len(part) / len(indices))
+            loss.backward()
+            mean_loss = mean_loss + loss.detach()
+            hits = hits + (output.detach().argmax(1) == labels).sum()
         optimizer.step()
         scheduler.step()
         regime.step(optimizer)
-        losses.append(loss.item())  # on a GPU this also waits for the step to end
+        losses.append(mean_loss.item())  # on a GPU this also waits for the step to end
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):
             raise Diverged(
                 f"learning_rate: with {settings.learning_rate_of(scheme):g} the loss became {losses[-1]} in epoch {epoch}, "
                 "expected a finite number; give a lower one"
             )
-        correct += int((output.detach().argmax(1) == labels).sum())
-        seen += len(labels)
+        correct += int(hits)
+        seen += len(indices)
         observer.on_step(statistics.fmean(losses), correct / seen)
 
     test_loss = top1 = None

@@ -142,6 +142,9 @@ class _Dense:
     def __init__(self, start: Start) -> None:
         self.model = start.model
         self.full_cost = total(layer.full for layer in start.layers.values()).elements
+        for ingredient in start.spec.ingredients:
+            if ingredient.dense is not None:
+                ingredient.dense(self.model)
         self.notes = [
             "all parameters train, biases and norm affines too; norm statistics are frozen",
             *start.spec.notes,
