@@ -72,7 +72,15 @@ def test_saved_fractions_load_as_they_were(tmp_path: Path) -> None:
     assert LayerFractions.load(file) == FRACTIONS == SparseUpdate(file).fractions
     assert os.listdir(tmp_path) == ["fractions.json"]
     content = json.loads(file.read_text())
-    assert set(content) == {"format", "version", "network", "budget", "layers", "bias_layers"}
+    assert set(content) == {
+        "format",
+        "version",
+        "network",
+        "budget",
+        "layers",
+        "bias_layers",
+        "contributions",
+    }
 
 
 SAVED: dict[str, Any] = {
@@ -227,3 +235,28 @@ def test_search_makes_a_file_that_finetune_takes(tmp_path: Path, capsys: pytest.
         assert main(arguments) == 2
         error = capsys.readouterr().err
         assert says in error and len(error.splitlines()) == 1
+
+
+def test_measured_contributions_serve_every_budget(tmp_path: Path) -> None:
+    """Two layers by hand: what adds most for its cost comes first, whatever budget is asked."""
+    layers = measure_layers(sparse_net(), X)
+    first, second = list(sparse_layers(sparse_net()))[:2]
+    price = {name: layers[name].channel.elements * (layers[name].channels // 2) for name in (first, second)}
+    gains = {first: {0.5: 2.0 * price[first]}, second: {0.5: 1.0 * price[second]}}
+    fractions = LayerFractions("net", price[first], {first: 0.5}, contributions=gains)
+    fractions.save(tmp_path / "f.json")
+    loaded = LayerFractions.load(tmp_path / "f.json")
+    assert loaded == fractions
+    for budget, expected in (
+        (price[first], {first}),
+        (price[first] + price[second], {first, second}),
+        (min(price.values()) - 1, set()),
+    ):
+        drawn = sampler(scheme=SparseUpdate(loaded), budget=budget)
+        assert {name for name, chosen in drawn.selection.items() if len(chosen)} == expected
+        assert drawn.cost.elements == sum(price[name] for name in expected)
+    damaged = json.loads((tmp_path / "f.json").read_text())
+    damaged["contributions"] = {first: 3}
+    (tmp_path / "f.json").write_text(json.dumps(damaged))
+    with pytest.raises(ValueError, match="is damaged"):
+        LayerFractions.load(tmp_path / "f.json")

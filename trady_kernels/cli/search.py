@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(found))
     found.fractions.save(args.output)
     content = json.loads(args.output.read_text())
-    more = {"elements": found.elements, "contributions": found.contributions, "provenance": provenance}
+    more = {"elements": found.elements, "provenance": provenance}
     write_json(args.output, content | more)
     console.print(
         f"written to {args.output}; use it with: trady finetune --scheme sparse-update --layer-fractions {args.output}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
@@ -29,6 +29,8 @@ class LayerFractions:
         budget: that they were made for, as ``ChannelSampler`` takes it.
         layers: ``{layer name: 0, 1/8, 1/4, 1/2 or 1}``; a layer that is not there has 0.
         bias_layers: how many of the last layers train their bias too.
+        contributions: ``{layer name: {fraction: gain}}`` that a search measured, each alone: what fractions for another
+            budget are chosen by.
 
     Raises:
         TypeError, ValueError: an argument is not of that kind.
@@ -40,6 +42,7 @@ class LayerFractions:
     budget: int | str
     layers: Mapping[str, float] = field(default_factory=dict)
     bias_layers: int = 0
+    contributions: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.network, str) or not self.network:
@@ -55,6 +58,28 @@ class LayerFractions:
         whole = isinstance(self.bias_layers, int) and not isinstance(self.bias_layers, bool)
         if not whole or self.bias_layers < 0:
             raise ValueError(f"bias_layers: got {self.bias_layers!r}, expected a number of layers from 0")
+
+    def within(self, budget: Budget, layers: Mapping[str, LayerCost]) -> LayerFractions:
+        """These fractions, or those for another budget where the contributions are known.
+
+        Args:
+            budget: of the selection.
+            layers: every sparse layer of the network.
+
+        Raises:
+            ValueError: these fractions cost more than the budget and have no contributions, or are of another network.
+        """
+        cost, limit = self.cost(layers), budget.limit(total(layer.full for layer in layers.values()))
+        if self.contributions and budget != Budget.parse(self.budget):
+            chosen = choose_fractions(self.contributions, layers, budget)
+            return replace(self, budget=f"{limit} B" if budget.kind == "bytes" else limit, layers=chosen)
+        if budget.of(cost) > limit:
+            unit = "bytes" if budget.kind == "bytes" else "elements"
+            raise ValueError(
+                f"budget: got {budget}, but the layer fractions for {self.network} cost "
+                f"{budget.of(cost):,} {unit} with this input, expected a budget of at least that, or other fractions"
+            )
+        return self
 
     def channels_of(self, layer: LayerCost) -> int:
         """How many of a layer's channels train: the fraction of them, rounded down."""
@@ -90,6 +115,7 @@ class LayerFractions:
             "budget": self.budget,
             "layers": dict(self.layers),
             "bias_layers": self.bias_layers,
+            "contributions": {name: dict(gains) for name, gains in self.contributions.items()},
         }
         write_json(Path(path), content)
 
@@ -132,9 +158,20 @@ class LayerFractions:
             words="file of layer fractions",
             made_by=cls.__name__,
         )
+        gains = data.get("contributions", {})
         try:
-            return cls(data.get("network"), data.get("budget"), data.get("layers"), data.get("bias_layers"))  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
+            contributions = {
+                name: {float(fraction): float(gain) for fraction, gain in alone.items()}
+                for name, alone in gains.items()
+            }
+            return cls(
+                data.get("network"),  # type: ignore[arg-type]
+                data.get("budget"),  # type: ignore[arg-type]
+                data.get("layers"),  # type: ignore[arg-type]
+                data.get("bias_layers"),  # type: ignore[arg-type]
+                contributions,
+            )
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"path: {origin} is damaged: {error}") from None
 
 

@@ -140,7 +140,8 @@ def search_fractions(
         gain = floor - loss if math.isfinite(loss) else 0.0
         contributions.setdefault(candidate.layer, {})[candidate.fraction] = gain
         on_candidate()
-    fractions = LayerFractions(model, budget, choose_fractions(contributions, trial.costs, parsed))
+    chosen = choose_fractions(contributions, trial.costs, parsed)
+    fractions = LayerFractions(model, budget, chosen, contributions=contributions)
     return Found(fractions, contributions, fractions.cost(trial.costs).elements)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from trady_kernels.cost import Budget, LayerCost, total
+from trady_kernels.cost import Budget, LayerCost
 from trady_kernels.selection.layer_fractions import LayerFractions
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.schemes.scheme import Scheme
@@ -16,7 +16,8 @@ from trady_kernels.selection.schemes.scheme import Scheme
 class SparseUpdate(Scheme):
     """The first r*C input channels of each layer, r as a file says; nothing is drawn.
 
-    The budget is a check: what the fractions cost has to be inside. Source: Lin et al., On-Device Training Under
+    Fractions with the contributions that a search measured are chosen anew for another budget; of others, what they
+    cost has to be inside. Source: Lin et al., On-Device Training Under
     256KB Memory, arXiv 2206.15472, section 3.2.
 
     Args:
@@ -52,15 +53,12 @@ class SparseUpdate(Scheme):
     def pool(
         self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
     ) -> list[str]:
-        cost = self.fractions.cost(layers)
-        limit = None if budget is None else budget.limit(total(layer.full for layer in layers.values()))
-        if budget is not None and limit is not None and budget.of(cost) > limit:
-            unit = "bytes" if budget.kind == "bytes" else "elements"
-            raise ValueError(
-                f"budget: got {budget}, but the layer fractions for {self.fractions.network} cost "
-                f"{budget.of(cost):,} {unit} with this input, expected a budget of at least that, or other fractions"
-            )
-        self._counts = {name: self.fractions.channels_of(layer) for name, layer in layers.items()}
+        fractions = self.fractions
+        if budget is None:
+            fractions.cost(layers)  # refuses another network's
+        else:
+            fractions = fractions.within(budget, layers)
+        self._counts = {name: fractions.channels_of(layer) for name, layer in layers.items()}
         return [name for name, count in self._counts.items() if count]
 
     def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
