@@ -13,11 +13,12 @@ import torch
 from image_folders import write_images
 from test_sampler import X, cost_of, sampler, sparse_net
 
+import trady_kernels as tk
 from trady_kernels.cli import main
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import Budget, Cost, LayerCost, measure_layers
 from trady_kernels.data import load_data
-from trady_kernels.models import loading
+from trady_kernels.models import EfficientNetLite0, loading
 from trady_kernels.models.loading import load_model
 from trady_kernels.selection import LayerFractions, SparseUpdate
 from trady_kernels.selection.layer_fractions import choose_fractions
@@ -127,6 +128,15 @@ def test_bad_schemes_get_one_sentence() -> None:
         LayerFractions.shipped("resnet18")
     with pytest.raises(ValueError, match=r"^scheme: got <class"):
         sampler(scheme=SparseUpdate)
+
+
+def test_the_shipped_fractions_are_inside_their_budget() -> None:
+    fractions = LayerFractions.shipped("efficientnet_lite0")
+    assert (fractions.network, fractions.budget) == ("efficientnet_lite0", 28_000)
+    images = torch.randn(2, 3, 64, 64)
+    model = tk.sparsify(EfficientNetLite0(num_classes=10), images)
+    drawn = tk.ChannelSampler(model, images, budget=28_000, scheme=SparseUpdate(fractions))
+    assert 25_000 < drawn.cost.elements <= 28_000
 
 
 # -- the search ------------------------------------------------------------------------------------
