@@ -13,6 +13,12 @@ from trady_kernels.study.statistics import Spread
 from trady_kernels.training.plot import COLOURS, MARKERS
 
 _MIB = 2**20
+#: Of every epoch: what is left out, in the words of the papers, and the share of it that is not.
+_SAVINGS = {
+    "weight sparsity (%)": "weight_share",
+    "activation sparsity (%)": "activation_share",
+    "weight-gradient FLOPs saved (%)": "gradient_share",
+}
 
 
 def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
@@ -26,53 +32,99 @@ def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot: drawing needs matplotlib, which is not here; install it with: pip install matplotlib"
-        ) from error
     points: dict[tuple[str, str], dict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
     for cell, outcome in finals.items():
         points[cell.task, cell.scheme][cell.budget].append(outcome)
     tasks = list(dict.fromkeys(task for task, _ in points))
     schemes = list(dict.fromkeys(scheme for _, scheme in points))
-    figure = Figure(figsize=(3.2 * len(tasks) + 1.6, 3.6), layout="constrained")
-    for index, task in enumerate(tasks):
-        axes = figure.add_subplot(1, len(tasks), index + 1)
+    figure, panels = _panels(len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
         for place, scheme in enumerate(schemes):
-            by_budget = points.get((task, scheme), {})
             series = sorted(
                 (
                     Spread.of([outcome.saved_bytes / _MIB for outcome in outcomes]).mean,
                     Spread.of([100 * outcome.top1 for outcome in outcomes]),
                 )
-                for outcomes in by_budget.values()
+                for outcomes in points.get((task, scheme), {}).values()
             )
-            if not series:
-                continue
-            axes.errorbar(
-                [memory for memory, _ in series],
-                [spread.mean for _, spread in series],
-                yerr=[0.0 if spread.count < 2 else spread.deviation for _, spread in series],
-                color=COLOURS[place % len(COLOURS)],
-                marker=MARKERS[place % len(MARKERS)],
-                markerfacecolor="white" if place >= len(COLOURS) else None,
-                linewidth=1,
-                capsize=2,
-                markersize=5,
-                label=scheme,
-            )
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
+            if series:
+                axes.errorbar(
+                    [memory for memory, _ in series],
+                    [spread.mean for _, spread in series],
+                    yerr=[0.0 if spread.count < 2 else spread.deviation for _, spread in series],
+                    capsize=2,
+                    label=scheme,
+                    **_style(place),
+                )
+        _logarithmic(axes)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel("saved for backward (MiB)")
-        if not index:
-            axes.set_ylabel("top-1 accuracy (%)")
+    panels[0].set_ylabel("top-1 accuracy (%)")
+    _write(path, figure)
+
+
+def plot_savings(path: Path, finals: Mapping[Cell, Outcome]) -> None:
+    """Draw what each scheme leaves out, epoch by epoch, the mean over tasks and seeds (TraDy, appendix D).
+
+    Args:
+        path: PNG, SVG or PDF file to make or replace.
+        finals: outcomes of one budget.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    schemes = list(dict.fromkeys(cell.scheme for cell in finals))
+    figure, panels = _panels(len(_SAVINGS))
+    for axes, (words, share) in zip(panels, _SAVINGS.items(), strict=True):
+        for place, scheme in enumerate(schemes):
+            runs = [o.curves[share] for cell, o in finals.items() if cell.scheme == scheme and o.curves]
+            epochs = range(1, 1 + min(map(len, runs), default=0))
+            means = [100 * (1 - Spread.of([run[epoch - 1] for run in runs]).mean) for epoch in epochs]
+            axes.plot(list(epochs), means, label=scheme, **_style(place))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(words)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    _write(path, figure)
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "plot: drawing needs matplotlib, which is not here; install it with: pip install matplotlib"
+        ) from error
+    figure = Figure(figsize=(3.2 * count + 1.6, 3.6), layout="constrained")
+    return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Colour and marker of the scheme at that place: filled, then, once the colours have been used, hollow."""
+    colour = COLOURS[place % len(COLOURS)]
+    rounds = place // len(COLOURS)
+    return {
+        "color": colour,
+        "marker": MARKERS[(place + rounds) % len(MARKERS)],
+        "markerfacecolor": "white" if rounds % 2 else colour,
+        "markersize": 5,
+        "linewidth": 1,
+        "linestyle": ("-", "--", ":")[rounds % 3],
+    }
+
+
+def _logarithmic(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
+
+
+def _write(path: Path, figure: Any) -> None:
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.study.cells import Cell, CellFile, Outcome
-from trady_kernels.study.plot import plot_budgets
+from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 
+#: Of the names of plots of what is left out.
+_SAVINGS = "-savings"
 #: Schemes that every other one is set beside.
 REFERENCES = ("trady", "medyate")
 
@@ -47,7 +49,7 @@ def write_report(cells: CellFile, folder: Path, name: str) -> list[Path]:
 
     Args:
         cells: what to report.
-        folder: where to write ``NAME.md``, ``NAME-MODEL.png`` and ``.svg``.
+        folder: where to write ``NAME.md``, ``NAME-MODEL.png``, ``NAME-MODEL-savings.png`` and both as SVG.
         name: of the files.
 
     Returns:
@@ -60,12 +62,13 @@ def write_report(cells: CellFile, folder: Path, name: str) -> list[Path]:
     document = folder / f"{name}.md"
     text = report(cells, name)
     write_atomically(document, lambda file: file.write(text.encode()))
-    plots = [
-        folder / f"{_plot_stem(name, model)}.{kind}" for model in _models(cells) for kind in ("png", "svg")
-    ]
-    for plot in plots:
-        model = next(model for model in _models(cells) if _plot_stem(name, model) == plot.stem)
-        plot_budgets(plot, {c: o for c, o in _finals(cells).items() if cells.recipes[c.task].model == model})
+    plots = []
+    for model in _models(cells):
+        here = {c: o for c, o in _finals(cells).items() if cells.recipes[c.task].model == model}
+        for kind in ("png", "svg"):
+            plots += [folder / f"{_plot_stem(name, model)}{part}.{kind}" for part in ("", _SAVINGS)]
+            plot_budgets(plots[-2], here)
+            plot_savings(plots[-1], {c: o for c, o in here.items() if c.budget in ("", _first_budget(here))})
     return [document, *plots]
 
 
@@ -81,7 +84,7 @@ def report(cells: CellFile, name: str = "results") -> str:
     for model in _models(cells):
         tasks = [task for task, recipe in cells.recipes.items() if recipe.model == model]
         here = {cell: outcome for cell, outcome in finals.items() if cell.task in tasks}
-        parts += _model(model, tasks, cells, here, f"{_plot_stem(name, model)}.png")
+        parts += _model(model, tasks, cells, here, _plot_stem(name, model))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -94,6 +97,12 @@ def _finals(cells: CellFile) -> dict[Cell, Outcome]:
 
 def _models(cells: CellFile) -> list[str]:
     return list(dict.fromkeys(cells.recipes[cell.task].model for cell in _finals(cells)))
+
+
+def _first_budget(finals: dict[Cell, Outcome]) -> str:
+    """The budget with the most schemes."""
+    budgets = {cell.budget for cell in finals if cell.budget}
+    return max(sorted(budgets), key=lambda budget: len(_schemes(finals, budget)), default="")
 
 
 def _plot_stem(name: str, model: str) -> str:
@@ -126,17 +135,19 @@ def _model(
         "",
         *_recipes(tasks, cells),
         "",
-        f"![Accuracy against measured bytes]({plot})",
+        f"![Accuracy against measured bytes]({plot}.png)",
         "",
     ]
-    budgets = list(dict.fromkeys(cell.budget for cell in finals if cell.budget))
+    budgets = {cell.budget for cell in finals if cell.budget}
+    first = _first_budget(finals)
     free = _by_scheme({cell: outcome for cell, outcome in finals.items() if not cell.budget})
-    for place, budget in enumerate(sorted(budgets, key=lambda b: (-len(_schemes(finals, b)), b))):
+    for budget in sorted(budgets, key=lambda b: (b != first, b)):
         bound = _by_scheme({cell: outcome for cell, outcome in finals.items() if cell.budget == budget})
         lines += [f"### Budget {budget}", "", *_table(tasks, {**bound, **free}, bound), ""]
-        if not place:
+        if budget == first:
             lines += [*_claims({**bound, **free}), ""]
-    return [*lines, *_rates(tasks, finals), ""]
+    savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
+    return [*lines, "### What is left out, epoch by epoch", "", savings, "", *_rates(tasks, finals), ""]
 
 
 def _recipes(tasks: list[str], cells: CellFile) -> list[str]:
