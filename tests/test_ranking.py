@@ -18,6 +18,7 @@ from torch import nn
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import measure_layers
+from trady_kernels.models import MiniLM
 
 
 def batches(count: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -239,6 +240,9 @@ def test_files_of_something_else_are_refused(tmp_path: Path, content: str, messa
 def test_shipped_rankings_belong_to_their_networks() -> None:
     with pytest.raises(ValueError, match="name: got 'resnet18', expected one of"):
         tk.LayerRanking.shipped("resnet18")
+    with torch.device("meta"):
+        linears = {name for name, module in MiniLM().named_modules() if isinstance(module, nn.Linear)}
+    assert set(tk.LayerRanking.shipped("minilm")) == linears - {"classifier"}
 
 
 @dataclass(frozen=True)
