@@ -26,6 +26,8 @@ def test_a_spec_is_a_scheme_and_ingredients() -> None:
     assert spec.sparsify == {"lean": "8bit", "biases": True}
     assert spec.notes == [INGREDIENTS[name].note for name in ("stats", "8bit", "bias")]
     assert Spec.parse("full+stats").ingredients == (INGREDIENTS["stats"],)
+    assert Spec.parse("trady+bias@5.5%").budget == "5.5%" and Spec.parse("trady@100").budget == 100
+    assert Spec.parse("trady").budget is None
     assert Spec.parse("bias-only+8bit").sparsify == {"lean": "8bit", "biases": True}
 
 
@@ -37,6 +39,7 @@ def test_a_spec_is_a_scheme_and_ingredients() -> None:
         ("trady+bais", "got 'trady+bais', in which 'bais' is no ingredient, expected one of bias, 8bit, stats, "),
         ("trady+", "'' is no ingredient"),
         ("trady+bias+bias", "got 'trady+bias+bias', which has an ingredient twice"),
+        ("full@5%", "got 'full@5%', expected no budget after the scheme full, which has none"),
         ("bias-only+bias", "which has an ingredient twice"),
         ("full+bias", "got 'full+bias', expected only ingredients that go with full: stats, checkpoint, accumulate"),
         ("full+stats+8bit", "got 'full+stats+8bit', expected only ingredients that go with full"),

@@ -23,6 +23,7 @@ from trady_kernels.models import MobileNetV2
 from trady_kernels.models.loading import load_model
 from trady_kernels.nn import SparseLinear
 from trady_kernels.selection import SCHEMES, LayerFractions, SparseUpdate
+from trady_kernels.selection.schemes.late import Late
 
 X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
 Selection = Mapping[str, torch.Tensor]
@@ -119,7 +120,9 @@ def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> No
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes_pools_and_when_they_draw(name: str) -> None:
     model = tk.sparsify(as_trained(ResidualNet()), X, biases=SCHEMES[name].biases)
-    budget = 1_000 if SCHEMES[name].budgeted else None
+    budget = (
+        (200 if name == "late" else 1_000) if SCHEMES[name].budgeted else None
+    )  # less than all of the pool
     drawn = sampler(
         model,
         budget=budget,
@@ -135,6 +138,7 @@ def test_schemes_pools_and_when_they_draw(name: str) -> None:
         "head-only": [],
         "bias-only": [],
         "sparse-update": ["neck"],
+        "late": [name for name in POOL if name in Late().reach(measure_layers(model, X))],
     }
     assert drawn.pool == pools.get(name, list(sparse_layers(model)))
     before = drawn.selection

@@ -14,7 +14,9 @@ from test_sampler import X, cost_of, equal, sampler, sparse_net
 
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
-from trady_kernels.cost import measure_layers
+from trady_kernels.cost import Cost, LayerCost, measure_layers
+from trady_kernels.selection import SCHEMES
+from trady_kernels.selection.schemes.late import Late
 
 TARGET = torch.tensor([1, 3])
 
@@ -149,3 +151,26 @@ def test_the_last_layers_are_taken_whole() -> None:
     drawn.resample()
     assert equal(drawn.selection, first)
     assert not sampler(scheme="last-layers", budget=1).cost.elements
+
+
+def test_late_layers_are_those_behind_which_a_third_of_the_elements_lies() -> None:
+    """Inputs of 60, 6, 20, 9 and 5 elements: 5 + 9 is below a third of 100, 5 + 9 + 20 above it."""
+    sizes = {"a": 60, "b": 6, "c": 20, "d": 9, "e": 5}
+    layers = {name: LayerCost(name, 1, Cost(1, size, 4 * size, 1)) for name, size in sizes.items()}
+    assert Late().reach(layers) == ["d", "e"]
+    ranking = tk.LayerRanking({"a": 5.0, "b": 1.0, "c": 3.0, "d": 0.01, "e": 2.0})
+    assert Late().pool(layers, ranking, None) == ["e"]
+    assert Late().pool(layers, None, None) == ["d", "e"]
+    large = {"a": layers["b"], "b": LayerCost("b", 1, Cost(1, 90, 360, 1))}
+    assert Late().reach(large) == ["b"], "one layer at least"
+    assert list(SCHEMES["trady"]().reach(layers)) == list(layers)
+
+
+def test_late_draws_anew_inside_its_pool() -> None:
+    drawn = sampler(scheme="late", budget=200)
+    reached = set(Late().reach(drawn.layers))
+    assert drawn.pool and set(drawn.pool) <= reached < set(drawn.layers)
+    before = drawn.selection
+    drawn.resample()
+    assert not equal(drawn.selection, before) and drawn.cost.elements <= 200
+    assert all(not len(chosen) for name, chosen in drawn.selection.items() if name not in drawn.pool)

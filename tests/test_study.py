@@ -24,7 +24,7 @@ from trady_kernels.training.settings import Settings
 
 RECIPE = Settings(epochs=2, train_samples=40, threads=1)
 RECIPES = {"digits": RECIPE, "clothes": dataclasses.replace(RECIPE, data="fashion-mnist")}
-MATRIX = Matrix(RECIPES, ("trady", "medyate", "head-only", "full"), ("trady",), ("2.2%", "7%"), 2)
+MATRIX = Matrix(RECIPES, {"2.2%": ("trady", "medyate", "head-only", "full"), "7%": ("trady", "head-only")}, 2)
 PROVENANCE = {
     "command": "trady study results",
     "commit": "0123456789abcdef",
@@ -98,7 +98,7 @@ def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_pat
     trials = [cell.scheme for cell in told if cell.held_out and cell.task == "digits"]
     assert {scheme: trials.count(scheme) for scheme in BEST} == dict.fromkeys(BEST, len(FACTORS))
     assert {(cell.scheme, cell.budget) for cell in told if not cell.held_out} == {
-        *(("trady", budget) for budget in MATRIX.budgets),
+        *(("trady", budget) for budget in MATRIX.schemes),
         ("medyate", "2.2%"),
         ("head-only", ""),
         ("full", ""),

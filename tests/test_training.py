@@ -514,3 +514,19 @@ def test_samples_one_by_one_are_the_same_step(tmp_path: Path, settings: Settings
         assert ours.test_loss == pytest.approx(theirs.test_loss, rel=1e-4)
     assert parts.saved_bytes < whole.saved_bytes / 3
     assert any("one by one" in note for note in parts.notes)
+
+
+def test_a_scheme_may_have_a_budget_and_a_reach_of_its_own(tmp_path: Path, settings: Settings) -> None:
+    data = data_of(settings)
+    results = {
+        scheme: train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        for scheme in ("trady@60", "late+bias", "trady+bias", "late")
+    }
+    assert max(epoch.cost for epoch in results["trady@60"].epochs) <= 60
+    # Biases of the last layers alone: the backward pass goes no further down for them.
+    late, everywhere = (
+        next(note for note in results[scheme].notes if "biases train" in note)
+        for scheme in ("late+bias", "trady+bias")
+    )
+    assert int(late.split()[0]) < int(everywhere.split()[0])
+    assert results["late+bias"].saved_bytes == results["late"].saved_bytes < results["trady+bias"].saved_bytes

@@ -189,11 +189,12 @@ def _table(job: Run, results: list[SchemeResult]) -> Table:
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for result in results:
-        budgeted = Spec.parse(result.scheme).budgeted
+        spec = Spec.parse(result.scheme)
+        budget = Budget.parse(settings.budget if spec.budget is None else spec.budget)
         table.add_row(
             result.scheme,
             f"{result.top1:.1%}",
-            str(Budget.parse(settings.budget)) if budgeted else "-",
+            str(budget) if spec.budgeted else "-",
             f"{result.cost:,}",
             f"{result.cost / result.full_cost:.1%}",
             in_bytes(result.saved_bytes),

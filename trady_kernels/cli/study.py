@@ -19,7 +19,7 @@ from trady_kernels.provenance import describe
 from trady_kernels.study.cells import Cell, CellFile, Outcome
 from trady_kernels.study.matrix import run_matrix
 from trady_kernels.study.report import write_report
-from trady_kernels.study.results import RECIPES, SCHEMES, SIZES, results_matrix
+from trady_kernels.study.results import RECIPES, SIZES, SMALLEST, results_matrix
 
 _DESCRIPTION = """\
 Experiments over many training runs. Every run is kept as it ends: the same command goes on after an interruption.
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="NAME[,NAME]",
-        help=f"rows (default: {','.join(SCHEMES)})",
+        help=f"rows (default: {','.join(SMALLEST)})",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(

@@ -37,31 +37,29 @@ class Matrix:
 
     Attributes:
         recipes: settings of each task.
-        schemes: of the first budget.
-        leading: of the other budgets too.
-        budgets: the first has every scheme, and the learning rates are tuned at it.
+        schemes: of each budget; at the first one that has it, a scheme's learning rate is tuned.
         seeds: how many.
     """
 
     recipes: Mapping[str, Settings]
-    schemes: tuple[str, ...]
-    leading: tuple[str, ...]
-    budgets: tuple[str, ...]
+    schemes: Mapping[str, tuple[str, ...]]
     seeds: int
 
     def rows(self) -> Iterator[Row]:
         """The table's rows: scheme by scheme, so that what is there after an interruption can be compared."""
-        for place, budget in enumerate(self.budgets):
-            for scheme in self.leading if place else self.schemes:
-                budgeted = Spec.parse(scheme).budgeted
-                if budgeted or not place:
-                    for task in self.recipes:
-                        yield Row(task, scheme, budget if budgeted else "")
+        rows = (
+            Row(task, scheme, budget if Spec.parse(scheme).budgeted else "")
+            for budget, schemes in self.schemes.items()
+            for scheme in schemes
+            for task in self.recipes
+        )
+        return iter(dict.fromkeys(rows))
 
     def trials(self, row: Row) -> list[Cell]:
-        """The runs that choose a row's learning rate; those of the first budget serve all budgets."""
+        """The runs that choose a row's learning rate; those of its scheme's first budget serve all."""
         usual = self.recipes[row.task].learning_rate_of(row.scheme)
-        budget = self.budgets[0] if row.budget else ""
+        first = next(budget for budget, schemes in self.schemes.items() if row.scheme in schemes)
+        budget = first if row.budget else ""
         return [Cell(row.task, row.scheme, budget, usual * factor, 0, True) for factor in FACTORS]
 
     def finals(self, row: Row, learning_rate: float) -> list[Cell]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trady_kernels.batch import Example
+from trady_kernels.cost import Budget
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.checkpointing import checkpoint_blocks
 from trady_kernels.training.norm_statistics import estimate_norm_statistics
@@ -82,19 +83,22 @@ class Spec:
     Attributes:
         scheme: name of the scheme.
         ingredients: in the order given; first those that the scheme itself consists of.
+        budget: its own, in place of the settings'; None without one.
     """
 
     scheme: str
     ingredients: tuple[Ingredient, ...]
+    budget: int | str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """The spec that a user means: the name of a scheme, and of ingredients, each after a "+".
+        """The spec that a user means: the name of a scheme, of ingredients, each after a "+", a budget after an "@".
 
         Raises:
             ValueError: no such scheme or ingredient, one given twice, or one that the scheme cannot have.
         """
-        scheme, *names = text.split("+")
+        combined, at, own = text.partition("@")
+        scheme, *names = combined.split("+")
         if scheme not in SCHEMES and scheme not in WITHOUT_CHANNELS:
             known = dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS])
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(known)}")
@@ -114,7 +118,15 @@ class Spec:
                 f"scheme: got {text!r}, expected only ingredients that go with {scheme}: "
                 f"{', '.join(name for name, known in INGREDIENTS.items() if known.fits(scheme))}"
             )
-        return cls(scheme, ingredients)
+        spec = cls(scheme, ingredients)
+        if not at:
+            return spec
+        if not spec.budgeted:
+            raise ValueError(
+                f"scheme: got {text!r}, expected no budget after the scheme {scheme}, which has none"
+            )
+        Budget.parse(own)
+        return cls(scheme, ingredients, int(own) if own.isdecimal() else own)
 
     @property
     def budgeted(self) -> bool:

@@ -108,6 +108,11 @@ class Start:
     batches: Callable[[], Iterable[tuple[Example, torch.Tensor]]]
 
     @property
+    def budget(self) -> int | str:
+        """The scheme's own budget, or that of the settings."""
+        return self.settings.budget if self.spec.budget is None else self.spec.budget
+
+    @property
     def layers(self) -> dict[str, LayerCost]:
         """The plain network's layers and what their channels cost, the head left out."""
         layers = measure_layers(self.model, self.example_input)
@@ -186,7 +191,7 @@ class _Velocity(_Dense):
         self._costs = start.layers
         self._layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._costs}
         self._full = total(cost.full for cost in self._costs.values())
-        budget = Budget.parse(start.settings.budget)
+        budget = Budget.parse(start.budget)
         self._limit = budget.limit(self._full)
         self._prices = {
             name: layer.weight[0].numel() * (layer.weight.element_size() if budget.kind == "bytes" else 1)
@@ -263,7 +268,7 @@ class _Lora(_Dense):
         costs = start.layers
         self._full = total(cost.full for cost in costs.values())
         self.model.requires_grad_(False)
-        chosen, self._cost = add_adapters(self.model, costs, Budget.parse(start.settings.budget), self._full)
+        chosen, self._cost = add_adapters(self.model, costs, Budget.parse(start.budget), self._full)
         if start.head is not None:  # PEFT freezes what is no adapter
             self.model.get_submodule(start.head).requires_grad_(True)
         self.notes = [
@@ -303,11 +308,14 @@ class _Sparse:
         scheme = kind.for_network(settings.model, settings.layer_fractions)
         ranking = find_ranking(settings.ranking, settings.model, kind.metric)
         options = {"biases": scheme.bias_layers, **start.spec.sparsify}
+        reached = len(scheme.reach(start.layers))
+        if options["biases"] is True and reached < len(start.layers):
+            options["biases"] = reached  # those below would take the backward pass further down
         self.model = sparsify(model, start.example_input, head=start.head or "auto", **options)
         self._sampler = ChannelSampler(
             model,
             start.example_input,
-            budget=settings.budget,
+            budget=start.budget,
             scheme=scheme,
             ranking=ranking,
             resampling=settings.resampling,

@@ -8,6 +8,7 @@ from trady_kernels.selection.schemes.d_full_random import DFullRandom
 from trady_kernels.selection.schemes.full import Full
 from trady_kernels.selection.schemes.head_only import HeadOnly
 from trady_kernels.selection.schemes.last_layers import LastLayers
+from trady_kernels.selection.schemes.late import Late
 from trady_kernels.selection.schemes.medyate import Medyate
 from trady_kernels.selection.schemes.s_det_rgn import SDetRgn
 from trady_kernels.selection.schemes.s_full_random import SFullRandom
@@ -29,6 +30,7 @@ SCHEMES: dict[str, type[Scheme]] = {
         Medyate,
         SparseUpdate,
         LastLayers,
+        Late,
         HeadOnly,
         BiasOnly,
         Full,

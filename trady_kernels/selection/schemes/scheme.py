@@ -73,6 +73,14 @@ class Scheme(ABC):
             budget: of the selection; None for a scheme without one.
         """
 
+    def reach(self, layers: Mapping[str, LayerCost]) -> list[str]:
+        """Names of the layers that the backward pass may come to, in the order of ``layers``.
+
+        Args:
+            layers: every layer, in the order of calls.
+        """
+        return list(layers)
+
     def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
         """Permutation of the pool's channels, layer after layer as in ``sizes``: the order of trying them.
 
