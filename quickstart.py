@@ -154,6 +154,7 @@ class Setup:
             vision = f"torchvision==0.{int(TORCH.split('.')[1]) + 15}.*"
             self.step("timm and torchvision (optional)", TORCH, [*pinned, "timm", vision], required=False)
             self.step("transformers (optional)", TORCH, [*pinned, "transformers"], required=False)
+            self.step("peft (optional)", TORCH, [*pinned, "peft"], required=False)
 
 
 def finetune(arguments: list[str]) -> None:
