@@ -28,7 +28,8 @@ def _images(batch_size: int, image_size: int) -> torch.Tensor:
 
 def _bert(source: str, num_classes: int, tokens: int) -> nn.Module:
     if importlib.util.find_spec("torchvision") is not None:
-        loading.import_library("torchvision")  # transformers imports it too, and fails where its binaries do not fit
+        # Transformers imports it too, and fails where its binaries do not fit.
+        loading.import_library("torchvision")
     from transformers import BertConfig, BertForSequenceClassification
 
     shape: dict[str, Any] = {
