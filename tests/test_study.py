@@ -274,3 +274,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "results", "--output", str(tmp_path / "none"), "--report-only"]) == 2
     assert "does not exist, expected a file that a study wrote" in capsys.readouterr().err
     assert main([*command[:3], "nothing", "--output", str(tmp_path)]) == 2
+
+
+def test_the_committed_document_is_what_its_cells_say() -> None:
+    pytest.importorskip("scipy")
+    docs = Path(__file__).parent.parent / "docs"
+    assert (docs / "results.md").read_text("utf-8") == report(CellFile.load(docs / "results.json"))

@@ -18,7 +18,7 @@ from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import load_task
 from trady_kernels.training.settings import Settings
 
-#: Trials of a learning rate, as multiples of the scheme's usual one: as many for every scheme.
+#: Trials of a learning rate, as multiples of the scheme's middle one: as many for every scheme.
 FACTORS = (0.5, 1.0, 2.0)
 
 
@@ -38,11 +38,13 @@ class Matrix:
     Attributes:
         recipes: settings of each task.
         schemes: of each budget; at the first one that has it, a scheme's learning rate is tuned.
+        rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
         seeds: how many.
     """
 
     recipes: Mapping[str, Settings]
     schemes: Mapping[str, tuple[str, ...]]
+    rates: Mapping[str, Mapping[str, float]]
     seeds: int
 
     def rows(self) -> Iterator[Row]:
@@ -57,10 +59,11 @@ class Matrix:
 
     def trials(self, row: Row) -> list[Cell]:
         """The runs that choose a row's learning rate; those of its scheme's first budget serve all."""
-        usual = self.recipes[row.task].learning_rate_of(row.scheme)
+        rates = self.rates[self.recipes[row.task].model]
+        middle = rates.get(Spec.parse(row.scheme).scheme, rates[""])
         first = next(budget for budget, schemes in self.schemes.items() if row.scheme in schemes)
         budget = first if row.budget else ""
-        return [Cell(row.task, row.scheme, budget, usual * factor, 0, True) for factor in FACTORS]
+        return [Cell(row.task, row.scheme, budget, middle * factor, 0, True) for factor in FACTORS]
 
     def finals(self, row: Row, learning_rate: float) -> list[Cell]:
         """The runs that a row is the mean of, the only ones that see the test samples."""

@@ -21,11 +21,11 @@ REFERENCES = ("trady", "medyate")
 
 @dataclass(frozen=True)
 class Claim:
-    """What the papers found of two schemes.
+    """What somebody says of two schemes.
 
     Attributes:
         better, worse: the schemes.
-        sentence: the finding.
+        sentence: what is said, and who says it.
     """
 
     better: str
@@ -41,6 +41,15 @@ CLAIMS = (
     Claim("trady", "velocity", "trady beats the selection of neurons by velocity (TraDy)"),
     Claim("medyate", "trady", "draws that follow the gradient norms beat uniform ones (MeDyate)"),
     Claim("full", "medyate", "full fine-tuning stays the ceiling"),
+    Claim("late@5.5%", "trady", "late layers beat trady at no more measured bytes (ours)"),
+    Claim(
+        "late+bias@5.5%", "trady", "late layers and their biases beat trady at no more measured bytes (ours)"
+    ),
+    Claim(
+        "late+bias@5.5%",
+        "medyate",
+        "late layers and their biases beat medyate, which keeps more bytes (ours)",
+    ),
 )
 
 
@@ -269,7 +278,7 @@ def _claims(schemes: dict[str, Series]) -> list[str]:
                         _verdict(test),
                     ]
                 )
-    return markdown(["what the papers found", "here", "verdict"], rows) if rows else []
+    return markdown(["claim", "here", "verdict"], rows) if rows else []
 
 
 def _verdict(test: PairedTest) -> str:
