@@ -41,9 +41,11 @@ CLAIMS = (
     Claim("trady", "velocity", "trady beats the selection of neurons by velocity (TraDy)"),
     Claim("medyate", "trady", "draws that follow the gradient norms beat uniform ones (MeDyate)"),
     Claim("full", "medyate", "full fine-tuning stays the ceiling"),
-    Claim("late@5.5%", "trady", "late layers beat trady at no more measured bytes (ours)"),
+    Claim("late@5.5%", "trady", "late layers beat trady at about its measured bytes (ours)"),
     Claim(
-        "late+bias@5.5%", "trady", "late layers and their biases beat trady at no more measured bytes (ours)"
+        "late+bias@5.5%",
+        "trady",
+        "late layers and their biases beat trady at about its measured bytes (ours)",
     ),
     Claim(
         "late+bias@5.5%",

@@ -53,7 +53,7 @@ SMALLEST = (
     "trady+bias+stats",
 )
 #: By budget: 2.2% of the full figure is the papers' smallest (27,946 of 1,252,320 elements of MobileNetV2 0.35). A budget
-#: after an @ is what makes a scheme keep no more measured bytes than trady at the table's.
+#: after an @ is what makes a scheme keep about the measured bytes of trady at the table's.
 SCHEMES: Mapping[str, tuple[str, ...]] = {
     "2.2%": SMALLEST,
     "1%": ("trady", "medyate", "late+bias@2.5%"),
