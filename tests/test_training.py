@@ -274,7 +274,7 @@ def test_an_oracle_says_that_it_is_one(
 
 def test_a_shipped_ranking_is_found_by_the_schemes_metric() -> None:
     assert {name: scheme.metric for name, scheme in SCHEMES.items() if scheme.ranked} == {
-        "trady": "rgn", "s-topk-random": "rgn", "medyate": "lara",
+        "trady": "rgn", "s-topk-random": "rgn", "medyate": "lara", "late": "rgn",
     }  # fmt: skip
     for metric in ("rgn", "lara"):
         found = find_ranking(None, "efficientnet_lite0", metric)

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="NAME[,NAME]",
-        help=f"rows (default: {','.join(SMALLEST)})",
+        help=f"rows (default: {','.join(SMALLEST)})".replace("%", "%%"),
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(
