@@ -25,7 +25,6 @@ os.environ["TRADY_CHOICE"] = ""
 choice.load()
 
 # Thousands of small operators: a second thread costs more than it brings, and many times more on a busy machine.
-# Tests of parallel code set their own number.
 torch.set_num_threads(1)
 
 
@@ -50,6 +49,13 @@ def true_float32() -> Iterator[None]:
     # Set one by one they raise once torch.testing's own modules are imported; set by the new switches, in torch.export.
     with cudnn.flags(**flags, allow_tf32=False):
         yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whatever number of threads a test sets, as those of parallel code do, the next one has one again."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

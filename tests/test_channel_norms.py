@@ -51,6 +51,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name, norms in expected.items():
         assert found[name].dtype == torch.float64 and found[name].device.type == "cpu"
+        # Both are float64 and add the same products in another order; a wrong channel differs in the first digit.
         torch.testing.assert_close(found[name], norms, rtol=1e-9, atol=1e-14, msg=name)
 
 

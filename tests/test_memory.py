@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 
 import trady_kernels as tk
 from trady_kernels.convert import sparse_layers
-from trady_kernels.memory import saved_by_module
+from trady_kernels.memory import peak_memory, saved_by_module
 
 N, C, SIZE = 4, 6, 5
 MAP = N * C * SIZE * SIZE * 4  # bytes of one activation
@@ -348,3 +349,19 @@ def test_bad_batches_get_one_sentence(batch: Any, error: type[Exception], messag
 def test_a_network_that_does_not_train_is_refused() -> None:
     with pytest.raises(ValueError, match="model: got a loss that depends on no parameter that requires"):
         tk.measure_memory(nn.Linear(3, 2).requires_grad_(False), torch.randn(2, 3))
+
+
+def test_garbage_from_before_does_not_lower_the_peak() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.ring, self.tensor = self, torch.empty(2**18)
+
+    gc.disable()
+    try:
+        Ring()
+        with peak_memory(torch.device("cpu")) as peak:
+            gc.collect()
+            torch.empty(2**18)
+    finally:
+        gc.enable()
+    assert peak.bytes >= 2**20

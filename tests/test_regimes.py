@@ -14,7 +14,8 @@ from trady_kernels.cost import measure_layers
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.ingredients import WITHOUT_CHANNELS, Spec
 from trady_kernels.training.lora import RANK, adapter_cost
-from trady_kernels.training.regimes import REGIMES, Start, prepare_regime
+from trady_kernels.training.regime import Start
+from trady_kernels.training.regimes import REGIMES, prepare_regime
 from trady_kernels.training.settings import Settings
 
 needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="PEFT is not installed")

@@ -174,3 +174,26 @@ def test_late_draws_anew_inside_its_pool() -> None:
     drawn.resample()
     assert not equal(drawn.selection, before) and drawn.cost.elements <= 200
     assert all(not len(chosen) for name, chosen in drawn.selection.items() if name not in drawn.pool)
+
+
+class Backwards(torch.nn.Module):
+    """Its layers are defined in the opposite order of their calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(4, 3)
+        self.late = torch.nn.Conv2d(8, 4, 3, stride=2)
+        self.early = torch.nn.Conv2d(3, 8, 3)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.head(self.late(self.early(input).relu()).relu().mean((2, 3)))
+
+
+def test_the_last_layers_are_those_called_last() -> None:
+    example = torch.randn(2, 3, 8, 8)
+    model = tk.sparsify(Backwards(), example, head="head")
+    drawn = tk.ChannelSampler(model, example, budget=3 * (36 + 36), scheme="last-layers")
+    assert list(drawn.layers) == ["early", "late"]
+    assert (len(drawn.selection["early"]), len(drawn.selection["late"])) == (0, 3)
+    # 288 input elements of the late layer are more than a third of 480, but the last layer is always within reach.
+    assert tk.ChannelSampler(model, example, budget=72, scheme="late").pool == ["late"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from image_folders import write_images
 from test_sampler import X, cost_of, sampler, sparse_net
+from test_training import Recorder
 
 import trady_kernels as tk
 from trady_kernels.cli import main
@@ -22,7 +23,9 @@ from trady_kernels.models import EfficientNetLite0, loading
 from trady_kernels.models.loading import load_model
 from trady_kernels.selection import LayerFractions, SparseUpdate
 from trady_kernels.selection.layer_fractions import choose_fractions
+from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.search import _Trial, candidates_of
+from trady_kernels.training.settings import Settings
 
 FRACTIONS = LayerFractions(
     "small",
@@ -64,7 +67,7 @@ def test_fractions_above_the_budget_are_an_error_that_says_the_cost() -> None:
 
 
 def test_biases_are_carried_along() -> None:
-    assert SparseUpdate(FRACTIONS).bias_layers == 2
+    assert SparseUpdate(FRACTIONS).biases == 2
 
 
 def test_saved_fractions_load_as_they_were(tmp_path: Path) -> None:
@@ -266,3 +269,22 @@ def test_measured_contributions_serve_every_budget(tmp_path: Path) -> None:
     (tmp_path / "f.json").write_text(json.dumps(damaged))
     with pytest.raises(ValueError, match="is damaged"):
         LayerFractions.load(tmp_path / "f.json")
+
+
+@pytest.mark.usefixtures("tiny_network")
+def test_the_biases_of_the_last_layers_train(tmp_path: Path) -> None:
+    """As many as the file says, in training and in the commands that measure."""
+    data = load_data(str(write_images(tmp_path / "pets", {"cat": 12, "dog": 12})), image_size=8)
+    notes = {}
+    for count in (0, 1):
+        file = tmp_path / f"{count}.json"
+        LayerFractions("tiny", 1000, {"pointwise": 0.5}, bias_layers=count).save(file)
+        recipe = Settings(
+            model="tiny", image_size=8, budget=1000, schemes=("sparse-update",), epochs=1, batch_size=4,
+            warmup_epochs=0, threads=1, layer_fractions=str(file),
+        )  # fmt: skip
+        notes[count] = train_scheme("sparse-update", recipe, data, tmp_path / "c.pt", Recorder()).notes
+    assert not any("biases train" in note for note in notes[0])
+    assert any(
+        note.startswith("2 biases train") for note in notes[1]
+    )  # the convolution's and the norm's behind it

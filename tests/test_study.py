@@ -217,6 +217,16 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     assert f"{2 * usual_of('trady'):g}" in rates
 
 
+def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = CellFile(tmp_path / "cells.json", RECIPES)
+    for seed, commit in enumerate((None, "0123456789" * 4 + "+")):
+        cells.begin({**PROVENANCE, "commit": commit})
+        cell = Cell("digits", "full", "", 0.1, seed, False)
+        cells.add(cell, Outcome(0.5, dense_saved_bytes=1, saved_bytes=1, provenance=seed))
+    assert "Commits unknown, 0123456789+;" in report(cells)
+
+
 def test_report_of_nothing(tmp_path: Path) -> None:
     cells = opened(tmp_path / "cells.json")
     with pytest.raises(ValueError, match="no run on test samples yet"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections import Counter
@@ -321,4 +322,5 @@ def peak_memory(device: torch.device) -> _CpuPeak | _CudaPeak:
     Args:
         device: whose allocator; on the CPU torch's profiler watches it.
     """
+    gc.collect()  # what is garbage already would be taken back inside, and lower the mark
     return _CudaPeak(device) if device.type == "cuda" else _CpuPeak(device)

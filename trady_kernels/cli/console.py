@@ -48,6 +48,11 @@ def in_time(seconds: float) -> str:
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02} s"
 
 
+def budget_argument(text: str) -> int | str:
+    """What the text of a budget means to the library: digits alone are a number of elements."""
+    return int(text) if text.isdecimal() else text
+
+
 def check_writable(argument: str, path: Path) -> None:
     """Refuse an output file that cannot be written, before any work.
 

@@ -14,11 +14,16 @@ from rich.table import Table
 
 from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import _INTERRUPTED, BadUsage, Failed, usage_errors
-from trady_kernels.cli.console import TrainingProgress, check_writable, in_bytes, make_console
+from trady_kernels.cli.console import (
+    TrainingProgress,
+    budget_argument,
+    check_writable,
+    in_bytes,
+    make_console,
+)
 from trady_kernels.cost import Budget
 from trady_kernels.data import DATA_SETS
-from trady_kernels.selection import SCHEMES
-from trady_kernels.training.ingredients import INGREDIENTS, Spec
+from trady_kernels.training.ingredients import INGREDIENTS, Spec, scheme_names
 from trady_kernels.training.loop import Diverged
 from trady_kernels.training.plot import plot_accuracy
 from trady_kernels.training.results import SchemeResult
@@ -62,12 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(DATA_SETS)}, a folder of class folders of images, or of IDX files",
         metavar="NAME|FOLDER",
     )
-    add("--budget", "elements of one sample (28000), bytes of a batch (256KiB) or a share (5%)")
+    add(
+        "--budget",
+        "elements of one sample (28000), bytes of a batch (256KiB) or a share (5%)",
+        type=budget_argument,
+    )
     parser.add_argument(
         "--scheme",
         default=argparse.SUPPRESS,
         metavar="NAME[+INGREDIENT][,NAME]",
-        help=f"how channels are chosen: {', '.join(SCHEMES)} (default: {defaults.schemes[0]}); a name may be followed "
+        help=f"how channels are chosen: {', '.join(scheme_names())} (default: {defaults.schemes[0]}); a name may be followed "
         "by ingredients: " + "; ".join(f"+{name}: {known.note}" for name, known in INGREDIENTS.items()),
     )
     parser.add_argument(
@@ -152,8 +161,6 @@ def run(args: argparse.Namespace) -> int:
 def _asked_settings(args: argparse.Namespace) -> dict[str, Any]:
     given = vars(args)
     asked = {field.name: given[field.name] for field in dataclasses.fields(Settings) if field.name in given}
-    if "budget" in asked and asked["budget"].isdecimal():
-        asked["budget"] = int(asked["budget"])
     if "scheme" in given or "no_baselines" in given:
         names = [name.strip() for name in given.get("scheme", Settings().schemes[0]).split(",")]
         if "no_baselines" not in given:

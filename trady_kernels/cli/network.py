@@ -106,10 +106,22 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
 
 
-def _scheme(name: str) -> type[Scheme]:
-    if name not in SCHEMES:
-        raise ValueError(f"scheme: got {name!r}, expected one of {', '.join(_without_data())}")
-    return SCHEMES[name]
+def make_scheme(args: argparse.Namespace) -> Scheme:
+    """The scheme that the arguments name.
+
+    Raises:
+        BadUsage: there is none of that name, or it needs data, or a file that cannot be read.
+    """
+    known = _without_data()
+    with usage_errors():
+        if args.scheme in SCHEMES and args.scheme not in known:
+            raise ValueError(
+                f"scheme: got {args.scheme!r}, which draws by the gradients of a data set that this command does not read, "
+                f"expected one of {', '.join(known)}"
+            )
+        if args.scheme not in known:
+            raise ValueError(f"scheme: got {args.scheme!r}, expected one of {', '.join(known)}")
+        return SCHEMES[args.scheme].for_network(args.model, args.layer_fractions)
 
 
 def _without_data() -> list[str]:
@@ -150,35 +162,28 @@ def in_autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager[o
     return contextlib.nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
-def make_sparse(model: nn.Module, batch: Batch, args: argparse.Namespace) -> LayerRanking | None:
-    """Convert ``model`` in place as the arguments say; returns its layers' ranking.
+def make_sparse(
+    model: nn.Module, batch: Batch, args: argparse.Namespace, scheme: Scheme
+) -> LayerRanking | None:
+    """Convert ``model`` in place as the arguments and the scheme say; returns its layers' ranking.
 
     Raises:
-        BadUsage: a bad scheme, ranking or number of biases, or a network that the batch does not fit.
+        BadUsage: a bad ranking or number of biases, or a network that the batch does not fit.
     """
-    biases = _biases(args)
+    biases = scheme.biases if args.biases is None else _biases(args.biases)
     with usage_errors():
-        scheme = _scheme(args.scheme)
-        if scheme.needs_gradients:
-            raise ValueError(
-                f"scheme: got {args.scheme!r}, which draws by the gradients of a data set that this command does not read, "
-                f"expected one of {', '.join(_without_data())}"
-            )
         ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
         sparsify(model, batch.input, head=head, lean=LEAN[args.lean], biases=biases)
     return ranking
 
 
-def _biases(args: argparse.Namespace) -> bool | int:
-    if args.biases is None:
-        with usage_errors():
-            return _scheme(args.scheme).biases
-    if args.biases == "all":
+def _biases(text: str) -> bool | int:
+    if text == "all":
         return True
-    if not args.biases.isdecimal():
-        raise BadUsage(f"--biases: got {args.biases!r}, expected all or a number of last layers, from 0")
-    return int(args.biases)
+    if not text.isdecimal():
+        raise BadUsage(f"--biases: got {text!r}, expected all or a number of last layers, from 0")
+    return int(text)
 
 
 def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> ChannelSampler:
@@ -187,10 +192,9 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
     Raises:
         BadUsage: a bad budget, scheme or ranking, or a network that the batch does not fit.
     """
-    budget = int(args.budget) if args.budget.isdecimal() else args.budget
-    ranking = make_sparse(model, batch, args)
+    scheme = make_scheme(args)
+    ranking = make_sparse(model, batch, args, scheme)
     with usage_errors(), in_autocast(args):
-        scheme = SCHEMES[args.scheme].for_network(args.model, args.layer_fractions)
         return ChannelSampler(
-            model, batch.input, budget=budget, scheme=scheme, ranking=ranking, seed=args.seed
+            model, batch.input, budget=args.budget, scheme=scheme, ranking=ranking, seed=args.seed
         )

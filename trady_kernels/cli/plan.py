@@ -25,10 +25,19 @@ from trady_kernels.cli.network import (
     make_batch,
     make_network,
     make_sampler,
+    make_scheme,
     make_sparse,
 )
 from trady_kernels.cost import Budget
-from trady_kernels.training.fit import EVERYTHING, NOTHING, OPTIMIZERS, StepMeter, TrainingStep, fit_total
+from trady_kernels.training.fit import (
+    EVERYTHING,
+    NOTHING,
+    OPTIMIZERS,
+    StepMeter,
+    TrainingStep,
+    check_scheme,
+    fit_total,
+)
 
 _DESCRIPTION = """\
 Show, for every layer, its input channels, what training one of them costs, its place in the layer ranking, and how
@@ -107,9 +116,12 @@ def _plan_budget(args: argparse.Namespace) -> int:
 
 def _plan_total(args: argparse.Namespace) -> int:
     total = _total(args)
+    with usage_errors():
+        check_scheme(args.scheme)
+    scheme = make_scheme(args)
     loaded = make_network(args)
     kind = loaded.front.kind
-    ranking = make_sparse(loaded.model, make_batch(loaded, args, 1), args)
+    ranking = make_sparse(loaded.model, make_batch(loaded, args, 1), args, scheme)
 
     def batch_of(size: int) -> tuple[Example, torch.Tensor]:
         batch = make_batch(loaded, args, size)

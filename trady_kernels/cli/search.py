@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trady_kernels.atomic_write import write_json
 from trady_kernels.cli import usage_errors
-from trady_kernels.cli.console import check_writable, make_console
+from trady_kernels.cli.console import budget_argument, check_writable, make_console
+from trady_kernels.cli.network import DEFAULT_BUDGET
+from trady_kernels.cli.short_training import add_training_arguments, sizes_of
 from trady_kernels.data import load_data
-from trady_kernels.models.loading import Sizes
 from trady_kernels.provenance import describe
 from trady_kernels.training.search import Found, search_fractions
 
@@ -31,39 +29,24 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
-    parser.add_argument(
-        "--model", default="efficientnet_lite0", help="as in trady finetune (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--data",
-        default="fashion-mnist",
-        help="as in trady finetune; a fifth of its training images validates (default: %(default)s)",
+    add_training_arguments(
+        parser, data="a fifth of its training samples validates", lr=0.02, lr_words="learning rate at first"
     )
     parser.add_argument(
         "--budget",
-        default="28000",
+        type=budget_argument,
+        default=DEFAULT_BUDGET,
         help="as in trady finetune (default: %(default)s, elements of one sample)",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--steps", type=int, default=10, help="of SGD for each layer and share (default: %(default)s)"
     )
     parser.add_argument(
         "--head-steps", type=int, default=100, help="of the head alone, before (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="samples in a step (default: %(default)s)")
     parser.add_argument(
         "--validation-samples", type=int, default=512, help="samples that validate (default: %(default)s)"
     )
-    parser.add_argument(
-        "--lr", type=float, default=0.02, help="learning rate at first (default: %(default)s)"
-    )
-    parser.add_argument("--image-size", type=int, default=64, help="side in pixels (default: %(default)s)")
-    parser.add_argument(
-        "--max-length", type=int, default=64, help="tokens of a sentence (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         found = search_fractions(
             args.model,
             load_data(args.data, image_size=args.image_size, validation_share=0.2),
-            budget=int(args.budget) if args.budget.isdecimal() else args.budget,
+            budget=args.budget,
             steps=args.steps,
             head_steps=args.head_steps,
             batch_size=args.batch_size,
@@ -88,15 +71,12 @@ def run(args: argparse.Namespace) -> int:
             learning_rate=args.lr,
             seed=args.seed,
             device=args.device,
-            sizes=Sizes(args.image_size, args.max_length),
+            sizes=sizes_of(args),
             on_count=lambda count: progress.update(task, total=count),
             on_candidate=lambda: progress.advance(task),
         )
     console.print(_table(found))
-    found.fractions.save(args.output)
-    content = json.loads(args.output.read_text())
-    more = {"elements": found.elements, "provenance": provenance}
-    write_json(args.output, content | more)
+    found.fractions.save(args.output, elements=found.elements, provenance=provenance)
     console.print(
         f"written to {args.output}; use it with: trady finetune --scheme sparse-update --layer-fractions {args.output}"
     )

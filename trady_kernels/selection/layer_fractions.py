@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import resources
-from pathlib import Path
+from typing import Any
 
-from trady_kernels.atomic_write import write_json
 from trady_kernels.cost import Budget, Cost, LayerCost, total
-from trady_kernels.selection.saved import parse_saved
+from trady_kernels.selection.saved import Saved
 
 #: Shares of a layer's input channels that may train [Sparse Update, arXiv 2206.15472, section 3.2].
 FRACTIONS = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
 
-_FORMAT = "trady-layer-fractions"
-_VERSION = 1
-
 
 @dataclass(frozen=True)
-class LayerFractions:
+class LayerFractions(Saved):
     """The share of every layer's input channels that trains: always the first ones.
 
     Args:
@@ -38,6 +32,9 @@ class LayerFractions:
     Source: Lin et al., On-Device Training Under 256KB Memory, arXiv 2206.15472, section 3.2.
     """
 
+    format = "trady-layer-fractions"
+    words = "file of layer fractions"
+    folder = "fractions"
     network: str
     budget: int | str
     layers: Mapping[str, float] = field(default_factory=dict)
@@ -102,32 +99,23 @@ class LayerFractions:
                 )
         return total(layer.channel * self.channels_of(layer) for layer in layers.values())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fractions as JSON; an interrupted write leaves the file that was there.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
+    def to_json(self) -> dict[str, Any]:
+        return {
             "network": self.network,
             "budget": self.budget,
             "layers": dict(self.layers),
             "bias_layers": self.bias_layers,
             "contributions": {name: dict(gains) for name, gains in self.contributions.items()},
         }
-        write_json(Path(path), content)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LayerFractions:
-        """The fractions that ``save`` wrote.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it does not hold layer fractions.
-        """
-        return cls._parse(Path(path).read_bytes(), os.fspath(path))
+    def from_json(cls, data: Mapping[str, Any]) -> LayerFractions:
+        contributions = {
+            name: {float(fraction): float(gain) for fraction, gain in alone.items()}
+            for name, alone in data.get("contributions", {}).items()
+        }
+        network, budget, layers, bias_layers = map(data.get, ("network", "budget", "layers", "bias_layers"))
+        return cls(network, budget, layers, bias_layers, contributions)  # type: ignore[arg-type]
 
     @classmethod
     def shipped(cls, network: str) -> LayerFractions:
@@ -139,40 +127,13 @@ class LayerFractions:
         Raises:
             ValueError: none are shipped for that network.
         """
-        folder = resources.files("trady_kernels.selection") / "fractions"
-        names = sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json"))
-        if network not in names:
-            raise ValueError(
-                f"network: got {network!r}, expected one that layer fractions ship for ({', '.join(names) or 'none'}), "
-                "or a file with them, which trady search makes"
-            )
-        return cls._parse((folder / f"{network}.json").read_bytes(), f"{network}.json")
-
-    @classmethod
-    def _parse(cls, content: bytes, origin: str) -> LayerFractions:
-        data = parse_saved(
-            content,
-            origin,
-            format=_FORMAT,
-            version=_VERSION,
-            words="file of layer fractions",
-            made_by=cls.__name__,
-        )
-        gains = data.get("contributions", {})
         try:
-            contributions = {
-                name: {float(fraction): float(gain) for fraction, gain in alone.items()}
-                for name, alone in gains.items()
-            }
-            return cls(
-                data.get("network"),  # type: ignore[arg-type]
-                data.get("budget"),  # type: ignore[arg-type]
-                data.get("layers"),  # type: ignore[arg-type]
-                data.get("bias_layers"),  # type: ignore[arg-type]
-                contributions,
-            )
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"path: {origin} is damaged: {error}") from None
+            return cls._shipped(network)
+        except KeyError as error:
+            raise ValueError(
+                f"network: got {network!r}, expected one that layer fractions ship for "
+                f"({', '.join(error.args) or 'none'}), or a file with them, which trady search makes"
+            ) from None
 
 
 def choose_fractions(

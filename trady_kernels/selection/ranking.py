@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import resources
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from trady_kernels.atomic_write import write_json
 from trady_kernels.batch import Example
 from trady_kernels.cost import Budget, LayerCost
 from trady_kernels.selection.channel_norms import BlockNorms, layers_of, mean_norms, measure_batches
-from trady_kernels.selection.saved import parse_saved
-
-_FORMAT = "trady-layer-ranking"
-_VERSION = 1
+from trady_kernels.selection.saved import Saved
 
 
 def _rgn(norms: torch.Tensor, cost: LayerCost) -> torch.Tensor:
@@ -35,7 +29,7 @@ def _lara(norms: torch.Tensor, cost: LayerCost) -> torch.Tensor:
 METRICS: Mapping[str, Callable[[torch.Tensor, LayerCost], torch.Tensor]] = {"rgn": _rgn, "lara": _lara}
 
 
-class LayerRanking(Mapping[str, float]):
+class LayerRanking(Mapping[str, float], Saved):
     """Layers by score, highest first: an ordered ``{layer name: score}``.
 
     Args:
@@ -45,6 +39,10 @@ class LayerRanking(Mapping[str, float]):
     Raises:
         ValueError: scores or metric are not of that kind.
     """
+
+    format = "trady-layer-ranking"
+    words = "layer ranking"
+    folder = "rankings"
 
     def __init__(self, scores: Mapping[str, float], metric: str = "rgn") -> None:
         _check_metric(metric)
@@ -115,29 +113,14 @@ class LayerRanking(Mapping[str, float]):
         places = (above.double() + level.double() / 2).sum(2)
         return float(torch.corrcoef(places)[0, 1])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ranking as JSON; an interrupted write leaves the file that was there.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "metric": self.metric,
-            "scores": self._scores,
-        }
-        write_json(Path(path), content)
+    def to_json(self) -> dict[str, Any]:
+        return {"metric": self.metric, "scores": self._scores}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LayerRanking:
-        """The ranking that ``save`` wrote.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it does not hold a ranking.
-        """
-        return cls._parse(Path(path).read_bytes(), os.fspath(path))
+    def from_json(cls, data: Mapping[str, Any]) -> LayerRanking:
+        if not isinstance(data.get("scores"), dict):
+            raise ValueError('it has no "scores" object, expected {layer name: score}')
+        return cls(data["scores"], data.get("metric"))  # type: ignore[arg-type]
 
     @classmethod
     def shipped(cls, name: str, metric: str = "rgn") -> LayerRanking:
@@ -151,31 +134,11 @@ class LayerRanking(Mapping[str, float]):
             ValueError: an unknown metric, or none by it is shipped under that name.
         """
         _check_metric(metric)
-        folder = resources.files("trady_kernels.selection") / "rankings"
-        ending = f"-{metric}.json"
-        names = sorted(
-            file.name.removesuffix(ending) for file in folder.iterdir() if file.name.endswith(ending)
-        )
-        if name not in names:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(names) or '(none is shipped)'}")
-        return cls._parse((folder / f"{name}{ending}").read_bytes(), f"{name}{ending}")
-
-    @classmethod
-    def _parse(cls, content: bytes, origin: str) -> LayerRanking:
-        data = parse_saved(
-            content,
-            origin,
-            format=_FORMAT,
-            version=_VERSION,
-            words="layer ranking",
-            made_by=cls.__name__,
-        )
-        if not isinstance(data.get("scores"), dict):
-            raise ValueError(f'path: {origin} has no "scores" object, expected {{layer name: score}}')
         try:
-            return cls(data["scores"], data.get("metric"))  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"path: {origin} is damaged: {error}") from None
+            return cls._shipped(name, f"-{metric}")
+        except KeyError as error:
+            known = ", ".join(error.args) or "(none is shipped)"
+            raise ValueError(f"name: got {name!r}, expected one of {known}") from None
 
 
 def rank_layers(

@@ -79,7 +79,7 @@ class ChannelSampler:
     Attributes:
         budget: the parsed ``Budget``, or None.
         resampling: the parsed rule.
-        layers: ``{layer name: LayerCost}`` of every sparse layer.
+        layers: ``{layer name: LayerCost}`` of every sparse layer, in the order of their first calls.
         pool: names of the layers that take part.
         full_cost: ``Cost`` of all channels of all sparse layers.
 
@@ -123,12 +123,12 @@ class ChannelSampler:
         if ranking is not None:
             _check_ranking(ranking, modules, model)
         self._conversion = _report_or_none(model)
-        if self._scheme.biases and not (
+        if self._scheme.biases is True and not (
             any(layer.trains_beside_rows for layer in modules.values())
             or (self._conversion is not None and self._conversion.biases)
         ):
             raise ValueError(
-                f"scheme: got {scheme!r} for a network whose biases are frozen, expected one from "
+                f"scheme: got {self._scheme.name!r} for a network whose biases are frozen, expected one from "
                 "sparsify(model, biases=True)"
             )
         network = measure_network(model, example_input)
@@ -138,7 +138,9 @@ class ChannelSampler:
                 f"example_input: the run does not call the sparse layer {uncalled[0]!r}, expected one that "
                 "calls every sparse layer: give sparsify the same example"
             )
-        self.layers: dict[str, LayerCost] = {name: network.layers[name] for name in modules}
+        self.layers: dict[str, LayerCost] = {
+            name: cost for name, cost in network.layers.items() if name in modules
+        }
         self.pool: list[str] = self._scheme.pool(self.layers, ranking, self.budget)
         self.full_cost: Cost = total(cost.full for cost in self.layers.values())
         self._modules = modules

@@ -123,7 +123,7 @@ def _plot_stem(name: str, model: str) -> str:
 def _making(cells: CellFile) -> list[str]:
     used = sorted({cells[cell].provenance for cell in cells})
     commands = dict.fromkeys(cells.provenance[index]["command"] for index in used)
-    commits = dict.fromkeys(cells.provenance[index]["commit"][:10] for index in used)
+    commits = dict.fromkeys(_short(cells.provenance[index]["commit"]) for index in used)
     versions = cells.provenance[used[-1]]["versions"]
     seeds = sorted({cell.seed for cell in cells if not cell.held_out})
     return [
@@ -136,6 +136,11 @@ def _making(cells: CellFile) -> list[str]:
         "those to train on; the test samples were evaluated by the final runs alone, and the last epoch counts. Figures are means over seeds "
         "with the sample standard deviation. Tests are two-sided paired t-tests over the pairs of task and seed.",
     ]
+
+
+def _short(commit: str | None) -> str:
+    """Ten digits, and the + of a tree that differs from its commit; a copy outside git has none."""
+    return "unknown" if commit is None else commit[:10] + commit[40:]
 
 
 def _model(

@@ -108,8 +108,7 @@ class StepMeter:
         scheme, ranking, seed: of the ``ChannelSampler``.
 
     Raises:
-        ValueError: no such optimiser, or a scheme without a budget one that draws by the gradients of
-            data, or one that is given as data.
+        ValueError: no such optimiser, or or what :func:`check_scheme` raises.
     """
 
     model: nn.Module
@@ -123,12 +122,7 @@ class StepMeter:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
-        unfit = {name: why for name, scheme in SCHEMES.items() if (why := _unfit(scheme))}
-        if self.scheme in unfit:
-            fit = ", ".join(name for name in SCHEMES if name not in unfit)
-            raise ValueError(
-                f"scheme: got {self.scheme!r}, which {unfit[self.scheme]}, expected one of {fit}"
-            )
+        check_scheme(self.scheme)
 
     def measure(self, batch_size: int, budget: Budget, draws: int = 1) -> TrainingStep:
         """Measure a step; of several draws of channels the one that takes most."""
@@ -176,6 +170,18 @@ class StepMeter:
             saved_bytes=saved.saved_bytes,
             peak_bytes=peak.bytes,
         )
+
+
+def check_scheme(name: str) -> None:
+    """Refuse a scheme that has no largest budget to look for.
+
+    Raises:
+        ValueError: it has no budget, draws by the gradients of data, or is given as data.
+    """
+    unfit = {known: why for known, scheme in SCHEMES.items() if (why := _unfit(scheme))}
+    if name in unfit:
+        fit = ", ".join(known for known in SCHEMES if known not in unfit)
+        raise ValueError(f"scheme: got {name!r}, which {unfit[name]}, expected one of {fit}")
 
 
 def fit_total(

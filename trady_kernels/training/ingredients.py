@@ -76,6 +76,11 @@ INGREDIENTS: dict[str, Ingredient] = {
 }
 
 
+def scheme_names() -> list[str]:
+    """Every scheme that a training takes, those that choose channels first."""
+    return list(dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS]))
+
+
 @dataclass(frozen=True)
 class Spec:
     """A scheme and what it is combined with.
@@ -88,7 +93,7 @@ class Spec:
 
     scheme: str
     ingredients: tuple[Ingredient, ...]
-    budget: int | str | None = None
+    budget: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Spec:
@@ -99,9 +104,8 @@ class Spec:
         """
         combined, at, own = text.partition("@")
         scheme, *names = combined.split("+")
-        if scheme not in SCHEMES and scheme not in WITHOUT_CHANNELS:
-            known = dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS])
-            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(known)}")
+        if scheme not in scheme_names():
+            raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(scheme_names())}")
         for name in names:
             if name not in INGREDIENTS:
                 raise ValueError(
@@ -126,7 +130,7 @@ class Spec:
                 f"scheme: got {text!r}, expected no budget after the scheme {scheme}, which has none"
             )
         Budget.parse(own)
-        return cls(scheme, ingredients, int(own) if own.isdecimal() else own)
+        return cls(scheme, ingredients, own)
 
     @property
     def budgeted(self) -> bool:

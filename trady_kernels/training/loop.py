@@ -20,7 +20,8 @@ from trady_kernels.data import DataSet, Samples
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model, read_checkpoint
 from trady_kernels.training.ingredients import Spec
-from trady_kernels.training.regimes import Regime, Start, prepare_dense, prepare_regime
+from trady_kernels.training.regime import Regime, Start, prepare_dense
+from trady_kernels.training.regimes import prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trady_kernels.cost import Budget, Cost, Layer, LayerCost
+from trady_kernels.cost import Budget, Cost, Layer, LayerCost, total
 from trady_kernels.models.loading import import_library
+from trady_kernels.training.regime import Dense, SelectionCost, Start
 
 #: Rank of every adapter.
 RANK = 4
@@ -95,3 +96,36 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
                 if value is not None:
                     state[f"{name}.{key}"] = value + delta if key == "weight" else value
     return {key: value for key, value in state.items() if ".lora_" not in key}
+
+
+class Lora(Dense):
+    """Trains low-rank adapters of the last layers."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        costs = start.layers
+        self._full = total(cost.full for cost in costs.values())
+        self.model.requires_grad_(False)
+        chosen, self._cost = add_adapters(self.model, costs, Budget.parse(start.budget), self._full)
+        if start.head is not None:  # PEFT freezes what is no adapter
+            self.model.get_submodule(start.head).requires_grad_(True)
+        self.notes = [
+            f"adapters of rank {RANK} in the last {len(chosen)} layers without groups; the budget counts their weights and the layers' whole inputs",
+            "norms are frozen, statistics and affine",
+            *start.spec.notes,
+        ]
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def selection_cost(self) -> SelectionCost:
+        return SelectionCost.of(self._cost, self._full)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return merged_state(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"network": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["network"])

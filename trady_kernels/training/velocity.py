@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from trady_kernels.batch import Example, call, without_trace
+from trady_kernels.cost import Budget, Cost, total
+from trady_kernels.training.regime import Dense, SelectionCost, Start
 
 #: Of the last velocity, how much is taken off [NEq, equation 6: mu_eq].
 MOMENTUM = 0.5
@@ -125,3 +128,78 @@ def fastest(
             if left < cheapest:
                 break
     return dict(zip(names, taken.split([len(velocities[name]) for name in names]), strict=True))
+
+
+class Velocity(Dense):
+    """Trains the output neurons that change fastest, out of a dense network: activations are kept whole."""
+
+    def __init__(self, start: Start) -> None:
+        super().__init__(start)
+        self._batches = start.batches
+        self._velocities = NeuronVelocities()
+        self._generator = torch.Generator().manual_seed(start.settings.seed)
+        self._costs = start.layers
+        self._layers: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._costs}
+        self._full = total(cost.full for cost in self._costs.values())
+        budget = Budget.parse(start.budget)
+        self._limit = budget.limit(self._full)
+        self._prices = {
+            name: layer.weight[0].numel() * (layer.weight.element_size() if budget.kind == "bytes" else 1)
+            for name, layer in self._layers.items()
+        }
+        self.model.requires_grad_(False)
+        if start.head is not None:
+            self.model.get_submodule(start.head).requires_grad_(True)
+        self._masks: dict[str, torch.Tensor] = {}
+        for name, layer in self._layers.items():
+            layer.weight.requires_grad_(True)  # for the hook; whether it trains is decided at each draw
+            layer.weight.register_post_accumulate_grad_hook(partial(self._mask, name))
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.notes = [
+            "output neurons are chosen; the budget counts their weights alone, activations are kept whole: not like for like",
+            "norms are frozen, statistics and affine",
+            *start.spec.notes,
+        ]
+        self._choose()
+
+    def _mask(self, name: str, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad[~self._masks[name].to(weight.device)] = 0
+
+    def _choose(self) -> None:
+        outputs = neuron_outputs(self.model, self._layers, (batch[0] for batch in self._batches()))
+        velocities = self._velocities.update(outputs)
+        self._select(fastest(velocities, self._prices, self._limit, self._generator))
+
+    def _select(self, masks: dict[str, torch.Tensor]) -> None:
+        self._masks = masks
+        for name, layer in self._layers.items():
+            layer.weight.requires_grad_(bool(masks[name].any()))
+            layer.weight.grad = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._trained
+
+    def resample(self, optimizer: torch.optim.Optimizer) -> None:
+        self._choose()
+
+    def selection_cost(self) -> SelectionCost:
+        chosen = Cost()
+        for name, mask in self._masks.items():
+            cost, neurons = self._costs[name].full, int(mask.sum())
+            weights = neurons * self._layers[name].weight[0].numel()
+            activations = cost.activation_elements * bool(neurons)
+            chosen += Cost(weights, activations, macs=cost.macs * neurons // len(mask))
+        return SelectionCost.of(chosen, self._full)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "velocities": self._velocities.state_dict(),
+            "generator": self._generator.get_state(),
+            "masks": self._masks,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._velocities.load_state_dict(state["velocities"])
+        self._generator.set_state(state["generator"])
+        self._select(state["masks"])

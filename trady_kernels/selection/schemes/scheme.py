@@ -31,9 +31,9 @@ class Scheme(ABC):
         needs_gradients: whether the order depends on the gradients of all channels: the sampler then has to be given
             a function that measures them, calls it before each draw and hands the norms to :meth:`measure`.
         given: whether the selection is data that the user has: the budget only checks it.
-        bias_layers: of how many of the last layers the biases train too.
         metric: that of the ranking which the scheme's source takes.
-        biases: whether biases train too, which takes a network from ``sparsify(model, biases=...)``.
+        biases: those that train too, which takes a network from ``sparsify(model, biases=...)``: all, none, or those of
+            that many last layers.
     """
 
     name: ClassVar[str]
@@ -44,8 +44,7 @@ class Scheme(ABC):
     needs_gradients: ClassVar[bool] = False
     given: ClassVar[bool] = False
     metric: ClassVar[str] = "rgn"
-    bias_layers: int = 0
-    biases: ClassVar[bool] = False
+    biases: bool | int = False
 
     @classmethod
     def for_network(cls, network: str, fractions: str | os.PathLike[str] | None = None) -> Scheme:

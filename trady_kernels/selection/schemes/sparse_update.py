@@ -28,7 +28,7 @@ class SparseUpdate(Scheme):
         OSError: the file cannot be read.
 
     Attributes:
-        bias_layers: how many of the last layers train their bias too, for ``sparsify(model, biases=...)``.
+        biases: how many of the last layers train their bias too.
     """
 
     name = "sparse-update"
@@ -44,7 +44,7 @@ class SparseUpdate(Scheme):
         self.fractions = (
             fractions if isinstance(fractions, LayerFractions) else LayerFractions.load(fractions)
         )
-        self.bias_layers = self.fractions.bias_layers
+        self.biases = self.fractions.bias_layers
 
     @classmethod
     def for_network(cls, network: str, fractions: str | os.PathLike[str] | None = None) -> SparseUpdate:
