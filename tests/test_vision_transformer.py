@@ -43,7 +43,7 @@ def test_fused_projections_train_as_one_layer() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
 def test_run_on_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading._import("timm"), "is_model_pretrained", lambda name: False)
+    monkeypatch.setattr(loading.import_library("timm"), "is_model_pretrained", lambda name: False)
     arguments = ["--model", NAME, "--data", "digits", "--image-size", "32", "--budget", "5%", "--epochs", "1"]
     arguments += ["--train-samples", "20", "--test-samples", "10", "--batch-size", "10", "--threads", "1"]
     assert main(["finetune", *arguments, "--output", str(tmp_path / "run")]) == 0

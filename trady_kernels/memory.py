@@ -316,11 +316,20 @@ class _CpuPeak:
         self.bytes = max(accumulate((event.nbytes() for event in events), initial=0))
 
 
-def peak_memory(device: torch.device) -> _CpuPeak | _CudaPeak:
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[_CpuPeak | _CudaPeak]:
     """A context whose ``bytes`` is afterwards the allocator's high-water mark above what it held before.
+
+    Python's garbage collector, which comes at whatever moment, waits until the end: the same work has the same peak.
 
     Args:
         device: whose allocator; on the CPU torch's profiler watches it.
     """
-    gc.collect()  # what is garbage already would be taken back inside, and lower the mark
-    return _CudaPeak(device) if device.type == "cuda" else _CpuPeak(device)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with _CudaPeak(device) if device.type == "cuda" else _CpuPeak(device) as peak:
+            yield peak
+    finally:
+        if collects:
+            gc.enable()
