@@ -13,7 +13,8 @@ from trady_kernels.memory import measure_memory
 from trady_kernels.models import MobileNetV2
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.checkpointing import blocks_of, checkpoint_blocks
-from trady_kernels.training.ingredients import INGREDIENTS, Spec
+from trady_kernels.training.ingredients import INGREDIENTS, PRESETS, Spec, scheme_names
+from trady_kernels.training.settings import Settings
 
 
 def test_a_spec_is_a_scheme_and_ingredients() -> None:
@@ -23,12 +24,29 @@ def test_a_spec_is_a_scheme_and_ingredients() -> None:
         assert [part.name for part in spec.ingredients] == (["bias"] if scheme == "bias-only" else [])
     spec = Spec.parse("medyate+stats+8bit+bias")
     assert (spec.scheme, [part.name for part in spec.ingredients]) == ("medyate", ["stats", "8bit", "bias"])
-    assert spec.sparsify == {"lean": "8bit", "biases": True}
+    assert spec.sparsify == {"lean": "8bit", "stored": "8bit", "biases": True}
     assert spec.notes == [INGREDIENTS[name].note for name in ("stats", "8bit", "bias")]
     assert Spec.parse("full+stats").ingredients == (INGREDIENTS["stats"],)
     assert Spec.parse("trady+bias@5.5%").budget == "5.5%" and Spec.parse("trady@100").budget == "100"
     assert Spec.parse("trady").budget is None
-    assert Spec.parse("bias-only+8bit").sparsify == {"lean": "8bit", "biases": True}
+    assert (spec.momentum, Spec.parse("full+momentum").momentum) == (0.0, 0.9)
+    assert Spec.parse("bias-only+8bit").sparsify == {"lean": "8bit", "stored": "8bit", "biases": True}
+
+
+def test_a_preset_is_a_combination_with_a_name() -> None:
+    for name, combined in PRESETS.items():
+        assert Spec.parse(name) == Spec.parse(combined) and name in scheme_names()
+        assert Spec.parse(f"{name}+stats@3%") == Spec.parse(f"{combined}+stats@3%")
+    with pytest.raises(ValueError, match=r"got 'frugal\+bias', which has an ingredient twice"):
+        Spec.parse("frugal+bias")
+
+
+def test_with_momentum_the_rate_is_that_much_lower() -> None:
+    settings = Settings()
+    for scheme in ("trady", "full"):
+        with_momentum = settings.learning_rate_of(f"{scheme}+momentum")
+        assert with_momentum == pytest.approx(settings.learning_rate_of(scheme) / 10)
+    assert Settings(learning_rate=0.3).learning_rate_of("frugal") == 0.3
 
 
 @pytest.mark.parametrize(
@@ -41,9 +59,9 @@ def test_a_spec_is_a_scheme_and_ingredients() -> None:
         ("trady+bias+bias", "got 'trady+bias+bias', which has an ingredient twice"),
         ("full@5%", "got 'full@5%', expected no budget after the scheme full, which has none"),
         ("bias-only+bias", "which has an ingredient twice"),
-        ("full+bias", "got 'full+bias', expected only ingredients that go with full: stats, checkpoint, accumulate"),
+        ("full+bias", "got 'full+bias', expected only ingredients that go with full: stats, checkpoint, accumulate, momentum"),
         ("full+stats+8bit", "got 'full+stats+8bit', expected only ingredients that go with full"),
-        ("trady+checkpoint", "expected only ingredients that go with trady: bias, 8bit, stats, accumulate"),
+        ("trady+checkpoint", "expected only ingredients that go with trady: bias, 8bit, stats, accumulate, momentum"),
     ),
 )  # fmt: skip
 def test_bad_specs_get_one_sentence(text: str, says: str) -> None:

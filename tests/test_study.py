@@ -24,7 +24,7 @@ from trady_kernels.training.settings import Settings
 
 RECIPE = Settings(epochs=2, train_samples=40, threads=1)
 RECIPES = {"digits": RECIPE, "clothes": dataclasses.replace(RECIPE, data="fashion-mnist")}
-RATES = {"efficientnet_lite0": {"": 0.2, "head-only": 0.05, "full": 0.01}}
+RATES = {"efficientnet_lite0": {"": 0.3, "head-only": 0.06, "full": 0.03}}
 MATRIX = Matrix(
     RECIPES, {"2.2%": ("trady", "medyate", "head-only", "full"), "7%": ("trady", "head-only")}, RATES, 2
 )
@@ -33,8 +33,8 @@ PROVENANCE = {
     "commit": "0123456789abcdef",
     "versions": {"python": "3.11", "torch": "2.13"},
 }
-#: Peaks of the accuracy over the learning rate, as multiples of the scheme's own, of the fake training below.
-BEST = {"trady": 2.0, "medyate": 1.0, "head-only": 0.5, "full": 1.0}
+#: Peaks of the accuracy over the learning rate of the fake training below.
+BEST = {"trady": 0.9, "medyate": 0.3, "head-only": 0.02, "full": 0.03}
 
 
 def usual_of(scheme: str) -> float:
@@ -43,7 +43,7 @@ def usual_of(scheme: str) -> float:
 
 
 def epoch(number: int, top1: float) -> EpochFigures:
-    return EpochFigures(number, 1.0, 0.5, 1.0, top1, 10, 0.1, 0.2, 0.25, 3 * 2**20, 4.0, 1.0)
+    return EpochFigures(number, 1.0, 0.5, 1.0, top1, 10, 0.1, 0.2, 0.25, 3 * 2**20, 2**18, 2**19, 4.0, 1.0)
 
 
 @dataclasses.dataclass
@@ -66,7 +66,10 @@ class Trainer:
         self.asked.append(Cell(task, scheme, budget, rate, settings.seed, bool(settings.validation_share)))
         if scheme == "full" and rate > own:
             raise Diverged("learning_rate: too high")
-        top1 = 0.9 - 0.1 * abs(math.log2(rate / own / BEST[scheme])) + 0.001 * settings.seed
+        # On the clothes alone the lowest rate is the best of trady, by less than it loses on the digits.
+        peak = 0.1 if (scheme, task) == ("trady", "clothes") else BEST[scheme]
+        weight = 0.04 if (scheme, task) == ("trady", "clothes") else 0.1
+        top1 = 0.9 - weight * abs(math.log(rate / peak, 3)) + 0.001 * settings.seed
         return SchemeResult(scheme, "random", rate, 100, 2**25, ["a note"], [epoch(1, 0.1), epoch(2, top1)])
 
 
@@ -96,13 +99,13 @@ def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_pat
     assert told == trainer.asked and len(told) == len(set(told)) == MATRIX.size
     # Four schemes at the first budget and one at the other, on two tasks.
     assert MATRIX.size == 2 * (4 * len(FACTORS) + 5 * 2)
-    usual = {scheme: usual_of(scheme) for scheme in BEST}
     for cell in told:
         if cell.held_out:
-            assert cell.seed == 0 and cell.learning_rate / usual[cell.scheme] in FACTORS
+            tried = [usual_of(cell.scheme) * factor for factor in FACTORS]
+            assert cell.seed == 0 and any(cell.learning_rate == pytest.approx(rate) for rate in tried)
             assert cell.budget == ("2.2%" if cell.scheme in ("trady", "medyate") else "")
         else:
-            assert cell.learning_rate == BEST[cell.scheme] * usual[cell.scheme]
+            assert cell.learning_rate == BEST[cell.scheme]
     trials = [cell.scheme for cell in told if cell.held_out and cell.task == "digits"]
     assert {scheme: trials.count(scheme) for scheme in BEST} == dict.fromkeys(BEST, len(FACTORS))
     assert {(cell.scheme, cell.budget) for cell in told if not cell.held_out} == {
@@ -158,7 +161,7 @@ def test_a_file_of_other_settings_or_damaged_is_refused(trainer: Trainer, tmp_pa
     path.write_text(text[:-100])
     with pytest.raises(ValueError, match="is damaged"):
         CellFile.load(path)
-    path.write_text(text.replace('"version": 1', '"version": 0'))
+    path.write_text(text.replace('"version": 2', '"version": 0'))
     with pytest.raises(ValueError, match="not written by this version"):
         CellFile.load(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -208,13 +211,14 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     table = text.split("### Budget 2.2%")[1].split("\n\n")[1].splitlines()
     assert len({len(line) for line in table}) == 1, "columns align"
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table[2:]}
-    assert rows["trady"][:3] == ["90.1 ± 0.1", "90.1 ± 0.1", "90.1"]
-    assert rows["medyate"][3] == "+0.00 (p 1.000)"
-    assert rows["full"][5:] == ["3.0", "9.4%", "25.0%", "4"]
+    assert rows["medyate"][:3] == ["90.1 ± 0.1", "90.1 ± 0.1", "90.1"]
+    assert rows["full"][4] == "+0.00 (p 1.000)"
+    assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "4"]
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
     assert "not decided" in text and "    trady study results" in text
     rates = text.split("### Learning rates chosen")[1]
-    assert f"{2 * usual_of('trady'):g}" in rates
+    assert "| trady     |  0.9 |" in rates
+    assert "| clothes |               40 | all          |      2 |    32 | 64x64 |" in text
 
 
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
@@ -265,7 +269,7 @@ def test_plots(trainer: Trainer, tmp_path: Path) -> None:
     write_report(cells, tmp_path, "results")
     assert svg.count("<path") > 20
     # The labels of axes and legend are there.
-    assert all(word in svg for word in ("saved for backward", "top-1 accuracy", "medyate", "clothes"))
+    assert all(word in svg for word in ("training memory", "top-1 accuracy", "medyate", "clothes"))
 
 
 def test_trainings_side_by_side_give_the_same_file(trainer: Trainer, tmp_path: Path) -> None:

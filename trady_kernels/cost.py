@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from trady_kernels.batch import Example, call, tensors_in, without_trace
+from trady_kernels.ops.quantize_blocks import blocks_of
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -26,7 +27,8 @@ class Cost:
     Attributes:
         weight_elements: elements of weight gradient.
         activation_elements: elements of stored input, of one sample.
-        bytes: weight gradients and stored inputs of the whole example batch, in their own dtypes.
+        bytes: weight gradients and stored inputs of the whole example batch, in their own dtypes; of inputs
+            stored in 8 bits codes and scales, rounded up for each channel.
         macs: multiply-accumulates of the weight gradient, of one sample.
     """
 
@@ -179,11 +181,14 @@ def weight_elements(layer: Layer) -> int:
     return layer.weight.numel() // channels_of(layer)
 
 
-def _stored_dtype(input: torch.Tensor) -> torch.dtype:
+def _stored_bytes(layer: Layer, input: torch.Tensor, elements: int) -> int:
+    """Bytes of so many elements of a layer's input, as the layer keeps them for backward."""
+    if getattr(layer, "stored", "exact") == "8bit":
+        return elements + 4 * blocks_of(elements)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.is_floating_point() and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return input.dtype
+        return elements * torch.get_autocast_dtype(device).itemsize
+    return elements * input.dtype.itemsize
 
 
 class _Mark(torch.autograd.Function):
@@ -308,7 +313,7 @@ def measure_network(model: nn.Module, example_input: Example) -> NetworkCost:
         seen = found.get(name)
         weight = Cost(per_channel, 0, per_channel * layer.weight.element_size()) if seen is None else Cost()
         activation = Cost(
-            0, stored, positions * _stored_dtype(input).itemsize, per_channel * math.ceil(produced / samples)
+            0, stored, _stored_bytes(layer, input, positions), per_channel * math.ceil(produced / samples)
         )
         before = seen.channel if seen else Cost()
         found[name] = LayerCost(name, channels, before + weight + activation)

@@ -13,6 +13,7 @@ from trady_kernels.batch import Example
 from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
+from trady_kernels.functional.stored import STORED
 from trady_kernels.models.front import Front
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
@@ -99,6 +100,13 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "byte an element, which is not exact (8bit) (default: %(default)s)",
     )
     parser.add_argument(
+        "--stored",
+        choices=STORED,
+        default="exact",
+        help="selected channels are kept as they are, or in one byte an element (8bit), which is not exact, so that a budget "
+        "in bytes holds more of them (default: %(default)s)",
+    )
+    parser.add_argument(
         "--biases",
         metavar="N|all",
         help="train the biases of the last N sparse layers too, and of the norms behind them, or all of them",
@@ -174,7 +182,7 @@ def make_sparse(
     with usage_errors():
         ranking = find_ranking(args.ranking, args.model, scheme.metric)
         head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.input, head=head, lean=LEAN[args.lean], biases=biases)
+        sparsify(model, batch.input, head=head, lean=LEAN[args.lean], biases=biases, stored=args.stored)
     return ranking
 
 

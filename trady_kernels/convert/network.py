@@ -24,6 +24,7 @@ from trady_kernels.convert.classes import (
 )
 from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_calls
 from trady_kernels.convert.report import ConversionReport, biases_of_reports, find_report
+from trady_kernels.functional.stored import Stored, check_stored
 from trady_kernels.memory import saved_by_module
 from trady_kernels.nn.attention import keep_attention, recompute_attention
 from trady_kernels.nn.channels import SparseChannels
@@ -66,6 +67,7 @@ def sparsify(
     freeze_norm: bool = True,
     lean: Lean = True,
     biases: bool | int = False,
+    stored: Stored = "exact",
 ) -> Model:
     """Make a network's convolutions and linears sparse, in place, with no channel selected yet.
 
@@ -100,14 +102,17 @@ def sparsify(
             of that many last layers in the order of calls (Sparse Update, arXiv 2206.15472). Their gradients keep
             no activation and no budget counts them, but the backward pass goes down to the lowest of them, which
             keeps the bits of the activations on its way. Biases of other norms (layer norms) stay frozen.
+        stored: how the sparse layers keep their selected channels: "exact", or in a quarter of float32's bytes as
+            "8bit", with gradients that are less exact (``SparseConv2d``). Budgets in bytes then hold more channels.
+            Layers that are sparse already stay as they are.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_input`` is of another type.
-        ValueError: ``head`` names no module, or one that is sparse already; ``lean`` or ``biases`` is none of
-            these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
+        ValueError: ``head`` names no module, or one that is sparse already; ``lean``, ``biases`` or ``stored`` is
+            none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
             changed then.
     """
     _check_model(model)
@@ -119,6 +124,7 @@ def sparsify(
     if not isinstance(lean, bool) and lean != "8bit":
         raise ValueError(f'lean: got {lean!r}, expected True, False or "8bit"')
     check_biases(biases)
+    check_stored(stored)
     names = {module: name for name, module in model.named_modules()}
     earlier = find_report(model)
     trained_before = biases_of_reports(model)
@@ -148,7 +154,7 @@ def sparsify(
         if name in plan.sparse and not isinstance(module, SparseChannels):
             layer_class = plan.sparse[name]
             assert issubclass(layer_class, SparseChannels)
-            layer_class.take_over(module, channels=())  # a count would draw at random
+            layer_class.take_over(module, channels=(), stored=stored)  # a count would draw at random
         if name in plan.lean:
             module.__class__ = plan.lean[name]
     for module in inside_head:

@@ -19,6 +19,7 @@ from trady_kernels.functional.norm import (
     normalize,
     sum_to_bias,
 )
+from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
 from trady_kernels.ops import (
     conv2d_channel_grad,
     conv2d_channel_grad_with_bias,
@@ -195,28 +196,31 @@ class _SparseConv2d(torch.autograd.Function):
         running_mean: torch.Tensor | None,  # (C',)
         running_var: torch.Tensor | None,  # (C',)
         eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stored: Stored,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         norm = None
         if running_mean is not None and running_var is not None:
             norm = FrozenNorm(norm_weight, norm_bias, running_mean, running_var, eps)
         output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
+        if channel_weight is not None and stored == "8bit":
+            return output, *pack(gather_channels(input, channels))
         if channel_weight is None or channels.shape[0] == input.shape[1]:
-            return output, None
-        return output, gather_channels(input, channels)
+            return output, None, None
+        return output, gather_channels(input, channels), None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         input, weight, bias, channel_weight, channels, *ctx.convolution = inputs[:10]
-        norm_weight, norm_bias, _, running_var, ctx.eps = inputs[10:]
-        _, selected = output
-        if selected is not None:
-            ctx.mark_non_differentiable(selected)
-        elif channel_weight is not None:
+        norm_weight, norm_bias, _, running_var, ctx.eps, _ = inputs[10:]
+        _, selected, scales = output
+        ctx.mark_non_differentiable(*(kept for kept in (selected, scales) if kept is not None))
+        if selected is None and channel_weight is not None:
             selected = input  # every channel is selected: keep the input itself, as nn.Conv2d does
         ctx.set_materialize_grads(False)
         # A change of `channels` before backward is noticed by autograd's version check.
         ctx.save_for_backward(
             selected,
+            scales,
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
             norm_weight,
@@ -237,10 +241,10 @@ class _SparseConv2d(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("sparse_conv2d")
-    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * 15
-        selected, weight, channels, norm_weight, running_var = ctx.saved_tensors
+            return (None,) * 16
+        selected, scales, weight, channels, norm_weight, running_var = ctx.saved_tensors
         stride, padding, dilation, groups, padding_mode = ctx.convolution
         shape, memory_format = ctx.input_layout
         bias_dtype, rows_dtype, norm_bias_dtype = ctx.dtypes
@@ -269,6 +273,7 @@ class _SparseConv2d(torch.autograd.Function):
         grad_input = grad_bias = grad_rows = sums = None
         needs_sums = ctx.needs_input_grad[2] or (ctx.needs_input_grad[11] and grad_norm_bias is None)
         if ctx.needs_input_grad[3]:
+            selected = unpack(selected, scales, grad_output.dtype)
             arguments = (
                 F.pad(selected, by_hand, mode=mode) if padded else selected,
                 grad_output,
@@ -309,7 +314,7 @@ class _SparseConv2d(torch.autograd.Function):
                 grad_norm_bias = sums
         if grad_norm_bias is not None:
             grad_norm_bias = grad_norm_bias.to(norm_bias_dtype)
-        return grad_input, None, grad_bias, grad_rows, *(None,) * 7, grad_norm_bias, None, None, None
+        return grad_input, None, grad_bias, grad_rows, *(None,) * 7, grad_norm_bias, *(None,) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -328,6 +333,7 @@ def sparse_conv2d(
     groups: int = 1,
     padding_mode: str = "zeros",
     norm: FrozenNorm | None = None,
+    stored: Stored = "exact",
 ) -> torch.Tensor:  # (N, C', H', W') or (C', H', W')
     r"""``F.conv2d`` whose weight gradient goes to the rows of the selected input channels alone.
 
@@ -357,13 +363,16 @@ def sparse_conv2d(
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
         norm: a batch norm in evaluation mode that the output goes through. Its bias gets a gradient where it
             requires grad. While its weight does it is not folded, and the convolution's output is kept for it.
+        stored: how the selected channels are kept, see ``Stored``. In 8 bits each value is off by at most 1/254 of
+            the largest among the 64 in a row with it, and so is what the gradient of ``channel_weight`` is made of.
 
     Returns:
         ``(N, C', H', W')`` or ``(C', H', W')``, without ``norm`` bit-equal to ``nn.Conv2d``'s.
 
     Raises:
         TypeError: ``input`` is not a tensor.
-        ValueError: ``input`` does not have the weight's number of channels, or not 3 or 4 dimensions.
+        ValueError: ``input`` does not have the weight's number of channels, or not 3 or 4 dimensions; ``stored``
+            is none of ``Stored``.
         RuntimeError: when a gradient of the gradient is asked for.
         NotImplementedError: under ``torch.vmap`` while something requires grad.
     """
@@ -377,13 +386,24 @@ def sparse_conv2d(
             f"input: got shape {tuple(shape)}, expected (N, {in_channels}, H, W) or "
             f"({in_channels}, H, W), since the layer has {in_channels} input channels"
         )
+    check_stored(stored)
     stride, dilation = _pair(stride), _pair(dilation)
     if not isinstance(padding, str):
         padding = _pair_or_margins(padding)
     input = input if dim == 4 else input.unsqueeze(0)
     if norm is not None and norm_weight_trains(norm):
         output = sparse_conv2d(
-            input, weight, bias, channel_weight, channels, stride, padding, dilation, groups, padding_mode
+            input,
+            weight,
+            bias,
+            channel_weight,
+            channels,
+            stride,
+            padding,
+            dilation,
+            groups,
+            padding_mode,
+            stored=stored,
         )
         output = normalize(output, norm)
         return output if dim == 4 else output.squeeze(0)
@@ -397,7 +417,7 @@ def sparse_conv2d(
     ):
         output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
         return output if dim == 4 else output.squeeze(0)
-    output, _ = apply(
+    output = apply(
         _SparseConv2d,
         cast_input(input),
         weight,
@@ -410,5 +430,6 @@ def sparse_conv2d(
         groups,
         padding_mode,
         *((None, None, None, None, 0.0) if norm is None else norm),
-    )
+        stored,
+    )[0]
     return output if dim == 4 else output.squeeze(0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
+from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
 from trady_kernels.ops import gather_channels, linear_channel_grad
 
 
@@ -40,24 +41,27 @@ class _SparseLinear(torch.autograd.Function):
         bias: torch.Tensor | None,  # (O,)
         channel_weight: torch.Tensor | None,  # (k, O)
         channels: torch.Tensor,  # (k,)
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stored: Stored,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         output = _multiply(input, weight, bias)
+        if channel_weight is not None and stored == "8bit":
+            return output, *pack(_gather_features(input, channels))
         if channel_weight is None or channels.shape[0] == input.shape[-1]:
-            return output, None
-        return output, _gather_features(input, channels)
+            return output, None, None
+        return output, _gather_features(input, channels), None
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        input, weight, bias, channel_weight, channels = inputs
-        _, selected = output
-        if selected is not None:
-            ctx.mark_non_differentiable(selected)
-        elif channel_weight is not None:
+        input, weight, bias, channel_weight, channels, _ = inputs
+        _, selected, scales = output
+        ctx.mark_non_differentiable(*(kept for kept in (selected, scales) if kept is not None))
+        if selected is None and channel_weight is not None:
             selected = input  # every feature is selected: keep the input itself, as nn.Linear does
         ctx.set_materialize_grads(False)
         # A change of `channels` before backward is noticed by autograd's version check.
         ctx.save_for_backward(
             selected,
+            scales,
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
         )
@@ -68,21 +72,22 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("sparse_linear")
-    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
-            return (None,) * 5
-        selected, weight, _channels = ctx.saved_tensors
+            return (None,) * 6
+        selected, scales, weight, _channels = ctx.saved_tensors
         bias_dtype, rows_dtype = ctx.dtypes
         grad_input = grad_bias = grad_rows = None
         rows_of_output = grad_output.flatten(0, -2) if grad_output.dim() > 1 else grad_output[None]  # (N, O)
         if ctx.needs_input_grad[3]:
+            selected = unpack(selected, scales, grad_output.dtype)
             rows_of_input = selected.flatten(0, -2) if selected.dim() > 1 else selected[None]
             grad_rows = linear_channel_grad(rows_of_input, rows_of_output).to(rows_dtype)
         if ctx.needs_input_grad[0]:
             grad_input = torch.matmul(grad_output, weight.to(grad_output.dtype))
         if ctx.needs_input_grad[2]:
             grad_bias = rows_of_output.sum(0).to(bias_dtype)
-        return grad_input, None, grad_bias, grad_rows, None
+        return grad_input, None, grad_bias, grad_rows, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -95,6 +100,7 @@ def sparse_linear(
     bias: torch.Tensor | None,  # (O,)
     channel_weight: torch.Tensor | None,  # (k, O)
     channels: torch.Tensor,  # (k,)
+    stored: Stored = "exact",
 ) -> torch.Tensor:  # (..., O)
     r"""``F.linear`` whose weight gradient goes to the rows of the selected input features alone.
 
@@ -112,13 +118,15 @@ def sparse_linear(
             feature; None where nothing but the input and the bias gets a gradient. Its values are not
             read.
         channels: ``(k,)`` int64, sorted and unique, the input feature of each row.
+        stored: how the selected features are kept, see ``Stored``. In 8 bits each is off by at most 1/254 of the
+            largest among the 64 in a row with it, and so is what the gradient of ``channel_weight`` is made of.
 
     Returns:
         ``(..., O)``, bit-equal to ``nn.Linear``'s.
 
     Raises:
         TypeError: ``input`` is not a tensor.
-        ValueError: the last dimension of ``input`` is not the weight's.
+        ValueError: the last dimension of ``input`` is not the weight's, or ``stored`` is none of ``Stored``.
         RuntimeError: when a gradient of the gradient is asked for.
         NotImplementedError: under ``torch.vmap`` while something requires grad.
     """
@@ -129,11 +137,11 @@ def sparse_linear(
             f"input: got shape {tuple(input.shape)}, expected (..., {weight.shape[1]}), since the layer has "
             f"{weight.shape[1]} input features"
         )
+    check_stored(stored)
     if channel_weight is not None and not channel_weight.requires_grad:
         channel_weight = None
     if not torch.is_grad_enabled() or not (
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _multiply(input, weight, bias)
-    output, _ = apply(_SparseLinear, cast_input(input), weight, bias, channel_weight, channels)
-    return output
+    return apply(_SparseLinear, cast_input(input), weight, bias, channel_weight, channels, stored)[0]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from trady_kernels.functional.stored import Stored, check_stored
 from trady_kernels.nn import optimizer_state
 from trady_kernels.nn.optimizer_state import to_device
 
@@ -120,6 +121,8 @@ class SparseChannels(nn.Module):
     weight: torch.Tensor
     channel_weight: nn.Parameter
     channels: torch.Tensor
+    #: How the selected channels are kept for backward; in the instance's ``__dict__`` where it is not this.
+    stored: Stored = "exact"
 
     # -- what a concrete layer defines -------------------------------------------------------------
 
@@ -157,7 +160,10 @@ class SparseChannels(nn.Module):
 
     # -- construction ------------------------------------------------------------------------------
 
-    def _register_rows(self, channels: Channels) -> None:
+    def _register_rows(self, channels: Channels, stored: Stored = "exact") -> None:
+        check_stored(stored)
+        if stored != self.stored:
+            self.stored = stored
         # An index tensor on the meta device would forget which channels it means.
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         indices = to_device(as_channels(channels, self.channel_count), device)
@@ -168,22 +174,23 @@ class SparseChannels(nn.Module):
         self._adopt()
 
     @classmethod
-    def take_over(cls, module: nn.Module, channels: Channels = None) -> None:
+    def take_over(cls, module: nn.Module, channels: Channels = None, stored: Stored = "exact") -> None:
         """Turn a dense layer into this class in place: the object, its weight, hooks and attributes stay.
 
         Args:
             module: a layer of the dense class.
-            channels: as for the constructor.
+            channels, stored: as for the constructor.
         """
         module.__class__ = cls
         assert isinstance(module, SparseChannels)
-        module._register_rows(channels)
+        module._register_rows(channels, stored)
 
     def hand_back(self, dense: type[nn.Module]) -> None:
         """Turn this layer into the class ``dense`` in place, its values kept: ``take_over`` undone."""
         self.synchronize()
         optimizer_state.unregister(self)
         del self.channel_weight, self.channels
+        self.__dict__.pop("stored", None)
         for name in _IDENTITIES:
             del self.__dict__[name]
         self.__class__ = dense  # type: ignore[assignment]
@@ -442,4 +449,5 @@ class SparseChannels(nn.Module):
         self._adopt()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, selected={len(self.channels)}"
+        text = f"{super().extra_repr()}, selected={len(self.channels)}"
+        return text if self.stored == "exact" else f"{text}, stored={self.stored!r}"

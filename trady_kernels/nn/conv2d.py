@@ -10,6 +10,7 @@ from torch import nn
 
 from trady_kernels.functional import FrozenNorm, sparse_conv2d
 from trady_kernels.functional.conv2d import Margins, margins_of
+from trady_kernels.functional.stored import Stored
 from trady_kernels.nn.channels import Channels, SparseChannels
 from trady_kernels.ops import scatter_channels_
 
@@ -24,6 +25,8 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
             device, dtype: as ``nn.Conv2d`` takes them.
         channels: the input channels to train: None for all, an int for that many at random, or a 1-D index
             tensor or sequence.
+        stored: "exact" keeps the selected values, "8bit" one byte for each and a scale for each 64; see
+            :data:`trady_kernels.functional.stored.Stored`.
 
     Attributes:
         weight: ``(C', C/groups, kh, kw)``, the whole weight, frozen, always up to date.
@@ -34,7 +37,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         folded_margins: (left, right, top, bottom), the zeros that ``fold`` took in, or None.
 
     Raises:
-        TypeError, ValueError, IndexError: bad ``channels``, or what ``nn.Conv2d`` raises.
+        TypeError, ValueError, IndexError: bad ``channels`` or ``stored``, or what ``nn.Conv2d`` raises.
 
     Source: TraDy, arXiv 2510.19675, section 3; Sparse Update, arXiv 2206.15472.
     """
@@ -58,6 +61,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         dtype: torch.dtype | None = None,
         *,
         channels: Channels = None,
+        stored: Stored = "exact",
     ) -> None:
         super().__init__(
             in_channels,
@@ -72,23 +76,25 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
             device,
             dtype,
         )
-        self._register_rows(channels)
+        self._register_rows(channels, stored)
 
     @classmethod
-    def from_dense(cls, module: nn.Conv2d, channels: Channels = None) -> SparseConv2d:
+    def from_dense(
+        cls, module: nn.Conv2d, channels: Channels = None, stored: Stored = "exact"
+    ) -> SparseConv2d:
         """A sparse layer with copies of a dense one's values, in its mode and on its device.
 
         Args:
             module: an ``nn.Conv2d``, left as it is.
-            channels: as for the constructor.
+            channels, stored: as for the constructor.
 
         Raises:
             TypeError: ``module`` is not an ``nn.Conv2d``.
-            TypeError, ValueError, IndexError: bad ``channels``.
+            TypeError, ValueError, IndexError: bad ``channels`` or ``stored``.
         """
         if not isinstance(module, nn.Conv2d):
             raise TypeError(f"module: got {type(module).__name__}, expected an nn.Conv2d")
-        sparse = cls(**_arguments(module), channels=0)
+        sparse = cls(**_arguments(module), channels=0, stored=stored)
         return sparse._copy_from(module, channels)
 
     def to_dense(self) -> nn.Conv2d:
@@ -197,6 +203,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
             None
             if norm is None
             else FrozenNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps),  # type: ignore[arg-type]
+            self.stored,
         )
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trady_kernels.functional import sparse_linear
+from trady_kernels.functional.stored import Stored
 from trady_kernels.nn.channels import Channels, SparseChannels
 from trady_kernels.ops import scatter_channels_
 
@@ -21,6 +22,8 @@ class SparseLinear(SparseChannels, nn.Linear):
         in_features, out_features, bias, device, dtype: as ``nn.Linear`` takes them.
         channels: the input features to train: None for all, an int for that many at random, or a 1-D index
             tensor or sequence.
+        stored: "exact" keeps the selected values, "8bit" one byte for each and a scale for each 64; see
+            :data:`trady_kernels.functional.stored.Stored`.
 
     Attributes:
         weight: ``(O, I)``, the whole weight, frozen, always up to date.
@@ -29,7 +32,7 @@ class SparseLinear(SparseChannels, nn.Linear):
         channels: ``(k,)`` int64, sorted, the input feature of each row.
 
     Raises:
-        TypeError, ValueError, IndexError: bad ``channels``, or what ``nn.Linear`` raises.
+        TypeError, ValueError, IndexError: bad ``channels`` or ``stored``, or what ``nn.Linear`` raises.
 
     Source: TraDy, arXiv 2510.19675, section 3; PaCA, arXiv 2503.01905.
     """
@@ -43,25 +46,28 @@ class SparseLinear(SparseChannels, nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         channels: Channels = None,
+        stored: Stored = "exact",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._register_rows(channels)
+        self._register_rows(channels, stored)
 
     @classmethod
-    def from_dense(cls, module: nn.Linear, channels: Channels = None) -> SparseLinear:
+    def from_dense(
+        cls, module: nn.Linear, channels: Channels = None, stored: Stored = "exact"
+    ) -> SparseLinear:
         """A sparse layer with copies of a dense one's values, in its mode and on its device.
 
         Args:
             module: an ``nn.Linear``, left as it is.
-            channels: as for the constructor.
+            channels, stored: as for the constructor.
 
         Raises:
             TypeError: ``module`` is not an ``nn.Linear``.
-            TypeError, ValueError, IndexError: bad ``channels``.
+            TypeError, ValueError, IndexError: bad ``channels`` or ``stored``.
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module: got {type(module).__name__}, expected an nn.Linear")
-        sparse = cls(**_arguments(module), channels=0)
+        sparse = cls(**_arguments(module), channels=0, stored=stored)
         return sparse._copy_from(module, channels)
 
     def to_dense(self) -> nn.Linear:
@@ -74,7 +80,7 @@ class SparseLinear(SparseChannels, nn.Linear):
     def compute(
         self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
     ) -> torch.Tensor:
-        return sparse_linear(input, weight, self.bias, rows, channels)
+        return sparse_linear(input, weight, self.bias, rows, channels, self.stored)
 
     @property
     def channel_count(self) -> int:

@@ -14,7 +14,7 @@ from trady_kernels.training.results import SchemeResult
 from trady_kernels.training.settings import Settings
 
 _FORMAT = "trady-study-cells"
-_VERSION = 1
+_VERSION = 2
 #: Share of the samples to train on that is held out for choosing learning rates.
 HELD_OUT_SHARE = 0.2
 #: Of every epoch, what is kept.
@@ -62,6 +62,7 @@ class Outcome:
         top1: accuracy after the last epoch; 0 where the training diverged.
         diverged: whether the loss became infinite or NaN.
         saved_bytes, dense_saved_bytes: kept for backward in a step, measured: the dearest epoch's, and full fine-tuning's.
+        gradient_bytes, optimizer_bytes: of gradients, and of the optimiser's state, the dearest epoch's.
         cost, full_cost: elements of one sample: the dearest epoch's, and of all channels.
         gradient_share: multiply-accumulates of weight gradients, the dearest epoch's, over all of them.
         step_ms: median of a training step, on a machine that may have been busy.
@@ -75,6 +76,8 @@ class Outcome:
     diverged: bool = False
     saved_bytes: int = 0
     dense_saved_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
     cost: int = 0
     full_cost: int = 0
     gradient_share: float = 0.0
@@ -84,6 +87,11 @@ class Outcome:
     notes: list[str] = dataclasses.field(default_factory=list)
     provenance: int = 0
 
+    @property
+    def training_bytes(self) -> int:
+        """What a training step needs beside the weights: saved for backward, gradients, optimiser state."""
+        return self.saved_bytes + self.gradient_bytes + self.optimizer_bytes
+
     @classmethod
     def of(cls, result: SchemeResult) -> Outcome:
         """The outcome of a finished run."""
@@ -91,6 +99,8 @@ class Outcome:
             top1=result.top1,
             saved_bytes=result.saved_bytes,
             dense_saved_bytes=result.dense_saved_bytes,
+            gradient_bytes=result.gradient_bytes,
+            optimizer_bytes=result.optimizer_bytes,
             cost=result.cost,
             full_cost=result.full_cost,
             gradient_share=result.gradient_share,

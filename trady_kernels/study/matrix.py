@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from trady_kernels.training.run import load_task
 from trady_kernels.training.settings import Settings
 
 #: Trials of a learning rate, as multiples of the scheme's middle one: as many for every scheme.
-FACTORS = (0.5, 1.0, 2.0)
+FACTORS = (1 / 3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Matrix:
         recipes: settings of each task.
         schemes: of each budget; at the first one that has it, a scheme's learning rate is tuned.
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
+            With momentum m it is 1 - m times that.
         seeds: how many.
     """
 
@@ -58,12 +61,21 @@ class Matrix:
         return iter(dict.fromkeys(rows))
 
     def trials(self, row: Row) -> list[Cell]:
-        """The runs that choose a row's learning rate; those of its scheme's first budget serve all."""
-        rates = self.rates[self.recipes[row.task].model]
-        middle = rates.get(Spec.parse(row.scheme).scheme, rates[""])
+        """The runs that choose a row's learning rate, one for the tasks of a network and for all budgets.
+
+        On a single task the best of three rates is often the one that luck did not spoil.
+        """
+        model = self.recipes[row.task].model
+        rates, spec = self.rates[model], Spec.parse(row.scheme)
+        middle = rates.get(spec.scheme, rates[""]) * (1 - spec.momentum)
         first = next(budget for budget, schemes in self.schemes.items() if row.scheme in schemes)
         budget = first if row.budget else ""
-        return [Cell(row.task, row.scheme, budget, middle * factor, 0, True) for factor in FACTORS]
+        return [
+            Cell(task, row.scheme, budget, _rounded(middle * factor), 0, True)
+            for factor in FACTORS
+            for task, recipe in self.recipes.items()
+            if recipe.model == model
+        ]
 
     def finals(self, row: Row, learning_rate: float) -> list[Cell]:
         """The runs that a row is the mean of, the only ones that see the test samples."""
@@ -80,9 +92,16 @@ class Matrix:
 
 
 def best_rate(cells: CellFile, trials: list[Cell]) -> float:
-    """The learning rate of the trial with the highest accuracy; the lowest of equals, which moves the weights least."""
-    best = max(trials, key=lambda cell: (cells[cell].top1, -cell.learning_rate))
-    return best.learning_rate
+    """The learning rate with the highest mean accuracy; the lowest of equals, which moves the weights least."""
+    accuracies: dict[float, list[float]] = defaultdict(list)
+    for cell in trials:
+        accuracies[cell.learning_rate].append(cells[cell].top1)
+    return max(accuracies, key=lambda rate: (statistics.fmean(accuracies[rate]), -rate))
+
+
+def _rounded(rate: float) -> float:
+    """Two digits: a rate is part of what names a cell, and is read by people."""
+    return float(f"{rate:.2g}")
 
 
 def run_matrix(

@@ -22,7 +22,7 @@ _SAVINGS = {
 
 
 def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
-    """Draw accuracy against measured bytes: a panel a task, a point a scheme and budget, bars of one standard deviation.
+    """Draw accuracy against measured bytes, saved, of gradients and of the optimiser: a panel a task, a point a scheme and budget, bars of one standard deviation.
 
     Args:
         path: PNG, SVG or PDF file to make or replace.
@@ -42,7 +42,7 @@ def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
         for place, scheme in enumerate(schemes):
             series = sorted(
                 (
-                    Spread.of([outcome.saved_bytes / _MIB for outcome in outcomes]).mean,
+                    Spread.of([outcome.training_bytes / _MIB for outcome in outcomes]).mean,
                     Spread.of([100 * outcome.top1 for outcome in outcomes]),
                 )
                 for outcomes in points.get((task, scheme), {}).values()
@@ -58,7 +58,7 @@ def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
                 )
         _logarithmic(axes)
         axes.set_title(task, fontsize=10)
-        axes.set_xlabel("saved for backward (MiB)")
+        axes.set_xlabel("training memory (MiB)")
     panels[0].set_ylabel("top-1 accuracy (%)")
     _write(path, figure)
 

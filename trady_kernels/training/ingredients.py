@@ -26,6 +26,7 @@ class Ingredient:
         prepare: called with the plain network and inputs of training batches, before anything else is made of it.
         dense: called with a network that stays dense, before its training, also when a run goes on.
         at_once: samples that go forward and backward at a time; None for the whole batch.
+        momentum: of SGD.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Ingredient:
     prepare: Callable[[nn.Module, Iterable[Example]], None] | None = None
     dense: Callable[[nn.Module], None] | None = None
     at_once: int | None = None
+    momentum: float = 0.0
 
     def fits(self, scheme: str) -> bool:
         """Whether it goes with the scheme of that name."""
@@ -54,8 +56,8 @@ INGREDIENTS: dict[str, Ingredient] = {
         ),
         Ingredient(
             "8bit",
-            "what other operations keep for backward is packed into 8 bits, so that gradients are not exact",
-            sparsify={"lean": "8bit"},
+            "what is kept for backward, selected channels too, is packed into 8 bits, so that gradients are not exact",
+            sparsify={"lean": "8bit", "stored": "8bit"},
         ),
         Ingredient(
             "stats",
@@ -72,13 +74,25 @@ INGREDIENTS: dict[str, Ingredient] = {
             "samples go forward and backward one by one, their gradients added up over the batch",
             at_once=1,
         ),
+        Ingredient(
+            "momentum",
+            "SGD with momentum 0.9: the optimiser keeps as much again as the weights that train, channels that leave "
+            "give theirs up",
+            momentum=0.9,
+        ),
     )
 }
 
 
+#: Combinations with a name of their own.
+#: frugal: the last layers, so that nothing is kept below them; biases, which keep nothing; a byte instead of four for the
+#: rest, so that the same bytes hold more channels; momentum, which pays for its state (docs/results.md).
+PRESETS = {"frugal": "late+bias+8bit+momentum"}
+
+
 def scheme_names() -> list[str]:
-    """Every scheme that a training takes, those that choose channels first."""
-    return list(dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS]))
+    """Every scheme that a training takes: those that choose channels, the others, presets."""
+    return list(dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS, *PRESETS]))
 
 
 @dataclass(frozen=True)
@@ -97,13 +111,15 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        """The spec that a user means: the name of a scheme, of ingredients, each after a "+", a budget after an "@".
+        """The spec that a user means: the name of a scheme or preset, of ingredients, each after a "+", a budget after an "@".
 
         Raises:
             ValueError: no such scheme or ingredient, one given twice, or one that the scheme cannot have.
         """
         combined, at, own = text.partition("@")
-        scheme, *names = combined.split("+")
+        first, *names = combined.split("+")
+        scheme, *preset = PRESETS.get(first, first).split("+")
+        names = [*preset, *names]
         if scheme not in scheme_names():
             raise ValueError(f"scheme: got {scheme!r}, expected one of {', '.join(scheme_names())}")
         for name in names:
@@ -141,6 +157,11 @@ class Spec:
     def at_once(self) -> int | None:
         """Samples that go forward and backward at a time; None for the whole batch."""
         return min((part.at_once for part in self.ingredients if part.at_once), default=None)
+
+    @property
+    def momentum(self) -> float:
+        """Momentum of SGD; 0 without one."""
+        return max((part.momentum for part in self.ingredients), default=0.0)
 
     @property
     def sparsify(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.atomic_write import save_checkpoint
-from trady_kernels.batch import Example, call
+from trady_kernels.batch import Example, call, tensors_in
 from trady_kernels.data import DataSet, Samples
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model, read_checkpoint
@@ -87,8 +87,8 @@ def train_scheme(
 ) -> SchemeResult:
     """Fine-tune the settings' network with one scheme and write a checkpoint after every epoch.
 
-    The recipe is TraDy's (section 4, scaled to fewer epochs): SGD without momentum or weight decay, a cosine
-    learning rate with warm-up, no dropout, the classifier always trained; norm statistics are frozen.
+    The recipe is TraDy's (section 4, scaled to fewer epochs): SGD without weight decay, and without momentum
+    but for the ingredient, a cosine learning rate with warm-up, no dropout, the classifier always trained; norm statistics are frozen.
 
     Args:
         scheme: name of the channel selection scheme, or a baseline, and of ingredients, such as "trady+bias".
@@ -150,7 +150,7 @@ def train_scheme(
         dense_saved_bytes,
         regime.notes,
     )
-    optimizer = torch.optim.SGD(regime.parameters(), lr=result.learning_rate)
+    optimizer = torch.optim.SGD(regime.parameters(), lr=result.learning_rate, momentum=spec.momentum)
     steps = _steps(data, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -251,9 +251,15 @@ def _train_epoch(
         activation_share=selection.activation_share,
         gradient_share=selection.gradient_share,
         saved_bytes=saved_bytes,
+        gradient_bytes=sum(p.grad.nbytes for p in regime.parameters() if p.grad is not None),
+        optimizer_bytes=_bytes_of_state(optimizer),
         step_ms=1e3 * statistics.median(step_seconds),
         seconds=time.perf_counter() - started,
     )
+
+
+def _bytes_of_state(optimizer: torch.optim.Optimizer) -> int:
+    return sum(tensor.nbytes for state in optimizer.state.values() for tensor in tensors_in(state))
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ class EpochFigures:
         gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the
             classifier's apart.
         saved_bytes: bytes that a training step kept for its backward pass, measured on the first batch.
+        gradient_bytes: bytes of the gradients that the epoch's last step left.
+        optimizer_bytes: bytes of the optimiser's state after the epoch.
         step_ms: median milliseconds of a training step, batch preparation included.
         seconds: wall-clock time of the epoch, evaluation included.
     """
@@ -36,6 +38,8 @@ class EpochFigures:
     activation_share: float
     gradient_share: float
     saved_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
     step_ms: float
     seconds: float
 
@@ -89,6 +93,16 @@ class SchemeResult:
         return max(epoch.saved_bytes for epoch in self.epochs)
 
     @property
+    def gradient_bytes(self) -> int:
+        """The dearest epoch's bytes of gradients."""
+        return max(epoch.gradient_bytes for epoch in self.epochs)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """The dearest epoch's bytes of the optimiser's state."""
+        return max(epoch.optimizer_bytes for epoch in self.epochs)
+
+    @property
     def step_ms(self) -> float:
         """Milliseconds of a step: the median over the epochs of their medians."""
         ordered = sorted(epoch.step_ms for epoch in self.epochs)
@@ -98,7 +112,14 @@ class SchemeResult:
         """The row's figures, and those of every epoch, as plain values."""
         content = dataclasses.asdict(self)
         if self.epochs:
-            summary = ("cost", "gradient_share", "saved_bytes", "step_ms")
+            summary = (
+                "cost",
+                "gradient_share",
+                "saved_bytes",
+                "gradient_bytes",
+                "optimizer_bytes",
+                "step_ms",
+            )
             content |= {name: getattr(self, name) for name in summary}
             content["top1"] = self.epochs[-1].top1
         return content

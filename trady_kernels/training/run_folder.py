@@ -11,7 +11,7 @@ from typing import Any
 from trady_kernels.atomic_write import write_json
 
 _FORMAT = "trady-finetune-run"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)

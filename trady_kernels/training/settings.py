@@ -99,11 +99,15 @@ class Settings:
             )
 
     def learning_rate_of(self, scheme: str) -> float:
-        """Peak learning rate of a scheme: the one asked for, its own for this kind of samples, or without ingredients its own."""
+        """Peak learning rate of a scheme: the one asked for, or its own for this kind of samples.
+
+        With momentum m it is 1 - m times that: a gradient moves the weights 1 / (1 - m) times as far in the end.
+        """
         if self.learning_rate is not None:
             return self.learning_rate
         rates, rate_of_samplers = RATES[kind_of(self.data)]
-        return rates.get(scheme, rates.get(Spec.parse(scheme).scheme, rate_of_samplers))
+        spec = Spec.parse(scheme)
+        return rates.get(spec.scheme, rate_of_samplers) * (1 - spec.momentum)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as plain values."""
