@@ -41,6 +41,12 @@ examples:
   python benchmarks/saved_memory.py --resident"""
 
 MIB = 2**20
+#: Arguments of ``sparsify``.
+EIGHT_BIT: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "others": {"lean": "8bit"},
+    "all": {"lean": "8bit", "stored": "8bit"},
+}
 #: The most that a step may keep, as a multiple of its floor: bits and channels exactly, and other operations
 #: exactly and in 8 bits.
 OF_FLOOR = {"relu-like": 1.15, "exact": 1.1, "8 bit": 0.4}
@@ -67,17 +73,18 @@ class Contender:
 
     Attributes:
         selection: "5%" of every layer's channels, or a budget; None for full fine-tuning.
-        lean: as ``sparsify`` takes it.
+        eight_bit: what is kept in 8 bits: nothing, what "others" keep, or "all" of it, selected channels too.
     """
 
     selection: str | None = None
-    lean: bool | str = True
+    eight_bit: str | None = None
 
     @property
     def name(self) -> str:
         if self.selection is None:
             return "full"
-        return self.selection if self.lean is True else f"{self.selection}, 8 bit"
+        suffix = {None: "", "others": ", 8 bit", "all": ", all 8 bit"}
+        return f"{self.selection}{suffix[self.eight_bit]}"
 
     def seeds(self, settings: Settings) -> int:
         """How many draws change what is kept."""
@@ -92,7 +99,7 @@ class Contender:
             prepare(model)
         if self.selection is None:
             return model
-        tk.sparsify(model, example, **({} if self.lean is True else {"lean": self.lean}))
+        tk.sparsify(model, example, **EIGHT_BIT[self.eight_bit])
         if self.selection == FRACTION:
             tk.select_fraction(model, float(FRACTION.rstrip("%")) / 100, seed)
         else:
@@ -105,7 +112,8 @@ def contenders(network: Network) -> Iterator[Contender]:
     for selection in (FRACTION, BUDGET):
         yield Contender(selection)
         if not network.relu_like:
-            yield Contender(selection, "8bit")
+            yield Contender(selection, "others")
+    yield Contender(FRACTION, "all")
 
 
 @dataclass(frozen=True)
@@ -188,12 +196,12 @@ def gradient_error(network: Network, contender: Contender, batch: Any, seed: int
     """Cosine with the exact gradient, and length of the difference relative to it."""
     exact, coarse = (
         gradients(
-            Contender(contender.selection, lean).build(
+            Contender(contender.selection, eight_bit).build(
                 network, batch[0], seed, prepare=lambda model: settle(model, batch[0])
             ),
             batch,
         )
-        for lean in (True, contender.lean)
+        for eight_bit in (None, contender.eight_bit)
     )
     difference = torch.linalg.vector_norm(coarse - exact) / torch.linalg.vector_norm(exact)
     return float(torch.cosine_similarity(coarse, exact, dim=0)), float(difference)
@@ -210,9 +218,11 @@ def measure(network: Network, contender: Contender, settings: Settings) -> Itera
                 yield Draw(*kept)
                 continue
             head = tk.conversion_report(model).head
-            least = floor(network.make(), batch[0], trained_channels(model), head)
+            trained = trained_channels(model)
             del model
-            error = gradient_error(network, contender, batch, seed) if contender.lean is not True else ()
+            # The floor counts selected channels as they are.
+            least = floor(network.make(), batch[0], trained, head) if contender.eight_bit != "all" else None
+            error = gradient_error(network, contender, batch, seed) if contender.eight_bit else ()
             yield Draw(*kept, least, *error)
 
 
@@ -265,7 +275,7 @@ def times(value: float) -> str:
 
 
 def of_floor_limit(network: Network, contender: Contender) -> float:
-    return OF_FLOOR["8 bit" if contender.lean is not True else "relu-like" if network.relu_like else "exact"]
+    return OF_FLOOR["8 bit" if contender.eight_bit else "relu-like" if network.relu_like else "exact"]
 
 
 def aligned(*columns: str) -> Table:

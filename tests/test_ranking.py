@@ -266,7 +266,9 @@ def test_shipped_rankings_belong_to_their_networks() -> None:
         tk.LayerRanking.shipped("efficientnet_lite0", "best")
     with torch.device("meta"):
         linears = {name for name, module in MiniLM().named_modules() if isinstance(module, nn.Linear)}
-    assert set(tk.LayerRanking.shipped("minilm")) == linears - {"classifier"}
+    for metric in ("rgn", "lara"):
+        ranking = tk.LayerRanking.shipped("minilm", metric)
+        assert set(ranking) == linears - {"classifier"} and ranking.metric == metric
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,9 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseExcept
         "trady+bias+stats",
         "medyate+8bit",
         "full+stats",
+        "full+momentum",
         "trady+accumulate",
+        "frugal",
         "velocity",
         pytest.param("lora", marks=needs_peft),
     ],
@@ -292,6 +294,35 @@ def test_ingredients_in_the_figures(tmp_path: Path, settings: Settings) -> None:
         assert INGREDIENTS["bias"].note in result.notes
     assert INGREDIENTS["stats"].note in results["full+stats"].notes
     assert results["full+stats"].epochs[0].train_loss != full.epochs[0].train_loss
+
+
+def test_momentum_is_paid_for(tmp_path: Path, settings: Settings) -> None:
+    """Gradients are those of the selected rows and the head, the state of momentum has their size."""
+    data = data_of(settings)
+    plain, moving, full = (
+        train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        for scheme in ("trady", "trady+momentum", "full+momentum")
+    )
+    head = 4 * sum(p.numel() for p in TinyNetwork(len(data.classes)).classifier.parameters())
+    for epoch in plain.epochs:
+        # The stem has 3 channels of 72 weights, the depthwise layer 8 of 9, the pointwise one 8 of 12.
+        rows = epoch.weight_share * (3 * 72 + 8 * 9 + 8 * 12)
+        assert epoch.gradient_bytes == pytest.approx(4 * rows + head) and epoch.optimizer_bytes == 0
+    for mine, theirs in zip(moving.epochs, plain.epochs, strict=True):
+        assert mine.optimizer_bytes == mine.gradient_bytes == theirs.gradient_bytes
+    everything = sum(p.nbytes for p in TinyNetwork(len(data.classes)).parameters())
+    assert full.gradient_bytes == full.optimizer_bytes == everything
+    assert moving.epochs[-1].train_loss != plain.epochs[-1].train_loss
+
+
+def test_eight_bits_keep_less(tmp_path: Path, settings: Settings) -> None:
+    data = data_of(settings)
+    exact, packed = (
+        train_scheme(scheme, settings, data, tmp_path / f"{scheme}.pt", Recorder())
+        for scheme in ("trady", "trady+8bit")
+    )
+    assert packed.saved_bytes < exact.saved_bytes and packed.cost == exact.cost
+    assert packed.epochs[-1].train_loss == pytest.approx(exact.epochs[-1].train_loss, rel=0.02)
 
 
 def test_learning_rates_of_specs(settings: Settings) -> None:
