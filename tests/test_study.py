@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import main
 from trady_kernels.study import matrix as matrices
 from trady_kernels.study.cells import Cell, CellFile, Outcome
@@ -277,6 +278,13 @@ def test_trainings_side_by_side_give_the_same_file(trainer: Trainer, tmp_path: P
     run(one)
     assert len(set(run(three, workers=3))) == MATRIX.size
     assert one.path.read_text() == three.path.read_text()
+
+
+def test_one_study_at_a_time_in_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with alone_in(tmp_path):
+        assert main(["study", "results", "--output", str(tmp_path), "--task", "mnist"]) == 2
+    assert "another trady is writing to" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

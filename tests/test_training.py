@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from image_folders import write_images
 
-from trady_kernels.atomic_write import write_atomically
+from trady_kernels.atomic_write import alone_in, write_atomically
 from trady_kernels.data import DataSet, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
@@ -482,6 +482,15 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path, settings: Settings) -> N
     _train(dataclasses.replace(settings, epochs=1), tmp_path / "run")
     with pytest.raises(FileExistsError, match=r"^output: .* holds a run already; go on with it by --resume"):
         start_run(settings, tmp_path / "run")
+
+
+def test_of_two_processes_one_trains_in_a_folder(tmp_path: Path, settings: Settings) -> None:
+    run = start_run(settings, tmp_path / "run")
+    with alone_in(tmp_path / "run"), pytest.raises(ValueError, match=r"another trady is writing to .*/run,"):
+        run.train(Recorder())
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert len(run.train(Recorder())) == len(settings.schemes)
+    assert not [path.name for path in (tmp_path / "run").iterdir() if "lock" in path.name]
 
 
 def test_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import _INTERRUPTED, usage_errors
 from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
 from trady_kernels.study.cells import Cell, CellFile, Outcome
-from trady_kernels.study.matrix import run_matrix
+from trady_kernels.study.matrix import Matrix, run_matrix
 from trady_kernels.study.report import write_report
 from trady_kernels.study.results import RECIPES, SIZES, SMALLEST, results_matrix
 
@@ -87,22 +88,25 @@ def run(args: argparse.Namespace) -> int:
             cells = CellFile.load(path)
         else:
             args.output.mkdir(parents=True, exist_ok=True)
-            matrix = results_matrix(args.size, args.task, args.scheme, args.device)
-            cells = CellFile(path, matrix.recipes)
-    if not args.report_only:
-        cells.begin(describe(torch.device(args.device)))
-        # Forks of a process whose libraries have threads may hang.
-        workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-        try:
-            with workers, _Progress(console, matrix.size) as progress, usage_errors():
-                run_matrix(matrix, cells, workers, args.jobs, progress.on_cell)
-        except KeyboardInterrupt:
-            console.print("interrupted; the same command goes on with what is missing")
-            return _INTERRUPTED
-    with usage_errors():
+            with alone_in(args.output):
+                matrix = results_matrix(args.size, args.task, args.scheme, args.device)
+                cells = CellFile(path, matrix.recipes)
+                try:
+                    _run_missing(matrix, cells, args, console)
+                except KeyboardInterrupt:
+                    console.print("interrupted; the same command goes on with what is missing")
+                    return _INTERRUPTED
         for file in write_report(cells, args.output, args.name):
             console.print(f"written to {file}")
     return 0
+
+
+def _run_missing(matrix: Matrix, cells: CellFile, args: argparse.Namespace, console: Console) -> None:
+    cells.begin(describe(torch.device(args.device)))
+    # Forks of a process whose libraries have threads may hang.
+    workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+    with workers, _Progress(console, matrix.size) as progress:
+        run_matrix(matrix, cells, workers, args.jobs, progress.on_cell)
 
 
 class _Progress:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trady_kernels.atomic_write import alone_in
 from trady_kernels.cost import Budget
 from trady_kernels.data import DataSet, load_data
 from trady_kernels.models.front import Front
@@ -48,20 +49,22 @@ class Run:
         Raises:
             Diverged: the loss became infinite or NaN.
             OSError: a file could not be written; the files before are whole.
+            ValueError: another process trains in the folder.
             KeyboardInterrupt: the user interrupted; the last epoch's checkpoint is whole.
         """
         torch.set_num_threads(self.settings.threads)
-        self.write_results()
-        for scheme in self.settings.schemes:
-            self.results[scheme] = train_scheme(
-                scheme,
-                self.settings,
-                self.data,
-                self.folder.checkpoint(scheme),
-                _Recording(self, observer),
-                resume=True,
-            )
+        with alone_in(self.folder.path):
             self.write_results()
+            for scheme in self.settings.schemes:
+                self.results[scheme] = train_scheme(
+                    scheme,
+                    self.settings,
+                    self.data,
+                    self.folder.checkpoint(scheme),
+                    _Recording(self, observer),
+                    resume=True,
+                )
+                self.write_results()
         return list(self.results.values())
 
     def to_json(self) -> dict[str, Any]:
