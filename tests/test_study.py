@@ -14,11 +14,13 @@ import pytest
 
 from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import main
-from trady_kernels.study import matrix as matrices
-from trady_kernels.study.cells import Cell, CellFile, Outcome
-from trady_kernels.study.matrix import FACTORS, Matrix, Row, run_matrix
-from trady_kernels.study.report import markdown, report, write_report
+from trady_kernels.study import trainings
+from trady_kernels.study.cells import CellFile, run_cells
+from trady_kernels.study.markdown import markdown
+from trady_kernels.study.matrix import FACTORS, Matrix, Row
+from trady_kernels.study.report import Trainings, report, write_report
 from trady_kernels.study.statistics import Spread, paired_test
+from trady_kernels.study.trainings import Training, TrainingOutcome
 from trady_kernels.training.loop import Diverged
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
@@ -51,7 +53,7 @@ def epoch(number: int, top1: float) -> EpochFigures:
 class Trainer:
     """Stands in for training: an accuracy by formula, and what was asked of it."""
 
-    asked: list[Cell] = dataclasses.field(default_factory=list)
+    asked: list[Training] = dataclasses.field(default_factory=list)
     interrupted_at: int | None = None
 
     def __call__(
@@ -64,7 +66,9 @@ class Trainer:
         if self.interrupted_at == len(self.asked):
             raise KeyboardInterrupt
         budget = str(settings.budget) if scheme in ("trady", "medyate") else ""
-        self.asked.append(Cell(task, scheme, budget, rate, settings.seed, bool(settings.validation_share)))
+        self.asked.append(
+            Training(task, scheme, budget, rate, settings.seed, bool(settings.validation_share))
+        )
         if scheme == "full" and rate > own:
             raise Diverged("learning_rate: too high")
         # On the clothes alone the lowest rate is the best of trady, by less than it loses on the digits.
@@ -77,21 +81,25 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trainer]:
     found = Trainer()
-    monkeypatch.setattr(matrices, "train_scheme", lambda *arguments: found(*arguments))
-    monkeypatch.setattr(matrices, "_load", lambda settings: (settings.data, settings.validation_share))
+    monkeypatch.setattr(trainings, "train_scheme", lambda *arguments: found(*arguments))
+    monkeypatch.setattr(trainings, "_load", lambda settings: (settings.data, settings.validation_share))
     yield found
 
 
-def opened(path: Path) -> CellFile:
-    cells = CellFile(path, RECIPES)
+def load(path: Path) -> Trainings:
+    return CellFile(path, MATRIX.kinds)
+
+
+def opened(path: Path) -> Trainings:
+    cells = CellFile(path, MATRIX.kinds, RECIPES)
     cells.begin(PROVENANCE)
     return cells
 
 
-def run(cells: CellFile, workers: int = 1) -> list[Cell]:
-    told: list[Cell] = []
+def run(cells: Trainings, workers: int = 1) -> list[Training]:
+    told: list[Training] = []
     with ThreadPoolExecutor(workers) as executor:
-        run_matrix(MATRIX, cells, executor, workers, lambda cell, outcome, fresh: told.append(cell))
+        run_cells(MATRIX, cells, executor, workers, lambda cell, outcome, fresh: told.append(cell))
     return told
 
 
@@ -145,7 +153,7 @@ def test_a_run_that_diverged_is_kept_and_not_chosen(trainer: Trainer, tmp_path: 
         and diverged.held_out
         and cells[diverged].notes == ["learning_rate: too high"]
     )
-    outcome = cells[Cell("digits", "full", "", usual_of("full"), 1, False)]
+    outcome = cells[Training("digits", "full", "", usual_of("full"), 1, False)]
     assert outcome.top1 == pytest.approx(0.901)
     assert outcome.curves["weight_share"] == [0.1, 0.1] and outcome.saved_bytes == 3 * 2**20
 
@@ -153,20 +161,20 @@ def test_a_run_that_diverged_is_kept_and_not_chosen(trainer: Trainer, tmp_path: 
 def test_a_file_of_other_settings_or_damaged_is_refused(trainer: Trainer, tmp_path: Path) -> None:
     path = tmp_path / "cells.json"
     cells = opened(path)
-    cells.add(Cell("digits", "trady", "2.2%", 0.1, 0, False), Outcome(0.5))
-    assert CellFile.load(path).recipes == cells.recipes
+    cells.add(Training("digits", "trady", "2.2%", 0.1, 0, False), TrainingOutcome(0.5))
+    assert load(path).recipes == cells.recipes
     changed = {**RECIPES, "digits": dataclasses.replace(RECIPE, epochs=3)}
     with pytest.raises(ValueError, match="has digits with epochs 2, expected 3; give another file"):
-        CellFile(path, changed)
+        CellFile(path, MATRIX.kinds, changed)
     text = path.read_text()
     path.write_text(text[:-100])
     with pytest.raises(ValueError, match="is damaged"):
-        CellFile.load(path)
+        load(path)
     path.write_text(text.replace('"version": 2', '"version": 0'))
     with pytest.raises(ValueError, match="not written by this version"):
-        CellFile.load(path)
+        load(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        CellFile.load(tmp_path / "none.json")
+        load(tmp_path / "none.json")
 
 
 # ---- statistics -------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     cells = opened(tmp_path / "cells.json")
     run(cells)
-    text = report(CellFile.load(cells.path))
+    text = report(load(cells.path))
     assert text == report(cells)
     table = text.split("### Budget 2.2%")[1].split("\n\n")[1].splitlines()
     assert len({len(line) for line in table}) == 1, "columns align"
@@ -224,11 +232,11 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
 
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
-    cells = CellFile(tmp_path / "cells.json", RECIPES)
+    cells = CellFile(tmp_path / "cells.json", MATRIX.kinds, RECIPES)
     for seed, commit in enumerate((None, "0123456789" * 4 + "+")):
         cells.begin({**PROVENANCE, "commit": commit})
-        cell = Cell("digits", "full", "", 0.1, seed, False)
-        cells.add(cell, Outcome(0.5, dense_saved_bytes=1, saved_bytes=1, provenance=seed))
+        cell = Training("digits", "full", "", 0.1, seed, False)
+        cells.add(cell, TrainingOutcome(0.5, dense_saved_bytes=1, saved_bytes=1, provenance=seed))
     assert "Commits unknown, 0123456789+;" in report(cells)
 
 
@@ -309,4 +317,4 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_committed_document_is_what_its_cells_say() -> None:
     pytest.importorskip("scipy")
     docs = Path(__file__).parent.parent / "docs"
-    assert (docs / "results.md").read_text("utf-8") == report(CellFile.load(docs / "results.json"))
+    assert (docs / "results.md").read_text("utf-8") == report(load(docs / "results.json"))

@@ -20,7 +20,7 @@ from trady_kernels.models.front import TokenFront
 from trady_kernels.models.loading import Sizes, load_model
 from trady_kernels.selection import LayerRanking
 from trady_kernels.training.loop import train_scheme
-from trady_kernels.training.results import EpochFigures, SchemeResult
+from trady_kernels.training.observer import Observer
 from trady_kernels.training.settings import RATES, Settings
 
 pytestmark = pytest.mark.skipif(
@@ -53,22 +53,16 @@ SMALL = ["--model", "tiny-text", "--data", "tweets", "--max-length", "10"]
 
 
 @dataclasses.dataclass
-class Recorder:
+class Recorder(Observer):
     """An observer that may interrupt as a user would."""
 
     interrupt_at_step: int = 0
     steps: int = 0
 
-    def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
-        pass
-
     def on_step(self, loss: float, accuracy: float) -> None:
         self.steps += 1
         if self.steps == self.interrupt_at_step:
             raise KeyboardInterrupt
-
-    def on_epoch(self, figures: EpochFigures) -> None:
-        pass
 
 
 def settings_of(**options: object) -> Settings:

@@ -23,6 +23,7 @@ from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, channel_norms
 from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
+from trady_kernels.training.observer import Observer
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import resume_run, start_run
@@ -31,7 +32,7 @@ from trady_kernels.training.settings import Settings
 
 
 @dataclass
-class Recorder:
+class Recorder(Observer):
     """An observer that keeps what it is told, and may interrupt as a user would."""
 
     interrupt_at_step: int | None = None

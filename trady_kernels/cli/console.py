@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from trady_kernels.cli import BadUsage
+from trady_kernels.training.observer import Observer
 from trady_kernels.training.results import EpochFigures, SchemeResult
 
 #: Suffixes of the files that plots can be.
@@ -78,7 +79,7 @@ def check_plottable(path: Path) -> None:
         raise BadUsage("plot: drawing needs matplotlib; install it with: pip install 'trady-kernels[cli]'")
 
 
-class TrainingProgress:
+class TrainingProgress(Observer):
     """Progress of several schemes' training: a bar on a terminal, a line for each epoch elsewhere.
 
     Args:

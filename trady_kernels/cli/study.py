@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,30 +19,35 @@ from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import _INTERRUPTED, usage_errors
 from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
-from trady_kernels.study.cells import Cell, CellFile, Outcome
-from trady_kernels.study.matrix import Matrix, run_matrix
-from trady_kernels.study.report import write_report
-from trady_kernels.study.results import RECIPES, SIZES, SMALLEST, results_matrix
-
-_DESCRIPTION = """\
-Experiments over many training runs. Every run is kept as it ends: the same command goes on after an interruption.
-
-results  every scheme on every task with several seeds, each learning rate tuned first on held-out samples: accuracy
-         beside measured bytes, with paired tests"""
+from trady_kernels.study.cells import CellFile, Plan, run_cells
+from trady_kernels.study.results import RECIPES, SIZES, SMALLEST
+from trady_kernels.study.studies import STUDIES, Request
 
 _EPILOG = """\
 examples:
   trady study results --size quick --task mnist --scheme trady,head-only --output runs/quick
   trady study results --output runs/results
+  trady study tails --quick --output runs/study
   trady study results --output docs --report-only
 
-The folder gets results.json (every run, with settings, versions and commit), results.md, and plots as PNG and SVG."""
+The folder gets the runs of each study as JSON (with settings, versions and commit), results.md or study.md, and plots as
+PNG and SVG. tails, histograms, ranks and channels look at the same runs, which are made once."""
+
+
+def _description() -> str:
+    lines = [
+        "Experiments over many training runs. Every run is kept as it ends: the same command goes on after an interruption.",
+        "",
+    ]
+    for study in STUDIES.values():
+        lines += textwrap.wrap(f"{study.name:11}{study.words}", 118, subsequent_indent=" " * 11)
+    return "\n".join(lines)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description, parser.epilog = _DESCRIPTION, _EPILOG
-    parser.add_argument("name", choices=["results"], help="which experiment")
+    parser.description, parser.epilog = _description(), _EPILOG
+    parser.add_argument("name", choices=list(STUDIES), help="which study")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where its files are, or will be"
     )
@@ -50,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="usual",
         help="how many samples, epochs and seeds (%(default)s)",
     )
+    for size in ("quick", "full"):
+        parser.add_argument(
+            f"--{size}", action="store_const", const=size, dest="size", help=f"short for --size {size}"
+        )
     parser.add_argument(
         "--task", type=_names, default=(), metavar="NAME[,NAME]", help=f"some of {', '.join(RECIPES)}"
     )
@@ -58,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="NAME[,NAME]",
-        help=f"rows (default: {','.join(SMALLEST)})".replace("%", "%%"),
+        help=f"of results: rows (default: {','.join(SMALLEST)})".replace("%", "%%"),
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(
@@ -80,41 +91,44 @@ def _names(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     console = make_console()
-    path = args.output / f"{args.name}.json"
+    study = STUDIES[args.name]
     with usage_errors():
         if args.jobs < 1:
             raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
         if args.report_only:
-            cells = CellFile.load(path)
+            study.load(args.output)
         else:
+            plan = study.plan(Request(args.size, args.task, args.scheme, args.device))
             args.output.mkdir(parents=True, exist_ok=True)
             with alone_in(args.output):
-                matrix = results_matrix(args.size, args.task, args.scheme, args.device)
-                cells = CellFile(path, matrix.recipes)
+                cells = CellFile(args.output / study.cells, study.kinds, plan.recipes)
                 try:
-                    _run_missing(matrix, cells, args, console)
+                    _run_missing(plan, cells, args, console)
                 except KeyboardInterrupt:
                     console.print("interrupted; the same command goes on with what is missing")
                     return _INTERRUPTED
-        for file in write_report(cells, args.output, args.name):
+        for file in study.report(args.output):
             console.print(f"written to {file}")
     return 0
 
 
-def _run_missing(matrix: Matrix, cells: CellFile, args: argparse.Namespace, console: Console) -> None:
+def _run_missing(
+    plan: Plan[Any, Any], cells: CellFile[Any, Any], args: argparse.Namespace, console: Console
+) -> None:
     cells.begin(describe(torch.device(args.device)))
     # Forks of a process whose libraries have threads may hang.
     workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-    with workers, _Progress(console, matrix.size) as progress:
-        run_matrix(matrix, cells, workers, args.jobs, progress.on_cell)
+    with workers, _Progress(console, plan) as progress:
+        run_cells(plan, cells, workers, args.jobs, progress.on_cell)
 
 
 class _Progress:
     """A bar of runs on a terminal, and a line a run."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, plan: Plan[Any, Any]) -> None:
         self._console = console
-        self._total = total
+        self._plan = plan
+        self._total = total = plan.size
         self._done = self._fresh = 0
         self._started = time.monotonic()
         self._bar = Progress(
@@ -135,19 +149,12 @@ class _Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def on_cell(self, cell: Cell, outcome: Outcome, fresh: bool) -> None:
+    def on_cell(self, cell: Any, outcome: Any, fresh: bool) -> None:
         self._done += 1
         left = ""
         if fresh:
             self._fresh += 1
             pace = (time.monotonic() - self._started) / self._fresh
             left = f"{in_time(pace * (self._total - self._done))} left"
-            self._console.print(f"{self._done} of {self._total}: {_words(cell, outcome)}, {left}")
+            self._console.print(f"{self._done} of {self._total}: {self._plan.words(cell, outcome)}, {left}")
         self._bar.update(self._task, completed=self._done, left=left)
-
-
-def _words(cell: Cell, outcome: Outcome) -> str:
-    on = "held-out" if cell.held_out else "test"
-    result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
-    budget = f" at {cell.budget}" if cell.budget else ""
-    return f"{cell.task}, {cell.scheme}{budget}, rate {cell.learning_rate:g}, seed {cell.seed}: {result}"

@@ -200,9 +200,9 @@ def measure_batches(
                 parameter.sub_(parameter.grad, alpha=learning_rate)
         parameter.grad = None
 
-    def reduce(name: str, channels: torch.Tensor, parameter: torch.Tensor, by_channel: torch.Tensor) -> None:
+    def reduce(name: str, channels: torch.Tensor, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         if name in costs:
-            norms = torch.linalg.vector_norm(by_channel.double(), dim=1)
+            norms = torch.linalg.vector_norm(gradient.double(), dim=1)
             found[name] = BlockNorms(channels, norms.cpu())
         descend(parameter)
 
@@ -298,8 +298,8 @@ def _convolve(layer: Any, input: torch.Tensor) -> torch.Tensor:
     return output if norm is None else FrozenBatchNorm2d.forward(norm, output)
 
 
-def _by_channel(gradient: torch.Tensor, layer: Any) -> torch.Tensor:
-    """A whole weight's gradient as ``(C, elements of a channel)``."""
+def by_channel(gradient: torch.Tensor, layer: Any) -> torch.Tensor:
+    """The gradient of a layer's whole weight as ``(C, elements of a channel)``."""
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
     # (C', C/groups, ...) -> (groups, C'/groups, C/groups, elements)
     parts = gradient.reshape(groups, gradient.shape[0] // groups, gradient.shape[1], -1)
@@ -313,7 +313,7 @@ def _whole_gradient(layer: Any, reduce: _Reduce) -> Iterator[None]:
 
     def complete(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            reduce(parameter, _by_channel(parameter.grad, layer))
+            reduce(parameter, by_channel(parameter.grad, layer))
 
     if isinstance(layer, SparseChannels):
         layer.synchronize()

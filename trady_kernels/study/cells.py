@@ -1,149 +1,84 @@
-"""Cells of an experiment: one training run each, in one file that an interrupted study goes on with."""
+"""Cells of a study: one training run each, in one file that an interrupted study goes on with."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from trady_kernels.atomic_write import write_json
-from trady_kernels.training.results import SchemeResult
+from trady_kernels.atomic_write import write_atomically
 from trady_kernels.training.settings import Settings
 
 _FORMAT = "trady-study-cells"
 _VERSION = 2
-#: Share of the samples to train on that is held out for choosing learning rates.
-HELD_OUT_SHARE = 0.2
-#: Of every epoch, what is kept.
-_CURVES = ("train_loss", "cost", "weight_share", "activation_share", "gradient_share", "saved_bytes")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training run of an experiment.
+class Cell(Protocol):
+    """What names one training run: a frozen dataclass of plain values.
 
     Attributes:
         task: name of its recipe.
-        scheme: how channels are chosen.
-        budget: as ``ChannelSampler`` takes it; "" for the schemes without one.
-        learning_rate: peak.
-        seed: of the run.
-        held_out: whether samples held out from those to train on take the place of the test samples: a trial that
-            chooses settings.
     """
 
-    task: str
-    scheme: str
-    budget: str
-    learning_rate: float
-    seed: int
-    held_out: bool
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
-    def settings(self, recipe: Settings) -> Settings:
-        """Settings of the run: the task's ``recipe`` with what is this cell's own."""
-        return dataclasses.replace(
-            recipe,
-            schemes=(self.scheme,),
-            budget=self.budget or recipe.budget,
-            learning_rate=self.learning_rate,
-            seed=self.seed,
-            validation_share=HELD_OUT_SHARE if self.held_out else 0.0,
-        )
+    @property
+    def task(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a cell's run yielded.
+class Outcome(Protocol):
+    """What came of a run: a frozen dataclass of plain values, lists and dicts.
 
     Attributes:
-        top1: accuracy after the last epoch; 0 where the training diverged.
-        diverged: whether the loss became infinite or NaN.
-        saved_bytes, dense_saved_bytes: kept for backward in a step, measured: the dearest epoch's, and full fine-tuning's.
-        gradient_bytes, optimizer_bytes: of gradients, and of the optimiser's state, the dearest epoch's.
-        cost, full_cost: elements of one sample: the dearest epoch's, and of all channels.
-        gradient_share: multiply-accumulates of weight gradients, the dearest epoch's, over all of them.
-        step_ms: median of a training step, on a machine that may have been busy.
-        seconds: of the run.
-        curves: of every epoch: train_loss, cost, weight_share, activation_share, gradient_share, saved_bytes.
-        notes: what a reader must know.
         provenance: index of what it was made with in the file's list.
     """
 
-    top1: float
-    diverged: bool = False
-    saved_bytes: int = 0
-    dense_saved_bytes: int = 0
-    gradient_bytes: int = 0
-    optimizer_bytes: int = 0
-    cost: int = 0
-    full_cost: int = 0
-    gradient_share: float = 0.0
-    step_ms: float = 0.0
-    seconds: float = 0.0
-    curves: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
-    notes: list[str] = dataclasses.field(default_factory=list)
-    provenance: int = 0
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def training_bytes(self) -> int:
-        """What a training step needs beside the weights: saved for backward, gradients, optimiser state."""
-        return self.saved_bytes + self.gradient_bytes + self.optimizer_bytes
-
-    @classmethod
-    def of(cls, result: SchemeResult) -> Outcome:
-        """The outcome of a finished run."""
-        return cls(
-            top1=result.top1,
-            saved_bytes=result.saved_bytes,
-            dense_saved_bytes=result.dense_saved_bytes,
-            gradient_bytes=result.gradient_bytes,
-            optimizer_bytes=result.optimizer_bytes,
-            cost=result.cost,
-            full_cost=result.full_cost,
-            gradient_share=result.gradient_share,
-            step_ms=round(result.step_ms, 2),
-            seconds=round(sum(epoch.seconds for epoch in result.epochs), 2),
-            curves={name: [round(getattr(e, name), 6) for e in result.epochs] for name in _CURVES},
-            notes=list(result.notes),
-        )
+    def provenance(self) -> int: ...
 
 
-class CellFile:
-    """The outcomes of an experiment's cells, on the disk after each one.
+CellT = TypeVar("CellT", bound=Cell)
+OutcomeT = TypeVar("OutcomeT", bound=Outcome)
+
+
+class CellFile(Generic[CellT, OutcomeT]):
+    """The outcomes of a study's cells, on the disk after each one.
 
     Args:
         path: JSON file; made by the first :meth:`add`.
-        recipes: settings of each task, which those in the file must equal.
+        kinds: classes of its cells and outcomes.
+        recipes: settings of each task, which those in the file must equal; None takes whatever tasks the file has.
 
     Raises:
-        ValueError: the file is damaged, of another version, or has a task of other settings.
+        FileNotFoundError: without recipes, there is no file.
+        ValueError: the file is damaged, of another version or study, or has a task of other settings.
     """
 
-    def __init__(self, path: Path, recipes: Mapping[str, Settings]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kinds: tuple[type[CellT], type[OutcomeT]],
+        recipes: Mapping[str, Settings] | None = None,
+    ) -> None:
         self.path = path
-        self.recipes = {name: _without_own(recipe) for name, recipe in recipes.items()}
+        self.recipes: dict[str, Settings] = {}
         self.provenance: list[dict[str, Any]] = []
-        self._outcomes: dict[Cell, Outcome] = {}
-        if path.exists():
-            self._read(_content(path))
-
-    @classmethod
-    def load(cls, path: Path) -> CellFile:
-        """The file with whatever tasks it has.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged or of another version.
-        """
-        if not path.exists():
+        self._kinds = kinds
+        self._outcomes: dict[CellT, OutcomeT] = {}
+        if recipes is None and not path.exists():
             raise FileNotFoundError(f"cells: {path} does not exist, expected a file that a study wrote")
-        recipes = _content(path)["recipes"]
-        return cls(path, {name: Settings.from_json(recipe) for name, recipe in recipes.items()})
+        self.recipes = {name: _without_own(recipe) for name, recipe in (recipes or {}).items()}
+        if path.exists():
+            self._read()
 
-    def _read(self, content: dict[str, Any]) -> None:
+    def _read(self) -> None:
+        content = _content(self.path)
+        cell, outcome = self._kinds
         for name, recipe in content["recipes"].items():
             theirs = Settings.from_json(recipe)
             if (differing := self.recipes.setdefault(name, theirs).difference(theirs)) is not None:
@@ -152,18 +87,23 @@ class CellFile:
                     f"{getattr(self.recipes[name], differing)!r}; give another file, or the settings that it was started with"
                 )
         self.provenance = content["provenance"]
-        self._outcomes = {Cell(**row["cell"]): Outcome(**row["outcome"]) for row in content["cells"]}
+        try:
+            self._outcomes = {cell(**row["cell"]): outcome(**row["outcome"]) for row in content["cells"]}
+        except TypeError as error:
+            raise ValueError(
+                f"cells: {self.path} is of another study ({error}); give another file"
+            ) from error
 
-    def _sorted(self) -> list[Cell]:
+    def _sorted(self) -> list[CellT]:
         return sorted(self._outcomes, key=dataclasses.astuple)
 
-    def __contains__(self, cell: Cell) -> bool:
+    def __contains__(self, cell: object) -> bool:
         return cell in self._outcomes
 
-    def __getitem__(self, cell: Cell) -> Outcome:
+    def __getitem__(self, cell: CellT) -> OutcomeT:
         return self._outcomes[cell]
 
-    def __iter__(self) -> Iterator[Cell]:
+    def __iter__(self) -> Iterator[CellT]:
         return iter(self._sorted())
 
     def __len__(self) -> int:
@@ -173,23 +113,24 @@ class CellFile:
         """Cells from now on are made with this."""
         self.provenance.append(provenance)
 
-    def add(self, cell: Cell, outcome: Outcome) -> None:
+    def add(self, cell: CellT, outcome: OutcomeT) -> None:
         """Keep an outcome; the file is the old one or the new one, whenever the process dies."""
-        self._outcomes[cell] = outcome
-        rows = [
-            {"cell": dataclasses.asdict(cell), "outcome": dataclasses.asdict(self._outcomes[cell])}
+        self._outcomes[cell] = dataclasses.replace(outcome, provenance=len(self.provenance) - 1)
+        head = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "recipes": {name: recipe.to_json() for name, recipe in self.recipes.items()},
+            "provenance": self.provenance,
+        }
+        # A line a cell: some hold thousands of numbers.
+        rows = ",\n".join(
+            json.dumps(
+                {"cell": dataclasses.asdict(cell), "outcome": dataclasses.asdict(self._outcomes[cell])}
+            )
             for cell in self._sorted()
-        ]
-        write_json(
-            self.path,
-            {
-                "format": _FORMAT,
-                "version": _VERSION,
-                "recipes": {name: recipe.to_json() for name, recipe in self.recipes.items()},
-                "provenance": self.provenance,
-                "cells": rows,
-            },
         )
+        text = json.dumps(head, indent=2)[: -len("\n}")] + f',\n  "cells": [\n{rows}\n  ]\n}}\n'
+        write_atomically(self.path, lambda file: file.write(text.encode()))
 
 
 def _without_own(recipe: Settings) -> Settings:
@@ -205,3 +146,101 @@ def _content(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cells: {path} is damaged ({error}); give another file") from error
     raise ValueError(f"cells: {path} was not written by this version of trady study; give another file")
+
+
+def made_with(cells: CellFile[Any, Any]) -> list[str]:
+    """Commands, commits and versions that a file's cells come from: the head of a report."""
+    used = sorted({cells[cell].provenance for cell in cells})
+    commands = dict.fromkeys(cells.provenance[index]["command"] for index in used)
+    commits = dict.fromkeys(_short(cells.provenance[index]["commit"]) for index in used)
+    versions = cells.provenance[used[-1]]["versions"]
+    return [
+        "Generated from its JSON; no figure was typed. Made and made again with:",
+        "",
+        *(f"    {command}" for command in commands),
+        "",
+        f"Commits {', '.join(commits)}; Python {versions['python']}, torch {versions['torch']}. {len(cells)} training runs.",
+    ]
+
+
+def _short(commit: str | None) -> str:
+    """Ten digits, and the + of a tree that differs from its commit; a copy outside git has none."""
+    return "unknown" if commit is None else commit[:10] + commit[40:]
+
+
+class Plan(Protocol[CellT, OutcomeT]):
+    """Which cells a study has.
+
+    Attributes:
+        recipes: settings of each task.
+        kinds: classes of the cells and their outcomes.
+        train: runs one cell; a function of a module, which another process can import.
+    """
+
+    @property
+    def recipes(self) -> Mapping[str, Settings]: ...
+
+    @property
+    def kinds(self) -> tuple[type[CellT], type[OutcomeT]]: ...
+
+    @property
+    def train(self) -> Callable[[CellT, Settings], OutcomeT]: ...
+
+    @property
+    def size(self) -> int:
+        """How many cells there are."""
+
+    def ready(self, cells: CellFile[CellT, OutcomeT]) -> Iterator[CellT]:
+        """Every cell that is done or may begin, in the order of importance."""
+
+    def words(self, cell: CellT, outcome: OutcomeT) -> str:
+        """A cell and its outcome in a line."""
+
+
+def run_cells(
+    plan: Plan[CellT, OutcomeT],
+    cells: CellFile[CellT, OutcomeT],
+    executor: Executor,
+    workers: int,
+    on_cell: Callable[[CellT, OutcomeT, bool], None],
+) -> None:
+    """Run what is missing of a plan into ``cells``.
+
+    Args:
+        plan: what to run.
+        cells: where outcomes are kept, and which cells are done already.
+        executor: runs the trainings.
+        workers: how many at a time.
+        on_cell: called after each cell with its outcome and whether it ran now, and was not there already.
+
+    Raises:
+        OSError: the file could not be written; it is whole, without the last cell.
+        ValueError, FileNotFoundError, ModuleNotFoundError: a task's data or network is not to be had.
+    """
+    told: set[CellT] = set()
+    running: dict[Future[OutcomeT], CellT] = {}
+
+    def tell(cell: CellT, fresh: bool) -> None:
+        if cell not in told:  # a cell may be of use to several rows
+            told.add(cell)
+            on_cell(cell, cells[cell], fresh)
+
+    try:
+        while True:
+            for cell in plan.ready(cells):
+                if cell in cells:
+                    tell(cell, fresh=False)
+                elif len(running) == workers:
+                    break
+                elif cell not in running.values():
+                    running[executor.submit(plan.train, cell, plan.recipes[cell.task])] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                cells.add(cell, future.result())
+                tell(cell, fresh=True)
+    except BaseException:
+        for future in running:
+            future.cancel()
+        raise

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-
-from trady_kernels.study.cells import Cell, CellFile, Outcome
+from trady_kernels.study.cells import CellFile
+from trady_kernels.study.trainings import Training, TrainingOutcome, train
 from trady_kernels.training.ingredients import Spec
-from trady_kernels.training.loop import Diverged, train_scheme
-from trady_kernels.training.results import EpochFigures, SchemeResult
-from trady_kernels.training.run import load_task
 from trady_kernels.training.settings import Settings
 
 #: Trials of a learning rate, as multiples of the scheme's middle one: as many for every scheme.
@@ -60,7 +52,7 @@ class Matrix:
         )
         return iter(dict.fromkeys(rows))
 
-    def trials(self, row: Row) -> list[Cell]:
+    def trials(self, row: Row) -> list[Training]:
         """The runs that choose a row's learning rate, one for the tasks of a network and for all budgets.
 
         On a single task the best of three rates is often the one that luck did not spoil.
@@ -71,17 +63,43 @@ class Matrix:
         first = next(budget for budget, schemes in self.schemes.items() if row.scheme in schemes)
         budget = first if row.budget else ""
         return [
-            Cell(task, row.scheme, budget, _rounded(middle * factor), 0, True)
+            Training(task, row.scheme, budget, _rounded(middle * factor), 0, True)
             for factor in FACTORS
             for task, recipe in self.recipes.items()
             if recipe.model == model
         ]
 
-    def finals(self, row: Row, learning_rate: float) -> list[Cell]:
+    def finals(self, row: Row, learning_rate: float) -> list[Training]:
         """The runs that a row is the mean of, the only ones that see the test samples."""
         return [
-            Cell(row.task, row.scheme, row.budget, learning_rate, seed, False) for seed in range(self.seeds)
+            Training(row.task, row.scheme, row.budget, learning_rate, seed, False)
+            for seed in range(self.seeds)
         ]
+
+    @property
+    def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
+        """Classes of the cells and their outcomes."""
+        return Training, TrainingOutcome
+
+    @property
+    def train(self) -> Callable[[Training, Settings], TrainingOutcome]:
+        """Runs one cell."""
+        return train
+
+    def ready(self, cells: CellFile[Training, TrainingOutcome]) -> Iterator[Training]:
+        """Every cell that is done or may begin: final runs wait for the trials that choose their learning rate."""
+        for row in self.rows():
+            trials = self.trials(row)
+            yield from trials
+            if all(cell in cells for cell in trials):
+                yield from self.finals(row, best_rate(cells, trials))
+
+    def words(self, cell: Training, outcome: TrainingOutcome) -> str:
+        """A cell and its outcome in a line."""
+        on = "held-out" if cell.held_out else "test"
+        result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
+        budget = f" at {cell.budget}" if cell.budget else ""
+        return f"{cell.task}, {cell.scheme}{budget}, rate {cell.learning_rate:g}, seed {cell.seed}: {result}"
 
     @property
     def size(self) -> int:
@@ -91,7 +109,7 @@ class Matrix:
         return len(tuned) * len(FACTORS) + len(rows) * self.seeds
 
 
-def best_rate(cells: CellFile, trials: list[Cell]) -> float:
+def best_rate(cells: CellFile[Training, TrainingOutcome], trials: list[Training]) -> float:
     """The learning rate with the highest mean accuracy; the lowest of equals, which moves the weights least."""
     accuracies: dict[float, list[float]] = defaultdict(list)
     for cell in trials:
@@ -102,93 +120,3 @@ def best_rate(cells: CellFile, trials: list[Cell]) -> float:
 def _rounded(rate: float) -> float:
     """Two digits: a rate is part of what names a cell, and is read by people."""
     return float(f"{rate:.2g}")
-
-
-def run_matrix(
-    matrix: Matrix,
-    cells: CellFile,
-    executor: Executor,
-    workers: int,
-    on_cell: Callable[[Cell, Outcome, bool], None],
-) -> None:
-    """Run what is missing of ``matrix``, row by row, into ``cells``.
-
-    Args:
-        matrix: what to run.
-        cells: where outcomes are kept, and which cells are done already.
-        executor: runs the trainings.
-        workers: how many at a time.
-        on_cell: called after each cell with its outcome and whether it ran now, and was not there already.
-
-    Raises:
-        OSError: the file could not be written; it is whole, without the last cell.
-        ValueError, FileNotFoundError, ModuleNotFoundError: a task's data or network is not to be had.
-    """
-    told: set[Cell] = set()
-    running: dict[Future[Outcome], Cell] = {}
-
-    def tell(cell: Cell, fresh: bool) -> None:
-        if cell not in told:  # the trials of one budget serve all
-            told.add(cell)
-            on_cell(cell, cells[cell], fresh)
-
-    try:
-        while True:
-            for cell in _ready(matrix, cells):
-                if cell in cells:
-                    tell(cell, fresh=False)
-                elif len(running) == workers:
-                    break
-                elif cell not in running.values():
-                    running[executor.submit(train_cell, cell, matrix.recipes[cell.task])] = cell
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, outcome = running.pop(future), future.result()
-                cells.add(cell, replace(outcome, provenance=len(cells.provenance) - 1))
-                tell(cell, fresh=True)
-    except BaseException:
-        for future in running:
-            future.cancel()
-        raise
-
-
-def _ready(matrix: Matrix, cells: CellFile) -> Iterator[Cell]:
-    """Every cell that is done or may begin: final runs wait for the trials that choose their learning rate."""
-    for row in matrix.rows():
-        trials = matrix.trials(row)
-        yield from trials
-        if all(cell in cells for cell in trials):
-            yield from matrix.finals(row, best_rate(cells, trials))
-
-
-def train_cell(cell: Cell, recipe: Settings) -> Outcome:
-    """Run one training; one that diverges has an outcome too.
-
-    Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: the task's data or network is not to be had.
-    """
-    settings = cell.settings(recipe)
-    torch.set_num_threads(settings.threads)
-    # Data depend on the task and the held-out share alone.
-    data = _load(Cell(cell.task, "trady", "", 1.0, 0, cell.held_out).settings(recipe))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            result = train_scheme(cell.scheme, settings, data, Path(folder, "checkpoint.pt"), _Silent())
-        except Diverged as error:
-            return Outcome(top1=0.0, diverged=True, notes=[str(error)])
-    return Outcome.of(result)
-
-
-class _Silent:
-    def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
-        pass
-
-    def on_step(self, loss: float, accuracy: float) -> None:
-        pass
-
-    def on_epoch(self, figures: EpochFigures) -> None:
-        pass
-
-
-_load = functools.lru_cache(maxsize=4)(load_task)

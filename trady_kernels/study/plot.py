@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
-from trady_kernels.study.cells import Cell, Outcome
 from trady_kernels.study.statistics import Spread
+from trady_kernels.study.trainings import Training, TrainingOutcome
 from trady_kernels.training.plot import COLOURS, MARKERS
 
 _MIB = 2**20
@@ -21,7 +21,7 @@ _SAVINGS = {
 }
 
 
-def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
+def plot_budgets(path: Path, finals: Mapping[Training, TrainingOutcome]) -> None:
     """Draw accuracy against measured bytes, saved, of gradients and of the optimiser: a panel a task, a point a scheme and budget, bars of one standard deviation.
 
     Args:
@@ -32,13 +32,13 @@ def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    points: dict[tuple[str, str], dict[str, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
+    points: dict[tuple[str, str], dict[str, list[TrainingOutcome]]] = defaultdict(lambda: defaultdict(list))
     for cell, outcome in finals.items():
         points[cell.task, cell.scheme][cell.budget].append(outcome)
     tasks = list(dict.fromkeys(task for task, _ in points))
     schemes = list(dict.fromkeys(scheme for _, scheme in points))
-    figure, panels = _panels(len(tasks))
-    for axes, task in zip(panels, tasks, strict=True):
+    figure, axes_of = panels(len(tasks))
+    for axes, task in zip(axes_of, tasks, strict=True):
         for place, scheme in enumerate(schemes):
             series = sorted(
                 (
@@ -54,16 +54,16 @@ def plot_budgets(path: Path, finals: Mapping[Cell, Outcome]) -> None:
                     yerr=[0.0 if spread.count < 2 else spread.deviation for _, spread in series],
                     capsize=2,
                     label=scheme,
-                    **_style(place),
+                    **style(place),
                 )
         _logarithmic(axes)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel("training memory (MiB)")
-    panels[0].set_ylabel("top-1 accuracy (%)")
-    _write(path, figure)
+    axes_of[0].set_ylabel("top-1 accuracy (%)")
+    write_figure(path, figure)
 
 
-def plot_savings(path: Path, finals: Mapping[Cell, Outcome]) -> None:
+def plot_savings(path: Path, finals: Mapping[Training, TrainingOutcome]) -> None:
     """Draw what each scheme leaves out, epoch by epoch, the mean over tasks and seeds (TraDy, appendix D).
 
     Args:
@@ -75,21 +75,26 @@ def plot_savings(path: Path, finals: Mapping[Cell, Outcome]) -> None:
         OSError: the file cannot be written.
     """
     schemes = list(dict.fromkeys(cell.scheme for cell in finals))
-    figure, panels = _panels(len(_SAVINGS))
-    for axes, (words, share) in zip(panels, _SAVINGS.items(), strict=True):
+    figure, axes_of = panels(len(_SAVINGS))
+    for axes, (words, share) in zip(axes_of, _SAVINGS.items(), strict=True):
         for place, scheme in enumerate(schemes):
             runs = [o.curves[share] for cell, o in finals.items() if cell.scheme == scheme and o.curves]
             epochs = range(1, 1 + min(map(len, runs), default=0))
             means = [100 * (1 - Spread.of([run[epoch - 1] for run in runs]).mean) for epoch in epochs]
-            axes.plot(list(epochs), means, label=scheme, **_style(place))
+            axes.plot(list(epochs), means, label=scheme, **style(place))
         axes.set_xlabel("epoch")
         axes.set_ylabel(words)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    _write(path, figure)
+    write_figure(path, figure)
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
+def panels(count: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels side by side.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -100,7 +105,7 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
 
 
-def _style(place: int) -> dict[str, Any]:
+def style(place: int) -> dict[str, Any]:
     """Colour and marker of the scheme at that place: filled, then, once the colours have been used, hollow."""
     colour = COLOURS[place % len(COLOURS)]
     rounds = place // len(COLOURS)
@@ -124,14 +129,51 @@ def _logarithmic(axes: Any) -> None:
     axes.grid(alpha=0.3)
 
 
-def _write(path: Path, figure: Any) -> None:
+def heat_maps(
+    matrices: Mapping[str, tuple[list[list[float]], list[str]]], *, words: str, low: float, high: float
+) -> Any:
+    """A figure of square matrices with numbers in them.
+
+    Args:
+        matrices: by title, each with the names of its rows, which are those of its columns.
+        words: what the numbers are.
+        low, high: ends of the scale of colours.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure, axes_of = panels(len(matrices))
+    figure.set_size_inches(5.2 * len(matrices) + 0.8, 4.8)
+    for axes, (title, (matrix, names)) in zip(axes_of, matrices.items(), strict=True):
+        image = axes.imshow(matrix, cmap="cividis", vmin=low, vmax=high)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_title(title, fontsize=10)
+        for row, values in enumerate(matrix):
+            for column, value in enumerate(values):
+                ink = "white" if value < (low + high) / 2 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
+        figure.colorbar(image, ax=axes, shrink=0.8, label=words)
+    return figure
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure, with one legend for all its panels; the same numbers give the same file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib import rc_context
+
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles=list(handles.values()), loc="outside right upper", fontsize=8)
-    # Without the date, the same cells give the same file.
+    if handles:
+        figure.legend(handles=list(handles.values()), loc="outside right upper", fontsize=8)
+    # Without the date, and with names in the file that are not drawn, the same cells give the same file.
     metadata = {"Date": None} if path.suffix == ".svg" else {}
-    write_atomically(
-        path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
-    )
+    with rc_context({"svg.hashsalt": "trady"}):
+        write_atomically(
+            path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+        )

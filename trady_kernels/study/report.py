@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import kind_of
-from trady_kernels.study.cells import Cell, CellFile, Outcome
+from trady_kernels.study.cells import CellFile, made_with
+from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
+from trady_kernels.study.trainings import Training, TrainingOutcome
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
@@ -22,6 +24,9 @@ _SIZES = {"images": "{0.image_size}x{0.image_size}", "sentences": "{0.max_length
 _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
 #: Schemes that every other one is set beside.
 REFERENCES = ("trady", "medyate")
+
+
+Trainings = CellFile[Training, TrainingOutcome]
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ CLAIMS = (
 )
 
 
-def write_report(cells: CellFile, folder: Path, name: str) -> list[Path]:
+def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[Path]:
     """Write the document and its plots.
 
     Args:
@@ -84,7 +89,7 @@ def write_report(cells: CellFile, folder: Path, name: str) -> list[Path]:
     return [document, *plots]
 
 
-def report(cells: CellFile, name: str = "results") -> str:
+def report(cells: Trainings, name: str = "results") -> str:
     """The whole document, a function of the file alone.
 
     Raises:
@@ -100,18 +105,18 @@ def report(cells: CellFile, name: str = "results") -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _finals(cells: CellFile) -> dict[Cell, Outcome]:
+def _finals(cells: Trainings) -> dict[Training, TrainingOutcome]:
     finals = {cell: cells[cell] for cell in cells if not cell.held_out}
     if not finals:
         raise ValueError(f"cells: {cells.path} has no run on test samples yet, expected some")
     return finals
 
 
-def _models(cells: CellFile) -> list[str]:
+def _models(cells: Trainings) -> list[str]:
     return list(dict.fromkeys(cells.recipes[cell.task].model for cell in _finals(cells)))
 
 
-def _first_budget(finals: dict[Cell, Outcome]) -> str:
+def _first_budget(finals: dict[Training, TrainingOutcome]) -> str:
     """The budget with the most schemes."""
     budgets = {cell.budget for cell in finals if cell.budget}
     return max(sorted(budgets), key=lambda budget: len(_schemes(finals, budget)), default="")
@@ -121,32 +126,20 @@ def _plot_stem(name: str, model: str) -> str:
     return f"{name}-{model.replace(':', '-')}"
 
 
-def _making(cells: CellFile) -> list[str]:
-    used = sorted({cells[cell].provenance for cell in cells})
-    commands = dict.fromkeys(cells.provenance[index]["command"] for index in used)
-    commits = dict.fromkeys(_short(cells.provenance[index]["commit"]) for index in used)
-    versions = cells.provenance[used[-1]]["versions"]
+def _making(cells: Trainings) -> list[str]:
     seeds = sorted({cell.seed for cell in cells if not cell.held_out})
     return [
-        "This page is generated from its JSON; no figure was typed. Made and made again with:",
-        "",
-        *(f"    {command}" for command in commands),
-        "",
-        f"Commits {', '.join(commits)}; Python {versions['python']}, torch {versions['torch']}. "
-        f"{len(cells)} training runs, {len(seeds)} seeds. A scheme's learning rate, one for all tasks of a network, is "
-        "the best of three by the mean accuracy on samples held out from those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last epoch counts. Figures are means over seeds "
-        "with the sample standard deviation. Bytes are measured: what a training step saves for its backward pass (of full: of what "
-        "full fine-tuning saves), the gradients that it leaves and the optimiser's state. Tests are two-sided paired t-tests over the pairs of task and seed.",
+        *made_with(cells),
+        f"{len(seeds)} seeds. A scheme's learning rate, one for all tasks of a network, is the best of three by the mean accuracy on "
+        "samples held out from those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
+        "epoch counts. Figures are means over seeds with the sample standard deviation. Bytes are measured: what a training step saves "
+        "for its backward pass (of full: of what full fine-tuning saves), the gradients that it leaves and the optimiser's state. Tests "
+        "are two-sided paired t-tests over the pairs of task and seed.",
     ]
 
 
-def _short(commit: str | None) -> str:
-    """Ten digits, and the + of a tree that differs from its commit; a copy outside git has none."""
-    return "unknown" if commit is None else commit[:10] + commit[40:]
-
-
 def _model(
-    model: str, tasks: list[str], cells: CellFile, finals: dict[Cell, Outcome], plot: str
+    model: str, tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome], plot: str
 ) -> list[str]:
     lines = [
         f"## {model}",
@@ -163,12 +156,12 @@ def _model(
         bound = _by_scheme({cell: outcome for cell, outcome in finals.items() if cell.budget == budget})
         lines += [f"### Budget {budget}", "", *_table(tasks, {**bound, **free}, bound), ""]
         if budget == first:
-            lines += [*_claims({**bound, **free}), ""]
+            lines += [*(claims := _claims({**bound, **free})), *([""] if claims else [])]
     savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
     return [*lines, "### What is left out, epoch by epoch", "", savings, "", *_rates(finals), ""]
 
 
-def _recipes(tasks: list[str], cells: CellFile) -> list[str]:
+def _recipes(tasks: list[str], cells: Trainings) -> list[str]:
     rows = []
     for task in tasks:
         recipe = cells.recipes[task]
@@ -185,17 +178,17 @@ def _recipes(tasks: list[str], cells: CellFile) -> list[str]:
     return markdown(["task", "training samples", "test samples", "epochs", "batch", "input"], rows)
 
 
-Series = dict[tuple[str, int], Outcome]  # of one scheme, by task and seed
+Series = dict[tuple[str, int], TrainingOutcome]  # of one scheme, by task and seed
 
 
-def _by_scheme(finals: dict[Cell, Outcome]) -> dict[str, Series]:
+def _by_scheme(finals: dict[Training, TrainingOutcome]) -> dict[str, Series]:
     grouped: dict[str, Series] = defaultdict(dict)
     for cell, outcome in finals.items():
         grouped[cell.scheme][cell.task, cell.seed] = outcome
     return dict(grouped)
 
 
-def _schemes(finals: Iterable[Cell], budget: str) -> set[str]:
+def _schemes(finals: Iterable[Training], budget: str) -> set[str]:
     return {cell.scheme for cell in finals if cell.budget == budget}
 
 
@@ -230,7 +223,7 @@ def _table(tasks: list[str], schemes: dict[str, Series], bound: dict[str, Series
         rows.append(
             [
                 name,
-                *(_spread(_of_task(series, task)) for task in tasks),
+                *(spread(_of_task(series, task)) for task in tasks),
                 f"{mean(series):.1f}" if complete else "",
                 *(
                     "" if name == other else _difference(_against(series, bound[other]))
@@ -252,13 +245,6 @@ def _tasks(series: Series) -> list[str]:
 
 def _of_task(series: Series, wanted: str) -> list[float]:
     return [100 * outcome.top1 for (task, _), outcome in series.items() if task == wanted]
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = Spread.of(values)
-    return f"{spread.mean:.1f}" + ("" if math.isnan(spread.deviation) else f" ± {spread.deviation:.1f}")
 
 
 def _against(first: Series, second: Series) -> PairedTest | None:
@@ -300,31 +286,7 @@ def _verdict(test: PairedTest) -> str:
     return "holds" if test.difference > 0 else "the opposite was found"
 
 
-def _rates(finals: dict[Cell, Outcome]) -> list[str]:
+def _rates(finals: dict[Training, TrainingOutcome]) -> list[str]:
     chosen = sorted({(cell.scheme, cell.learning_rate) for cell in finals})
     rows = [[scheme, f"{rate:g}"] for scheme, rate in chosen]
     return ["### Learning rates chosen", "", *markdown(["scheme", "rate"], rows)]
-
-
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table whose columns align in the source too: the first to the left, the others to the right where they are figures."""
-    columns = [[head, *(row[index] for row in rows)] for index, head in enumerate(heads)]
-    widths = [max(3, *map(len, column)) for column in columns]
-
-    def figures(column: Sequence[str]) -> bool:
-        return all(not cell or cell[0] in "+-0123456789<" for cell in column[1:])
-
-    right = [bool(index) and figures(column) for index, column in enumerate(columns)]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(cells, widths, right, strict=True)
-        )
-        return f"| {' | '.join(aligned)} |"
-
-    rule = [
-        "-" * (width - 1) + ":" if to_right else "-" * width
-        for width, to_right in zip(widths, right, strict=True)
-    ]
-    return [line(heads), line(rule), *map(line, rows)]

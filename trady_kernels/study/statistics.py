@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class PairedTest:
         return self.p < 0.05
 
 
-def paired_test(first: Mapping[object, float], second: Mapping[object, float]) -> PairedTest:
+def paired_test(first: Mapping[Any, float], second: Mapping[Any, float]) -> PairedTest:
     """Compare two series of runs, pair by pair, over the keys that both have.
 
     Raises:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from trady_kernels.data import DataSet, Samples
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model, read_checkpoint
 from trady_kernels.training.ingredients import Spec
+from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Regime, Start, prepare_dense
 from trady_kernels.training.regimes import prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
@@ -36,19 +37,6 @@ _MEASURED_BATCHES = 4
 
 class Diverged(RuntimeError):
     """The loss is no longer a finite number."""
-
-
-class Observer(Protocol):
-    """What a progress display is told."""
-
-    def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
-        """Training of ``scheme`` starts, or goes on after the epochs that ``result`` has."""
-
-    def on_step(self, loss: float, accuracy: float) -> None:
-        """A step is done; means over the epoch so far."""
-
-    def on_epoch(self, figures: EpochFigures) -> None:
-        """An epoch is done and its checkpoint is on the disk."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +210,7 @@ def _train_epoch(
             loss.backward()
             mean_loss = mean_loss + loss.detach()
             hits = hits + (output.detach().argmax(1) == labels).sum()
+        observer.on_gradients(regime.model)
         optimizer.step()
         scheduler.step()
         regime.step(optimizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from trady_kernels.atomic_write import alone_in
 from trady_kernels.cost import Budget
@@ -16,7 +17,8 @@ from trady_kernels.models.loading import load_model, read_checkpoint
 from trady_kernels.provenance import describe
 from trady_kernels.selection import Resampling
 from trady_kernels.training.ingredients import Spec
-from trady_kernels.training.loop import Observer, sizes_of, train_scheme
+from trady_kernels.training.loop import sizes_of, train_scheme
+from trady_kernels.training.observer import Observer
 from trady_kernels.training.regimes import check_spec
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder
@@ -81,7 +83,7 @@ class Run:
         self.folder.write(self.to_json())
 
 
-class _Recording:
+class _Recording(Observer):
     """Passes on what an observer is told, and brings ``results.json`` up to date after every epoch."""
 
     def __init__(self, run: Run, observer: Observer) -> None:
@@ -91,6 +93,9 @@ class _Recording:
     def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
         self._run.results[scheme] = result
         self._observer.on_scheme(scheme, result, steps_per_epoch)
+
+    def on_gradients(self, model: nn.Module) -> None:
+        self._observer.on_gradients(model)
 
     def on_step(self, loss: float, accuracy: float) -> None:
         self._observer.on_step(loss, accuracy)

@@ -1,0 +1,252 @@
+"""Whole gradients of full fine-tuning, looked at step by step: what the studies of tails, ranks and channels rest on."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trady_kernels.models.loading import classifier_name
+from trady_kernels.selection.channel_norms import by_channel, layers_of
+from trady_kernels.study.cells import CellFile
+from trady_kernels.study.results import RECIPES
+from trady_kernels.study.tail_index import TailIndex
+from trady_kernels.training.loop import train_scheme
+from trady_kernels.training.observer import Observer
+from trady_kernels.training.results import EpochFigures, SchemeResult
+from trady_kernels.training.run import load_task
+from trady_kernels.training.settings import Settings
+
+#: Samples in a sum of the tail index; the first one's is what the tables show, the others tell how much it matters.
+BLOCKS = (16, 256)
+#: Bins of the logarithm of a gradient element's magnitude: two an octave, from 2^-40 to 2^10.
+OCTAVES, BINS_PER_OCTAVE = (-40, 10), 2
+
+
+@dataclass(frozen=True)
+class Look:
+    """One run of full fine-tuning.
+
+    Attributes:
+        task: name of its recipe.
+        seed: of the run.
+    """
+
+    task: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the gradients of a run were like. Layers are those that channels can be selected in.
+
+    Attributes:
+        top1: accuracy after the last epoch.
+        alphas: by the number of samples in a sum, of every epoch: tail index of the elements of all gradients.
+        layer_alphas: by layer, of every epoch, the same for its weight alone, with the first of ``BLOCKS``; None where
+            there is no finite one.
+        steps: those after which norms were noted: powers of two, and the last one of every epoch.
+        layer_norms: by layer, after each of them: the norms of its gradients so far, added up.
+        channel_norms: by layer, of every input channel: the norms of its gradients, added up over the run.
+        histograms: by layer, how many elements of its gradients are in each bin of ``OCTAVES``.
+        deviations: by layer, root of the mean square of its gradients' elements.
+        provenance: index of what it was made with in the file's list.
+    """
+
+    top1: float
+    alphas: Mapping[str, list[float | None]] = field(default_factory=dict)
+    layer_alphas: Mapping[str, list[float | None]] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    layer_norms: Mapping[str, list[float]] = field(default_factory=dict)
+    channel_norms: Mapping[str, list[float]] = field(default_factory=dict)
+    histograms: Mapping[str, list[int]] = field(default_factory=dict)
+    deviations: Mapping[str, float] = field(default_factory=dict)
+    provenance: int = 0
+
+
+Looks = CellFile[Look, Gradients]
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """Which runs the studies of gradients have.
+
+    Attributes:
+        recipes: settings of each task.
+        seeds: how many.
+    """
+
+    recipes: Mapping[str, Settings]
+    seeds: int
+
+    @property
+    def kinds(self) -> tuple[type[Look], type[Gradients]]:
+        """Classes of the cells and their outcomes."""
+        return Look, Gradients
+
+    @property
+    def train(self) -> Callable[[Look, Settings], Gradients]:
+        """Runs one cell."""
+        return look
+
+    @property
+    def size(self) -> int:
+        """How many runs there are."""
+        return len(self.recipes) * self.seeds
+
+    def ready(self, cells: Looks) -> Iterator[Look]:
+        """Every cell, the first seed of all tasks first."""
+        yield from (Look(task, seed) for seed in range(self.seeds) for task in self.recipes)
+
+    def words(self, cell: Look, outcome: Gradients) -> str:
+        """A cell and its outcome in a line."""
+        return f"{cell.task}, seed {cell.seed}: test {outcome.top1:.1%}"
+
+
+#: By size: seeds, and what differs from the recipes of the results table.
+_SIZES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "quick": (2, {"train_samples": 128, "test_samples": 100, "epochs": 2}),
+    "usual": (3, {"epochs": 3}),
+    "full": (3, {"train_samples": None, "test_samples": None, "epochs": 10, "warmup_epochs": 1}),
+}
+
+
+def gradient_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> GradientPlan:
+    """The runs of full fine-tuning that the studies of gradients look at.
+
+    Args:
+        size: "quick", "usual" or "full".
+        tasks: some of those of the results table; all by default, those on images where it has to be quick.
+        device: where to run.
+
+    Raises:
+        ValueError: no such size or task.
+    """
+    if size not in _SIZES:
+        raise ValueError(f"size: got {size!r}, expected one of {', '.join(_SIZES)}")
+    if unknown := [task for task in tasks if task not in RECIPES]:
+        raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+    seeds, settings = _SIZES[size]
+    if not tasks:
+        tasks = ("fashion-mnist", "digits") if size == "quick" else tuple(RECIPES)
+    return GradientPlan({task: replace(RECIPES[task], device=device, **settings) for task in tasks}, seeds)
+
+
+def look(cell: Look, recipe: Settings) -> Gradients:
+    """Fine-tune the whole network and look at every step's gradients.
+
+    Raises:
+        Diverged: the loss became infinite or NaN.
+        ValueError, FileNotFoundError, ModuleNotFoundError: the task's data or network is not to be had.
+    """
+    settings = replace(recipe, schemes=("full",), seed=cell.seed)
+    torch.set_num_threads(settings.threads)
+    data = _load(replace(settings, seed=0))
+    looking = _Looking(len(data.classes), cell.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        result = train_scheme("full", settings, data, Path(folder, "checkpoint.pt"), looking)
+    return looking.found(result.top1)
+
+
+_load = functools.lru_cache(maxsize=2)(load_task)
+
+
+class _Looking(Observer):
+    """Reduces every step's gradients to a few numbers; no two steps' are held at once."""
+
+    def __init__(self, classes: int, seed: int) -> None:
+        self._classes = classes
+        self._generator = torch.Generator().manual_seed(seed)
+        self._orders: dict[str, torch.Tensor] = {}
+        self._step = self._steps_per_epoch = 0
+        self._noted: list[int] = []
+        self._epoch_alphas: dict[str, TailIndex] = {}
+        self._epoch_all = [TailIndex(block) for block in BLOCKS]
+        self._alphas: dict[str, list[float | None]] = {str(block): [] for block in BLOCKS}
+        self._layer_alphas: dict[str, list[float | None]] = {}
+        self._sums: dict[str, torch.Tensor] = {}  # of channels
+        self._layer_sums: dict[str, float] = {}
+        self._layer_norms: dict[str, list[float]] = {}
+        self._bins: dict[str, torch.Tensor] = {}
+        self._squares: dict[str, float] = {}
+        self._elements: dict[str, int] = {}
+
+    def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
+        self._steps_per_epoch = steps_per_epoch
+
+    def on_gradients(self, model: nn.Module) -> None:
+        self._step += 1
+        head = classifier_name(model, self._classes)
+        layers = {name: layer for name, layer in layers_of(model).items() if name != head}
+        weights = {id(layer.weight): name for name, layer in layers.items()}
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.detach().cpu()
+            # Neighbours in memory depend on each other; in an order of chance they hardly do.
+            samples = gradient.flatten()[self._order(name, gradient.numel())]
+            for index in self._epoch_all:
+                index.add(samples)
+            if (layer := weights.get(id(parameter))) is not None:
+                self._note(layer, layers[layer], gradient, samples)
+        if self._step & (self._step - 1) == 0 or self._step % self._steps_per_epoch == 0:
+            self._noted.append(self._step)
+            for name, norm in self._layer_sums.items():
+                self._layer_norms.setdefault(name, []).append(norm)
+
+    def _order(self, name: str, count: int) -> torch.Tensor:
+        if name not in self._orders:
+            self._orders[name] = torch.randperm(count, generator=self._generator)
+        return self._orders[name]
+
+    def _note(self, name: str, layer: nn.Module, gradient: torch.Tensor, samples: torch.Tensor) -> None:
+        self._epoch_alphas.setdefault(name, TailIndex(BLOCKS[0])).add(samples)
+        norms = torch.linalg.vector_norm(by_channel(gradient, layer).double(), dim=1)
+        self._sums[name] = self._sums.get(name, torch.zeros_like(norms)) + norms
+        self._layer_sums[name] = self._layer_sums.get(name, 0.0) + float(torch.linalg.vector_norm(norms))
+        self._squares[name] = self._squares.get(name, 0.0) + float(norms.square().sum())
+        self._elements[name] = self._elements.get(name, 0) + samples.numel()
+        low, high = OCTAVES
+        places = (samples[samples != 0].abs().log2().clamp(low, high - 2**-10) - low) * BINS_PER_OCTAVE
+        counts = torch.bincount(places.long(), minlength=(high - low) * BINS_PER_OCTAVE)
+        self._bins[name] = self._bins.get(name, torch.zeros_like(counts)) + counts
+
+    def on_epoch(self, figures: EpochFigures) -> None:
+        for index in self._epoch_all:
+            self._alphas[str(index.block)].append(_finite(index.alpha))
+        for name, index in self._epoch_alphas.items():
+            self._layer_alphas.setdefault(name, []).append(_finite(index.alpha))
+        self._epoch_all = [TailIndex(block) for block in BLOCKS]
+        self._epoch_alphas = {}
+
+    def found(self, top1: float) -> Gradients:
+        """Everything, as plain values."""
+        return Gradients(
+            top1,
+            self._alphas,
+            self._layer_alphas,
+            self._noted,
+            {name: [_rounded(norm) for norm in norms] for name, norms in self._layer_norms.items()},
+            {name: [_rounded(norm, 3) for norm in norms.tolist()] for name, norms in self._sums.items()},
+            {name: counts.tolist() for name, counts in self._bins.items()},
+            {
+                name: _rounded(math.sqrt(total / self._elements[name]))
+                for name, total in self._squares.items()
+            },
+        )
+
+
+def _rounded(value: float, digits: int = 5) -> float:
+    """So many digits: nobody needs all of them, of thousands of channels."""
+    return float(f"{value:.{digits}g}")
+
+
+def _finite(alpha: float) -> float | None:
+    return _rounded(alpha) if math.isfinite(alpha) else None

@@ -1,0 +1,175 @@
+"""Every study by name: which runs it has, and what it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trady_kernels.atomic_write import write_atomically
+from trady_kernels.study.cells import CellFile, Plan, made_with
+from trady_kernels.study.gradients import Gradients, Look, gradient_plan
+from trady_kernels.study.ranks import channels_section, plot_channels, plot_ranks, ranks_section
+from trady_kernels.study.report import write_report
+from trady_kernels.study.results import results_matrix
+from trady_kernels.study.tails import histograms_section, plot_histograms, plot_tails, tails_section
+from trady_kernels.study.trainings import Training, TrainingOutcome
+
+#: The document that all studies but the results table write their sections of.
+DOCUMENT = "study.md"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a study.
+
+    Attributes:
+        size: "quick", "usual" or "full".
+        tasks: names of some; all by default.
+        schemes: rows of a table of schemes; all by default.
+        device: where to run.
+    """
+
+    size: str = "usual"
+    tasks: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study.
+
+    Attributes:
+        name: how users call it.
+        words: what it finds out.
+        cells: name of the file of its cells, which studies of the same runs share.
+        kinds: classes of the cells and their outcomes.
+        plan: which cells there are.
+        section: lines of its part of the document.
+        plot: draws it into a file; the studies with a section have one.
+        write: makes the files of its report, where that is not a section of the document.
+    """
+
+    name: str
+    words: str
+    cells: str
+    kinds: tuple[type[Any], type[Any]]
+    plan: Callable[[Request], Plan[Any, Any]]
+    section: Callable[[CellFile[Any, Any]], list[str]] | None = None
+    plot: Callable[[Path, CellFile[Any, Any]], None] | None = None
+    write: Callable[[CellFile[Any, Any], Path], list[Path]] | None = None
+
+    def load(self, folder: Path) -> CellFile[Any, Any]:
+        """The cells in a folder, of whatever tasks.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: the file is damaged, of another version or study.
+        """
+        return CellFile(folder / self.cells, self.kinds)
+
+    def report(self, folder: Path) -> list[Path]:
+        """Write the report from the cells in a folder.
+
+        Returns:
+            The files.
+
+        Raises:
+            FileNotFoundError, ValueError: there are no finished cells.
+            ModuleNotFoundError: scipy or matplotlib is not installed.
+        """
+        cells = self.load(folder)
+        if self.write is not None:
+            return self.write(cells, folder)
+        assert self.plot is not None
+        text = document(folder)
+        write_atomically(folder / DOCUMENT, lambda file: file.write(text.encode()))
+        plots = [folder / f"study-{self.name}.{kind}" for kind in ("png", "svg")]
+        for path in plots:
+            self.plot(path, cells)
+        return [folder / DOCUMENT, *plots]
+
+
+def _of_gradients(request: Request) -> Plan[Look, Gradients]:
+    if request.schemes:
+        raise ValueError(
+            f"scheme: got {', '.join(request.schemes)}, expected none: this study looks at full fine-tuning"
+        )
+    return gradient_plan(request.size, request.tasks, request.device)
+
+
+def _gradient_study(name: str, words: str, section: Any, plot: Any) -> Study:
+    return Study(name, words, "gradients.json", (Look, Gradients), _of_gradients, section, plot)
+
+
+STUDIES: Mapping[str, Study] = {
+    study.name: study
+    for study in (
+        Study(
+            "results",
+            "every scheme on every task with several seeds, each learning rate tuned first on held-out samples: "
+            "accuracy beside measured bytes, with paired tests",
+            "results.json",
+            (Training, TrainingOutcome),
+            lambda request: results_matrix(request.size, request.tasks, request.schemes, request.device),
+            write=write_report,
+        ),
+        _gradient_study(
+            "tails",
+            "how heavy the tails of stochastic gradients are, by epoch: the index alpha of all of them and of each layer's",
+            tails_section,
+            plot_tails,
+        ),
+        _gradient_study(
+            "histograms",
+            "how far from zero gradients come, layer by layer, beside a Gaussian of the same variance",
+            histograms_section,
+            plot_histograms,
+        ),
+        _gradient_study(
+            "ranks",
+            "whether tasks, seeds and epochs agree on which layers have the most gradient, and how soon",
+            ranks_section,
+            plot_ranks,
+        ),
+        _gradient_study(
+            "channels",
+            "whether tasks and seeds agree on which channels have the most gradient",
+            channels_section,
+            plot_channels,
+        ),
+    )
+}
+
+
+def document(folder: Path) -> str:
+    """The document of all studies that a folder has cells of, a function of its JSON files alone.
+
+    Raises:
+        ValueError: a file is damaged or of another version.
+        ModuleNotFoundError: scipy is not installed.
+    """
+    lines = ["# The study behind the method", ""]
+    made: set[str] = set()
+    for study in STUDIES.values():
+        if study.section is None or not (folder / study.cells).exists():
+            continue
+        cells = study.load(folder)
+        if study.cells not in made:
+            lines += [f"## Cells in {study.cells}", "", *made_with(cells), ""]
+            made.add(study.cells)
+        picture = f"![{study.name}](study-{study.name}.png)"
+        sentence = study.words[0].upper() + study.words[1:]
+        lines += [
+            f"### `trady study {study.name}`",
+            "",
+            f"{sentence}.",
+            "",
+            *study.section(cells),
+            "",
+            picture,
+            "",
+        ]
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,134 @@
+"""Training runs as cells of a study: what names one, what is kept of it, and how it is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trady_kernels.training.loop import Diverged, train_scheme
+from trady_kernels.training.observer import Observer
+from trady_kernels.training.results import SchemeResult
+from trady_kernels.training.run import load_task
+from trady_kernels.training.settings import Settings
+
+#: Share of the samples to train on that is held out for choosing learning rates.
+HELD_OUT_SHARE = 0.2
+#: Of every epoch, what is kept.
+_CURVES = ("train_loss", "cost", "weight_share", "activation_share", "gradient_share", "saved_bytes")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run of an experiment.
+
+    Attributes:
+        task: name of its recipe.
+        scheme: how channels are chosen.
+        budget: as ``ChannelSampler`` takes it; "" for the schemes without one.
+        learning_rate: peak.
+        seed: of the run.
+        held_out: whether samples held out from those to train on take the place of the test samples: a trial that
+            chooses settings.
+    """
+
+    task: str
+    scheme: str
+    budget: str
+    learning_rate: float
+    seed: int
+    held_out: bool
+
+    def settings(self, recipe: Settings) -> Settings:
+        """Settings of the run: the task's ``recipe`` with what is this cell's own."""
+        return dataclasses.replace(
+            recipe,
+            schemes=(self.scheme,),
+            budget=self.budget or recipe.budget,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            validation_share=HELD_OUT_SHARE if self.held_out else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What a cell's run yielded.
+
+    Attributes:
+        top1: accuracy after the last epoch; 0 where the training diverged.
+        diverged: whether the loss became infinite or NaN.
+        saved_bytes, dense_saved_bytes: kept for backward in a step, measured: the dearest epoch's, and full fine-tuning's.
+        gradient_bytes, optimizer_bytes: of gradients, and of the optimiser's state, the dearest epoch's.
+        cost, full_cost: elements of one sample: the dearest epoch's, and of all channels.
+        gradient_share: multiply-accumulates of weight gradients, the dearest epoch's, over all of them.
+        step_ms: median of a training step, on a machine that may have been busy.
+        seconds: of the run.
+        curves: of every epoch: train_loss, cost, weight_share, activation_share, gradient_share, saved_bytes.
+        notes: what a reader must know.
+        provenance: index of what it was made with in the file's list.
+    """
+
+    top1: float
+    diverged: bool = False
+    saved_bytes: int = 0
+    dense_saved_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    cost: int = 0
+    full_cost: int = 0
+    gradient_share: float = 0.0
+    step_ms: float = 0.0
+    seconds: float = 0.0
+    curves: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    provenance: int = 0
+
+    @property
+    def training_bytes(self) -> int:
+        """What a training step needs beside the weights: saved for backward, gradients, optimiser state."""
+        return self.saved_bytes + self.gradient_bytes + self.optimizer_bytes
+
+    @classmethod
+    def of(cls, result: SchemeResult) -> TrainingOutcome:
+        """The outcome of a finished run."""
+        return cls(
+            top1=result.top1,
+            saved_bytes=result.saved_bytes,
+            dense_saved_bytes=result.dense_saved_bytes,
+            gradient_bytes=result.gradient_bytes,
+            optimizer_bytes=result.optimizer_bytes,
+            cost=result.cost,
+            full_cost=result.full_cost,
+            gradient_share=result.gradient_share,
+            step_ms=round(result.step_ms, 2),
+            seconds=round(sum(epoch.seconds for epoch in result.epochs), 2),
+            curves={name: [round(getattr(e, name), 6) for e in result.epochs] for name in _CURVES},
+            notes=list(result.notes),
+        )
+
+
+def train(cell: Training, recipe: Settings) -> TrainingOutcome:
+    """Run one training; one that diverges has an outcome too.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: the task's data or network is not to be had.
+    """
+    settings = cell.settings(recipe)
+    torch.set_num_threads(settings.threads)
+    # Data depend on the task and the held-out share alone.
+    data = _load(Training(cell.task, "trady", "", 1.0, 0, cell.held_out).settings(recipe))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = train_scheme(cell.scheme, settings, data, Path(folder, "checkpoint.pt"), Observer())
+        except Diverged as error:
+            return TrainingOutcome(top1=0.0, diverged=True, notes=[str(error)])
+    return TrainingOutcome.of(result)
+
+
+_load = functools.lru_cache(maxsize=4)(load_task)
