@@ -46,7 +46,7 @@ PROVENANCE = {
     "commit": "0123456789abcdef",
     "versions": {"python": "3.11", "torch": "2.13"},
 }
-ON_GRADIENTS = [name for name, study in STUDIES.items() if study.section is not None]
+ON_GRADIENTS = [name for name, study in STUDIES.items() if study.cells == "gradients.json"]
 
 
 def test_what_is_noted_of_every_step() -> None:
@@ -257,7 +257,7 @@ def test_command_on_a_small_network(
     text = (tmp_path / "out" / "study.md").read_text()
     assert "`trady study ranks`" in text and "mobilenet_v2_w035" in text
     assert main(["study", "tails", "--scheme", "trady", "--output", str(tmp_path / "out")]) == 2
-    assert "expected none: this study looks at full fine-tuning" in capsys.readouterr().err
+    assert "expected none: tails has its own" in capsys.readouterr().err
 
 
 def test_the_committed_document_is_what_its_cells_say() -> None:

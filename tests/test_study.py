@@ -18,9 +18,9 @@ from trady_kernels.study import trainings
 from trady_kernels.study.cells import CellFile, run_cells
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import FACTORS, Matrix, Row
-from trady_kernels.study.report import Trainings, report, write_report
+from trady_kernels.study.report import report, write_report
 from trady_kernels.study.statistics import Spread, paired_test
-from trady_kernels.study.trainings import Training, TrainingOutcome
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 from trady_kernels.training.loop import Diverged
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings

@@ -21,17 +21,19 @@ from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
 from trady_kernels.study.cells import CellFile, Plan, run_cells
 from trady_kernels.study.results import RECIPES, SIZES, SMALLEST
-from trady_kernels.study.studies import STUDIES, Request
+from trady_kernels.study.studies import STUDIES, Request, Study
 
 _EPILOG = """\
 examples:
   trady study results --size quick --task mnist --scheme trady,head-only --output runs/quick
   trady study results --output runs/results
   trady study tails --quick --output runs/study
+  trady study all --quick --output runs/study
   trady study results --output docs --report-only
 
 The folder gets the runs of each study as JSON (with settings, versions and commit), results.md or study.md, and plots as
-PNG and SVG. tails, histograms, ranks and channels look at the same runs, which are made once."""
+PNG and SVG. tails, histograms, ranks and channels look at the same runs, which are made once; budget and efficiency at those
+of results."""
 
 
 def _description() -> str:
@@ -47,7 +49,7 @@ def _description() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description, parser.epilog = _description(), _EPILOG
-    parser.add_argument("name", choices=list(STUDIES), help="which study")
+    parser.add_argument("name", choices=[*STUDIES, "all"], help="which study, or all of them in turn")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where its files are, or will be"
     )
@@ -91,35 +93,37 @@ def _names(text: str) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, write the report."""
     console = make_console()
-    study = STUDIES[args.name]
     with usage_errors():
         if args.jobs < 1:
             raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
-        if args.report_only:
-            study.load(args.output)
-        else:
-            plan = study.plan(Request(args.size, args.task, args.scheme, args.device))
-            args.output.mkdir(parents=True, exist_ok=True)
-            with alone_in(args.output):
-                cells = CellFile(args.output / study.cells, study.kinds, plan.recipes)
-                try:
-                    _run_missing(plan, cells, args, console)
-                except KeyboardInterrupt:
-                    console.print("interrupted; the same command goes on with what is missing")
-                    return _INTERRUPTED
-        for file in study.report(args.output):
-            console.print(f"written to {file}")
+        if args.scheme and args.name != "results":
+            raise ValueError(f"scheme: got {','.join(args.scheme)}, expected none: {args.name} has its own")
+        studies = list(STUDIES.values()) if args.name == "all" else [STUDIES[args.name]]
+        for study in [] if args.report_only else studies:
+            if study.name == "results" and len(studies) > 1:
+                continue  # budget has its runs; where it has to be quick, some of them
+            console.print(f"{study.name}: {study.words}")
+            try:
+                _run_missing(study, args, console)
+            except KeyboardInterrupt:
+                console.print("interrupted; the same command goes on with what is missing")
+                return _INTERRUPTED
+        for study in studies:
+            for file in study.report(args.output):
+                console.print(f"written to {file}")
     return 0
 
 
-def _run_missing(
-    plan: Plan[Any, Any], cells: CellFile[Any, Any], args: argparse.Namespace, console: Console
-) -> None:
-    cells.begin(describe(torch.device(args.device)))
-    # Forks of a process whose libraries have threads may hang.
-    workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
-    with workers, _Progress(console, plan) as progress:
-        run_cells(plan, cells, workers, args.jobs, progress.on_cell)
+def _run_missing(study: Study, args: argparse.Namespace, console: Console) -> None:
+    plan = study.plan(Request(args.size, args.task, args.scheme, args.device))
+    args.output.mkdir(parents=True, exist_ok=True)
+    with alone_in(args.output):
+        cells = CellFile(args.output / study.cells, study.kinds, plan.recipes)
+        cells.begin(describe(torch.device(args.device)))
+        # Forks of a process whose libraries have threads may hang.
+        workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+        with workers, _Progress(console, plan) as progress:
+            run_cells(plan, cells, workers, args.jobs, progress.on_cell)
 
 
 class _Progress:

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from trady_kernels.study.cells import CellFile
-from trady_kernels.study.trainings import Training, TrainingOutcome, train
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, train
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
 
@@ -86,7 +85,7 @@ class Matrix:
         """Runs one cell."""
         return train
 
-    def ready(self, cells: CellFile[Training, TrainingOutcome]) -> Iterator[Training]:
+    def ready(self, cells: Trainings) -> Iterator[Training]:
         """Every cell that is done or may begin: final runs wait for the trials that choose their learning rate."""
         for row in self.rows():
             trials = self.trials(row)
@@ -96,10 +95,7 @@ class Matrix:
 
     def words(self, cell: Training, outcome: TrainingOutcome) -> str:
         """A cell and its outcome in a line."""
-        on = "held-out" if cell.held_out else "test"
-        result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
-        budget = f" at {cell.budget}" if cell.budget else ""
-        return f"{cell.task}, {cell.scheme}{budget}, rate {cell.learning_rate:g}, seed {cell.seed}: {result}"
+        return cell.words(outcome)
 
     @property
     def size(self) -> int:
@@ -109,7 +105,7 @@ class Matrix:
         return len(tuned) * len(FACTORS) + len(rows) * self.seeds
 
 
-def best_rate(cells: CellFile[Training, TrainingOutcome], trials: list[Training]) -> float:
+def best_rate(cells: Trainings, trials: list[Training]) -> float:
     """The learning rate with the highest mean accuracy; the lowest of equals, which moves the weights least."""
     accuracies: dict[float, list[float]] = defaultdict(list)
     for cell in trials:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from trady_kernels.study.trainings import Training, TrainingOutcome
 from trady_kernels.training.plot import COLOURS, MARKERS
 
 _MIB = 2**20
-#: Of every epoch: what is left out, in the words of the papers, and the share of it that is not.
-_SAVINGS = {
-    "weight sparsity (%)": "weight_share",
-    "activation sparsity (%)": "activation_share",
-    "weight-gradient FLOPs saved (%)": "gradient_share",
+#: Of every epoch: what is left out, in the words of the papers, counted and then measured, from a run and its epoch.
+_SAVINGS: Mapping[str, Callable[[TrainingOutcome, int], float]] = {
+    "weight sparsity (%)": lambda run, epoch: run.curves["weight_share"][epoch],
+    "activation sparsity (%)": lambda run, epoch: run.curves["activation_share"][epoch],
+    "weight-gradient FLOPs saved (%)": lambda run, epoch: run.curves["gradient_share"][epoch],
+    "measured bytes saved (%)": lambda run, epoch: run.curves["saved_bytes"][epoch] / run.dense_saved_bytes,
 }
 
 
@@ -78,10 +79,10 @@ def plot_savings(path: Path, finals: Mapping[Training, TrainingOutcome]) -> None
     figure, axes_of = panels(len(_SAVINGS))
     for axes, (words, share) in zip(axes_of, _SAVINGS.items(), strict=True):
         for place, scheme in enumerate(schemes):
-            runs = [o.curves[share] for cell, o in finals.items() if cell.scheme == scheme and o.curves]
-            epochs = range(1, 1 + min(map(len, runs), default=0))
-            means = [100 * (1 - Spread.of([run[epoch - 1] for run in runs]).mean) for epoch in epochs]
-            axes.plot(list(epochs), means, label=scheme, **style(place))
+            runs = [o for cell, o in finals.items() if cell.scheme == scheme and o.curves]
+            epochs = range(min((len(run.curves["cost"]) for run in runs), default=0))
+            means = [100 * (1 - Spread.of([share(run, epoch) for run in runs]).mean) for epoch in epochs]
+            axes.plot([1 + epoch for epoch in epochs], means, label=scheme, **style(place))
         axes.set_xlabel("epoch")
         axes.set_ylabel(words)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -90,7 +91,7 @@ def plot_savings(path: Path, finals: Mapping[Training, TrainingOutcome]) -> None
 
 
 def panels(count: int) -> tuple[Any, list[Any]]:
-    """A figure with so many panels side by side.
+    """A figure with so many panels, four in a row at most.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -101,8 +102,10 @@ def panels(count: int) -> tuple[Any, list[Any]]:
         raise ModuleNotFoundError(
             "plot: drawing needs matplotlib, which is not here; install it with: pip install matplotlib"
         ) from error
-    figure = Figure(figsize=(3.2 * count + 1.6, 3.6), layout="constrained")
-    return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
+    rows = -(-count // 4)
+    columns = -(-count // rows)
+    figure = Figure(figsize=(3.2 * columns + 1.6, 3.3 * rows + 0.3), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
 
 
 def style(place: int) -> dict[str, Any]:
@@ -130,30 +133,39 @@ def _logarithmic(axes: Any) -> None:
 
 
 def heat_maps(
-    matrices: Mapping[str, tuple[list[list[float]], list[str]]], *, words: str, low: float, high: float
+    matrices: Mapping[str, tuple[list[list[float]], list[str], list[str]]],
+    *,
+    words: str,
+    low: float,
+    high: float,
+    digits: int = 2,
 ) -> Any:
-    """A figure of square matrices with numbers in them.
+    """A figure of matrices with numbers in them.
 
     Args:
-        matrices: by title, each with the names of its rows, which are those of its columns.
+        matrices: by title, each with the names of its rows and of its columns.
         words: what the numbers are.
         low, high: ends of the scale of colours.
+        digits: of the numbers.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
     figure, axes_of = panels(len(matrices))
     figure.set_size_inches(5.2 * len(matrices) + 0.8, 4.8)
-    for axes, (title, (matrix, names)) in zip(axes_of, matrices.items(), strict=True):
+    for axes, (title, (matrix, rows, columns)) in zip(axes_of, matrices.items(), strict=True):
         image = axes.imshow(matrix, cmap="cividis", vmin=low, vmax=high)
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
         axes.set_title(title, fontsize=10)
         for row, values in enumerate(matrix):
             for column, value in enumerate(values):
                 ink = "white" if value < (low + high) / 2 else "black"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=ink)
-        figure.colorbar(image, ax=axes, shrink=0.8, label=words)
+                size = 6 if len(columns) > 5 else 9
+                axes.text(
+                    column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=size, color=ink
+                )
+    figure.colorbar(image, ax=axes_of, shrink=0.8, label=words)
     return figure
 
 

@@ -165,10 +165,10 @@ def _matrix(values: dict[Pair, float], cells: list[Look], diagonal: float) -> li
 
 
 def _plot(path: Path, looks: Looks, measure: Callable[[Gradients, Gradients], float], **options: Any) -> None:
-    matrices = {
-        network: (_matrix(_compare(looks, cells, measure), cells, 1.0), [f"{c.task} {c.seed}" for c in cells])
-        for network, cells in _by_network(looks).items()
-    }
+    matrices = {}
+    for network, cells in _by_network(looks).items():
+        names = [f"{cell.task} {cell.seed}" for cell in cells]
+        matrices[network] = (_matrix(_compare(looks, cells, measure), cells, 1.0), names, names)
     write_figure(path, heat_maps(matrices, **options))
 
 

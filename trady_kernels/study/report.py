@@ -10,11 +10,12 @@ from pathlib import Path
 
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import kind_of
-from trady_kernels.study.cells import CellFile, made_with
+from trady_kernels.study.budgets import finals_of
+from trady_kernels.study.cells import made_with
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
-from trady_kernels.study.trainings import Training, TrainingOutcome
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
@@ -24,9 +25,6 @@ _SIZES = {"images": "{0.image_size}x{0.image_size}", "sentences": "{0.max_length
 _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
 #: Schemes that every other one is set beside.
 REFERENCES = ("trady", "medyate")
-
-
-Trainings = CellFile[Training, TrainingOutcome]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[
     write_atomically(document, lambda file: file.write(text.encode()))
     plots = []
     for model in _models(cells):
-        here = {c: o for c, o in _finals(cells).items() if cells.recipes[c.task].model == model}
+        here = {c: o for c, o in finals_of(cells).items() if cells.recipes[c.task].model == model}
         for kind in ("png", "svg"):
             plots += [folder / f"{_plot_stem(name, model)}{part}.{kind}" for part in ("", _SAVINGS)]
             plot_budgets(plots[-2], here)
@@ -96,7 +94,7 @@ def report(cells: Trainings, name: str = "results") -> str:
         ValueError: the file has no finished run on test samples.
         ModuleNotFoundError: scipy is not installed.
     """
-    finals = _finals(cells)
+    finals = finals_of(cells)
     parts = ["# Results", "", *_making(cells), ""]
     for model in _models(cells):
         tasks = [task for task, recipe in cells.recipes.items() if recipe.model == model]
@@ -105,15 +103,8 @@ def report(cells: Trainings, name: str = "results") -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _finals(cells: Trainings) -> dict[Training, TrainingOutcome]:
-    finals = {cell: cells[cell] for cell in cells if not cell.held_out}
-    if not finals:
-        raise ValueError(f"cells: {cells.path} has no run on test samples yet, expected some")
-    return finals
-
-
 def _models(cells: Trainings) -> list[str]:
-    return list(dict.fromkeys(cells.recipes[cell.task].model for cell in _finals(cells)))
+    return list(dict.fromkeys(cells.recipes[cell.task].model for cell in finals_of(cells)))
 
 
 def _first_budget(finals: dict[Training, TrainingOutcome]) -> str:

@@ -8,7 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
+from trady_kernels.study.budgets import (
+    budget_section,
+    budgets_plan,
+    efficiency_section,
+    plot_budget,
+    plot_efficiency,
+)
 from trady_kernels.study.cells import CellFile, Plan, made_with
+from trady_kernels.study.draws import (
+    plot_resampling,
+    plot_sensitivity,
+    resampling_plan,
+    resampling_section,
+    sensitivity_plan,
+    sensitivity_section,
+)
 from trady_kernels.study.gradients import Gradients, Look, gradient_plan
 from trady_kernels.study.ranks import channels_section, plot_channels, plot_ranks, ranks_section
 from trady_kernels.study.report import write_report
@@ -92,16 +107,16 @@ class Study:
         return [folder / DOCUMENT, *plots]
 
 
-def _of_gradients(request: Request) -> Plan[Look, Gradients]:
-    if request.schemes:
-        raise ValueError(
-            f"scheme: got {', '.join(request.schemes)}, expected none: this study looks at full fine-tuning"
-        )
-    return gradient_plan(request.size, request.tasks, request.device)
-
-
 def _gradient_study(name: str, words: str, section: Any, plot: Any) -> Study:
-    return Study(name, words, "gradients.json", (Look, Gradients), _of_gradients, section, plot)
+    return Study(
+        name,
+        words,
+        "gradients.json",
+        (Look, Gradients),
+        lambda request: gradient_plan(request.size, request.tasks, request.device),
+        section,
+        plot,
+    )
 
 
 STUDIES: Mapping[str, Study] = {
@@ -139,6 +154,42 @@ STUDIES: Mapping[str, Study] = {
             "whether tasks and seeds agree on which channels have the most gradient",
             channels_section,
             plot_channels,
+        ),
+        Study(
+            "resampling",
+            "accuracy and loss by when channels are drawn again: once, every few epochs, epoch or steps, or by a criterion",
+            "resampling.json",
+            (Training, TrainingOutcome),
+            lambda request: resampling_plan(request.size, request.tasks, request.device),
+            resampling_section,
+            plot_resampling,
+        ),
+        Study(
+            "budget",
+            "accuracy against measured bytes, from the runs of results",
+            "results.json",
+            (Training, TrainingOutcome),
+            lambda request: budgets_plan(request.size, request.tasks, request.device),
+            budget_section,
+            plot_budget,
+        ),
+        Study(
+            "efficiency",
+            "sparsity, FLOPs, bytes and step time of every scheme, epoch by epoch, from the runs of results",
+            "results.json",
+            (Training, TrainingOutcome),
+            lambda request: budgets_plan(request.size, request.tasks, request.device),
+            efficiency_section,
+            plot_efficiency,
+        ),
+        Study(
+            "sensitivity",
+            "how much learning rate, budget and frequency matter together",
+            "sensitivity.json",
+            (Training, TrainingOutcome),
+            lambda request: sensitivity_plan(request.size, request.tasks, request.device),
+            sensitivity_section,
+            plot_sensitivity,
         ),
     )
 }

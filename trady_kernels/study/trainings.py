@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from trady_kernels.study.cells import CellFile
 from trady_kernels.training.loop import Diverged, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.results import SchemeResult
@@ -35,6 +36,7 @@ class Training:
         seed: of the run.
         held_out: whether samples held out from those to train on take the place of the test samples: a trial that
             chooses settings.
+        resampling: when channels are drawn again, as ``ChannelSampler`` takes it.
     """
 
     task: str
@@ -43,6 +45,7 @@ class Training:
     learning_rate: float
     seed: int
     held_out: bool
+    resampling: str = "epoch"
 
     def settings(self, recipe: Settings) -> Settings:
         """Settings of the run: the task's ``recipe`` with what is this cell's own."""
@@ -52,8 +55,17 @@ class Training:
             budget=self.budget or recipe.budget,
             learning_rate=self.learning_rate,
             seed=self.seed,
+            resampling=self.resampling,
             validation_share=HELD_OUT_SHARE if self.held_out else 0.0,
         )
+
+    def words(self, outcome: TrainingOutcome) -> str:
+        """The run and its outcome in a line."""
+        on = "held-out" if self.held_out else "test"
+        result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
+        budget = f" at {self.budget}" if self.budget else ""
+        drawn = "" if self.resampling == "epoch" else f", drawn every {self.resampling}"
+        return f"{self.task}, {self.scheme}{budget}, rate {self.learning_rate:g}{drawn}, seed {self.seed}: {result}"
 
 
 @dataclass(frozen=True)
@@ -132,3 +144,42 @@ def train(cell: Training, recipe: Settings) -> TrainingOutcome:
 
 
 _load = functools.lru_cache(maxsize=4)(load_task)
+
+
+Trainings = CellFile[Training, TrainingOutcome]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A study whose runs are known from the start.
+
+    Attributes:
+        recipes: settings of each task.
+        cells: the runs, in the order of importance.
+    """
+
+    recipes: Mapping[str, Settings]
+    cells: tuple[Training, ...]
+
+    @property
+    def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
+        """Classes of the cells and their outcomes."""
+        return Training, TrainingOutcome
+
+    @property
+    def train(self) -> Callable[[Training, Settings], TrainingOutcome]:
+        """Runs one cell."""
+        return train
+
+    @property
+    def size(self) -> int:
+        """How many runs there are."""
+        return len(self.cells)
+
+    def ready(self, cells: Trainings) -> Iterator[Training]:
+        """Every cell."""
+        yield from self.cells
+
+    def words(self, cell: Training, outcome: TrainingOutcome) -> str:
+        """A cell and its outcome in a line."""
+        return cell.words(outcome)

@@ -1,0 +1,177 @@
+"""The studies that read training runs: which runs they have, and what their reports say."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_gradient_studies import AGREEING
+
+from trady_kernels.cli import main
+from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency_section
+from trady_kernels.study.cells import CellFile
+from trady_kernels.study.draws import (
+    BUDGET,
+    FACTORS,
+    frequencies,
+    resampling_plan,
+    resampling_section,
+    sensitivity_plan,
+    sensitivity_section,
+)
+from trady_kernels.study.results import RATES, RECIPES, results_matrix
+from trady_kernels.study.studies import STUDIES, Request, document
+from trady_kernels.study.trainings import Grid, Training, TrainingOutcome, Trainings
+
+PROVENANCE = {
+    "command": "trady study all",
+    "commit": "0123456789abcdef",
+    "versions": {"python": "3.11", "torch": "2.13"},
+}
+TASKS = ("mnist", "digits")
+KINDS = (Training, TrainingOutcome)
+
+
+def outcome_of(top1: float) -> TrainingOutcome:
+    curves = {
+        "train_loss": [2.0, 1.0],
+        "cost": [10.0, 10.0],
+        "weight_share": [0.1, 0.2],
+        "activation_share": [0.05, 0.05],
+        "gradient_share": [0.02, 0.04],
+        "saved_bytes": [2.0**20, 2.0**20],
+    }
+    return TrainingOutcome(
+        top1, saved_bytes=2**20, dense_saved_bytes=2**24, gradient_bytes=2**19, step_ms=100.0, curves=curves
+    )
+
+
+def filled(path: Path, plan: Grid, top1: float = 0.8) -> Trainings:
+    """A file with every run of a plan: half a point more for a later seed, and one with each step drawn anew."""
+    cells: Trainings = CellFile(path, KINDS, plan.recipes)
+    cells.begin(PROVENANCE)
+    for cell in plan.cells:
+        often = cell.resampling == "1 steps"
+        cells.add(cell, outcome_of(top1 + 0.005 * cell.seed + 0.01 * often * (1 + cell.seed)))
+    return CellFile(path, KINDS)
+
+
+def test_frequencies_are_those_that_a_run_has_room_for() -> None:
+    """1,000 samples in batches of 32 are 32 steps an epoch."""
+    usual = frequencies(RECIPES["mnist"])
+    assert list(usual) == [
+        *("once", "2 epochs", "epoch", "16 steps", "4 steps", "1 steps", "norm 60%", "norm 30%")
+    ]
+    assert usual["2 epochs"] == ("trady", "64 steps") and usual["once"] == ("s-topk-random", "epoch")
+    longer = dataclasses.replace(RECIPES["mnist"], epochs=50)
+    assert {"10 epochs", "5 epochs"} < set(frequencies(longer))
+    unknown = dataclasses.replace(longer, train_samples=None)
+    assert not any(name.endswith("epochs") for name in frequencies(unknown))
+    quick = resampling_plan("quick")
+    assert {cell.task for cell in quick.cells} == {"digits"} and len(quick.cells) == quick.size == 5
+
+
+def test_plans_name_each_run_once() -> None:
+    for plan in (resampling_plan("usual", TASKS), sensitivity_plan("usual"), sensitivity_plan("full")):
+        assert len(set(plan.cells)) == plan.size
+        for cell in plan.cells:
+            settings = cell.settings(plan.recipes[cell.task])
+            assert settings.resampling == cell.resampling and settings.validation_share == 0
+    grid = sensitivity_plan("usual")
+    assert grid.size == 3 * 3 * 3 * len(FACTORS)
+    assert {cell.learning_rate for cell in grid.cells} == {0.017, 0.05, 0.15}
+    assert {cell.resampling for cell in grid.cells} == {"epoch", "8 steps"}
+    assert {cell.budget for cell in resampling_plan("usual").cells} == {BUDGET}
+    some = budgets_plan("quick")
+    assert list(some.recipes) == ["digits"] and some.size < 20
+    assert budgets_plan("usual", TASKS).size == results_matrix("usual", TASKS).size
+    for make in (resampling_plan, sensitivity_plan):
+        with pytest.raises(ValueError, match="size: got 'tiny', expected one of quick, usual, full"):
+            make("tiny")
+        with pytest.raises(ValueError, match="task: got 'cats', expected one of fashion-mnist"):
+            make("quick", ("cats",))
+
+
+def test_resampling_section(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    text = "\n".join(
+        resampling_section(filled(tmp_path / "resampling.json", resampling_plan("usual", TASKS)))
+    )
+    assert f"at {BUDGET} and the rate {RATES['efficientnet_lite0']['']:g}" in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| 80.5 ± 0.5 | 80.5 ± 0.5 |" in rows["once"] and "+0.00" in rows["once"]
+    # 1, 2, 3 points more with seeds 0, 1, 2, on both tasks.
+    assert "82.5 ± 1.5" in rows["1 steps"] and "+2.00 (p 0.0" in rows["1 steps"]
+    assert "2 epochs" in rows and "norm 30%" in rows
+
+
+def test_sensitivity_section(tmp_path: Path) -> None:
+    cells = filled(tmp_path / "sensitivity.json", sensitivity_plan("usual"))
+    text = "\n".join(sensitivity_section(cells))
+    assert text.count("80.5 ± 0.5") == 3 * 3 * 3
+    assert all(words in text for words in ("mnist, drawn once", "mnist, drawn every 8 steps", "rate 0.017"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Cells of every study that reads training runs."""
+    filled(tmp_path / "resampling.json", resampling_plan("usual", TASKS))
+    filled(tmp_path / "sensitivity.json", sensitivity_plan("usual"))
+    recipes = {task: RECIPES[task] for task in TASKS}
+    cells: Trainings = CellFile(tmp_path / "results.json", KINDS, recipes)
+    cells.begin(PROVENANCE)
+    for task in TASKS:
+        for place, (scheme, budget) in enumerate((("trady", "2.2%"), ("frugal@5.2%", "2.2%"), ("full", ""))):
+            cells.add(Training(task, scheme, budget, 0.1, 0, False), outcome_of(0.8 + 0.05 * place))
+    cells.add(Training("mnist", "medyate", "2.2%", 0.1, 0, True), outcome_of(0.1))
+    return tmp_path
+
+
+def test_sections_of_the_results_table(folder: Path) -> None:
+    cells = STUDIES["results"].load(folder)
+    text = "\n".join(budget_section(cells))
+    assert "| frugal | " in text and "5.2%" in text and "1.5" in text and "mnist 85.0, digits 85.0" in text
+    assert "medyate" not in text, "trials on held-out samples are no results"
+    text = "\n".join(efficiency_section(cells))
+    # Of weights 10 and 20% train in the two epochs, of the bytes a sixteenth is kept.
+    assert "85.0 ± 5.8" in text and "93.8 ± 0.0" in text and "97.0 ± 1.2" in text and "100 ± 0" in text
+
+
+@pytest.mark.parametrize("name", ["resampling", "sensitivity", "budget", "efficiency"])
+def test_reports_and_plots(name: str, folder: Path) -> None:
+    pytest.importorskip("scipy")
+    image = pytest.importorskip("matplotlib.image")
+    written, png, svg = STUDIES[name].report(folder)
+    assert written.read_text() == document(folder)
+    assert document(folder).count("## Cells in results.json") == 1, "studies of the same cells stand together"
+    drawn = image.imread(png)
+    assert 0.005 < (drawn[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"
+    assert svg.read_bytes().count(b"<path") > 10
+
+
+def test_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each in turn, from runs that are there already: nothing is left to train."""
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    for study in STUDIES.values():
+        if study.name == "results":
+            continue  # all of its rows; the quick studies have some
+        plan = study.plan(Request("quick"))
+        cells: Any = CellFile(tmp_path / study.cells, study.kinds, plan.recipes)
+        cells.begin(PROVENANCE)
+        outcome = AGREEING if study.cells == "gradients.json" else outcome_of(0.8)
+        while missing := [cell for cell in plan.ready(cells) if cell not in cells]:
+            for cell in missing:
+                cells.add(cell, outcome)
+        assert len(cells) == plan.size
+    assert main(["study", "all", "--quick", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert not re.search(r"\d+ of \d+:", out), "nothing was trained"
+    text = (tmp_path / "study.md").read_text()
+    for name in STUDIES:
+        assert f"{name}: {STUDIES[name].words[:20]}" in out or name == "results"
+        assert f"`trady study {name}`" in text or name == "results"
+    assert (tmp_path / "results.md").exists()
