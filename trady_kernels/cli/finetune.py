@@ -192,7 +192,8 @@ def _table(job: Run, results: list[SchemeResult]) -> Table:
     table.add_column("scheme", no_wrap=True)
     top1 = "top-1, held out" if settings.validation_share else "top-1"
     for heading in (
-        top1, "budget", "cost (elements)", "of full", "saved for backward", "of dense", "weight-gradient FLOPs", "ms a step",
+        top1, "budget", "cost (elements)", "of full", "saved for backward", "of dense", "gradients, optimiser",
+        "gradient FLOPs", "ms a step",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
     for result in results:
@@ -206,6 +207,7 @@ def _table(job: Run, results: list[SchemeResult]) -> Table:
             f"{result.cost / result.full_cost:.1%}",
             in_bytes(result.saved_bytes),
             f"{result.saved_bytes / result.dense_saved_bytes:.1%}",
+            in_bytes(result.gradient_bytes + result.optimizer_bytes),
             f"{result.gradient_share:.1%}",
             f"{result.step_ms:.0f}",
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, train
+from trady_kernels.study.trainings import Training, TrainingPlan, Trainings
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
 
@@ -25,7 +25,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class Matrix(TrainingPlan):
     """Which runs make a results table.
 
     Attributes:
@@ -75,16 +75,6 @@ class Matrix:
             for seed in range(self.seeds)
         ]
 
-    @property
-    def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
-        """Classes of the cells and their outcomes."""
-        return Training, TrainingOutcome
-
-    @property
-    def train(self) -> Callable[[Training, Settings], TrainingOutcome]:
-        """Runs one cell."""
-        return train
-
     def ready(self, cells: Trainings) -> Iterator[Training]:
         """Every cell that is done or may begin: final runs wait for the trials that choose their learning rate."""
         for row in self.rows():
@@ -92,10 +82,6 @@ class Matrix:
             yield from trials
             if all(cell in cells for cell in trials):
                 yield from self.finals(row, best_rate(cells, trials))
-
-    def words(self, cell: Training, outcome: TrainingOutcome) -> str:
-        """A cell and its outcome in a line."""
-        return cell.words(outcome)
 
     @property
     def size(self) -> int:

@@ -149,17 +149,8 @@ _load = functools.lru_cache(maxsize=4)(load_task)
 Trainings = CellFile[Training, TrainingOutcome]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A study whose runs are known from the start.
-
-    Attributes:
-        recipes: settings of each task.
-        cells: the runs, in the order of importance.
-    """
-
-    recipes: Mapping[str, Settings]
-    cells: tuple[Training, ...]
+class TrainingPlan:
+    """What the plans of training runs have in common."""
 
     @property
     def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
@@ -171,6 +162,23 @@ class Grid:
         """Runs one cell."""
         return train
 
+    def words(self, cell: Training, outcome: TrainingOutcome) -> str:
+        """A cell and its outcome in a line."""
+        return cell.words(outcome)
+
+
+@dataclass(frozen=True)
+class Grid(TrainingPlan):
+    """A study whose runs are known from the start.
+
+    Attributes:
+        recipes: settings of each task.
+        cells: the runs, in the order of importance.
+    """
+
+    recipes: Mapping[str, Settings]
+    cells: tuple[Training, ...]
+
     @property
     def size(self) -> int:
         """How many runs there are."""
@@ -179,7 +187,3 @@ class Grid:
     def ready(self, cells: Trainings) -> Iterator[Training]:
         """Every cell."""
         yield from self.cells
-
-    def words(self, cell: Training, outcome: TrainingOutcome) -> str:
-        """A cell and its outcome in a line."""
-        return cell.words(outcome)

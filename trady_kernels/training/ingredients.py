@@ -51,7 +51,7 @@ INGREDIENTS: dict[str, Ingredient] = {
         Ingredient(
             "bias",
             "biases of layers and frozen norms train, outside the budget; no activation is kept for them, but down to "
-            "the first layer one bit for each element of a ReLU",
+            "the lowest of them one bit for each element of a ReLU",
             sparsify={"biases": True},
         ),
         Ingredient(
