@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     add_training_arguments(
-        parser, data="a fifth of its training samples validates", lr=0.02, lr_words="learning rate at first"
+        parser, data="a fifth of its training samples validates", lr=0.1, lr_words="learning rate at first"
     )
     parser.add_argument(
         "--budget",
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as in trady finetune (default: %(default)s, elements of one sample)",
     )
     parser.add_argument(
-        "--steps", type=int, default=10, help="of SGD for each layer and share (default: %(default)s)"
+        "--steps", type=int, default=20, help="of SGD for each layer and share (default: %(default)s)"
     )
     parser.add_argument(
         "--head-steps", type=int, default=100, help="of the head alone, before (default: %(default)s)"
