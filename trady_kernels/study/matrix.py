@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trady_kernels.study.trainings import Training, TrainingPlan, Trainings
 from trady_kernels.training.ingredients import Spec
@@ -34,12 +34,14 @@ class Matrix(TrainingPlan):
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
             With momentum m it is 1 - m times that.
         seeds: how many.
+        left_out: by the network, schemes that it has no rows of.
     """
 
     recipes: Mapping[str, Settings]
     schemes: Mapping[str, tuple[str, ...]]
     rates: Mapping[str, Mapping[str, float]]
     seeds: int
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
         """The table's rows: scheme by scheme, so that what is there after an interruption can be compared."""
@@ -47,7 +49,8 @@ class Matrix(TrainingPlan):
             Row(task, scheme, budget if Spec.parse(scheme).budgeted else "")
             for budget, schemes in self.schemes.items()
             for scheme in schemes
-            for task in self.recipes
+            for task, recipe in self.recipes.items()
+            if scheme not in self.left_out.get(recipe.model, ())
         )
         return iter(dict.fromkeys(rows))
 

@@ -62,6 +62,10 @@ SCHEMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+#: No layer fractions ship for these networks.
+LEFT_OUT: Mapping[str, tuple[str, ...]] = {"minilm": ("sparse-update",)}
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a results table is.
@@ -115,4 +119,4 @@ def results_matrix(
     rows = dict(list(SCHEMES.items())[: chosen.budgets])
     if schemes:
         rows = {budget: schemes for budget in rows}
-    return Matrix(recipes, rows, RATES, chosen.seeds)
+    return Matrix(recipes, rows, RATES, chosen.seeds, LEFT_OUT)
