@@ -222,11 +222,12 @@ def test_run_on_digits(tmp_path: Path) -> None:
 
 #: The command line, sent a signal when the first checkpoint is on the disk.
 _INTERRUPTED = """
-import os, sys
+import os, signal, sys
 from trady_kernels.cli import main
 from trady_kernels.training import loop
 
 save = loop.save_checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
 def save_and_signal(*arguments):
     save(*arguments)

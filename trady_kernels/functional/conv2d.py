@@ -197,7 +197,7 @@ class _SparseConv2d(torch.autograd.Function):
         running_var: torch.Tensor | None,  # (C',)
         eps: float,
         stored: Stored,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         norm = None
         if running_mean is not None and running_var is not None:
             norm = FrozenNorm(norm_weight, norm_bias, running_mean, running_var, eps)
@@ -205,22 +205,23 @@ class _SparseConv2d(torch.autograd.Function):
         if channel_weight is not None and stored == "8bit":
             return output, *pack(gather_channels(input, channels))
         if channel_weight is None or channels.shape[0] == input.shape[1]:
-            return output, None, None
-        return output, gather_channels(input, channels), None
+            return output, None
+        return output, gather_channels(input, channels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         input, weight, bias, channel_weight, channels, *ctx.convolution = inputs[:10]
         norm_weight, norm_bias, _, running_var, ctx.eps, _ = inputs[10:]
-        _, selected, scales = output
-        ctx.mark_non_differentiable(*(kept for kept in (selected, scales) if kept is not None))
-        if selected is None and channel_weight is not None:
+        _, selected, *scales = output  # the compiler takes no None among the outputs but as the last one
+        if selected is not None:
+            ctx.mark_non_differentiable(selected, *scales)
+        elif channel_weight is not None:
             selected = input  # every channel is selected: keep the input itself, as nn.Conv2d does
         ctx.set_materialize_grads(False)
         # A change of `channels` before backward is noticed by autograd's version check.
         ctx.save_for_backward(
             selected,
-            scales,
+            scales[0] if scales else None,
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
             norm_weight,

@@ -42,26 +42,27 @@ class _SparseLinear(torch.autograd.Function):
         channel_weight: torch.Tensor | None,  # (k, O)
         channels: torch.Tensor,  # (k,)
         stored: Stored,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, ...]:
         output = _multiply(input, weight, bias)
         if channel_weight is not None and stored == "8bit":
             return output, *pack(_gather_features(input, channels))
         if channel_weight is None or channels.shape[0] == input.shape[-1]:
-            return output, None, None
-        return output, _gather_features(input, channels), None
+            return output, None
+        return output, _gather_features(input, channels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         input, weight, bias, channel_weight, channels, _ = inputs
-        _, selected, scales = output
-        ctx.mark_non_differentiable(*(kept for kept in (selected, scales) if kept is not None))
-        if selected is None and channel_weight is not None:
+        _, selected, *scales = output  # the compiler takes no None among the outputs but as the last one
+        if selected is not None:
+            ctx.mark_non_differentiable(selected, *scales)
+        elif channel_weight is not None:
             selected = input  # every feature is selected: keep the input itself, as nn.Linear does
         ctx.set_materialize_grads(False)
         # A change of `channels` before backward is noticed by autograd's version check.
         ctx.save_for_backward(
             selected,
-            scales,
+            scales[0] if scales else None,
             weight if ctx.needs_input_grad[0] else None,
             channels if channel_weight is not None else None,
         )
