@@ -140,16 +140,22 @@ def test_with_a_folded_norm_and_padding() -> None:
     assert 0 < difference < 0.01
 
 
-def test_compiled() -> None:
-    layer = SparseConv2d(6, 4, 3, padding=1, channels=[0, 2], stored="8bit")
+@pytest.mark.parametrize("channels", ([0, 2], None))
+@pytest.mark.parametrize("linear", (False, True))
+def test_compiled(linear: bool, channels: Any) -> None:
+    layer: Any
+    if linear:
+        layer = SparseLinear(8, 4, channels=channels, stored="8bit")
+    else:
+        layer = SparseConv2d(6, 4, 3, padding=1, channels=channels, stored="8bit")
     x = torch.randn(2, 6, 8, 8)
     eager = through(layer, x)
-    layer.channel_weight.grad = layer.bias.grad = None  # type: ignore[union-attr]
-    compiled = torch.compile(layer, fullgraph=True)
+    layer.channel_weight.grad = layer.bias.grad = None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     y = x.clone().requires_grad_()
     output = compiled(y)
     output.backward(output.detach().cos())
-    for ours, theirs in zip([output, y.grad, layer.channel_weight.grad], eager, strict=False):
+    for ours, theirs in zip([output, y.grad, layer.channel_weight.grad, layer.bias.grad], eager, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
