@@ -76,7 +76,8 @@ def test_what_is_noted_of_every_step() -> None:
         "the head is no layer to choose"
     )
     for name in ("0", "3"):
-        assert found.channel_norms[name] == pytest.approx(sum(by_channel[name]).tolist(), rel=1e-2)
+        # Three digits are kept of each channel's norm, five of everything else.
+        assert found.channel_norms[name] == pytest.approx(sum(by_channel[name]).tolist(), rel=5e-3)
         norms = torch.stack(whole[name]).norm(dim=1).cumsum(0)
         assert found.layer_norms[name] == pytest.approx(norms[[0, 1, 2, 3, 5]].tolist(), rel=1e-4)
         elements = torch.cat(whole[name])
@@ -243,7 +244,7 @@ def test_command_on_a_small_network(
         batch_size=4,
         threads=1,
     )
-    monkeypatch.setattr(gradients_module, "RECIPES", {"pets": recipe})
+    monkeypatch.setitem(gradients_module.RECIPES, "pets", recipe)  # type: ignore[index]
     monkeypatch.setitem(gradients_module._SIZES, "quick", (2, {}))  # type: ignore[index]
     command = ["--quick", "--task", "pets", "--output", str(tmp_path / "out"), "--jobs", "1"]
     assert main(["study", "tails", *command]) == 0

@@ -15,13 +15,13 @@ from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency
 from trady_kernels.study.cells import CellFile
 from trady_kernels.study.draws import (
     BUDGET,
-    FACTORS,
     frequencies,
     resampling_plan,
     resampling_section,
     sensitivity_plan,
     sensitivity_section,
 )
+from trady_kernels.study.matrix import FACTORS
 from trady_kernels.study.results import RATES, RECIPES, results_matrix
 from trady_kernels.study.studies import STUDIES, Request, document
 from trady_kernels.study.trainings import Grid, Training, TrainingOutcome, Trainings
@@ -113,6 +113,15 @@ def test_sensitivity_section(tmp_path: Path) -> None:
     text = "\n".join(sensitivity_section(cells))
     assert text.count("80.5 ± 0.5") == 3 * 3 * 3
     assert all(words in text for words in ("mnist, drawn once", "mnist, drawn every 8 steps", "rate 0.017"))
+
+
+def test_networks_of_different_rates_share_a_table(tmp_path: Path) -> None:
+    cells = filled(tmp_path / "sensitivity.json", sensitivity_plan("usual", ("mnist", "tweets")))
+    lines = sensitivity_section(cells)[2:]
+    assert len({len(line) for line in lines}) == 1 and lines[0].count("rate") == 6
+    values = [cell.strip() for line in lines if "tweets" in line for cell in line.split("|")[3:-1]]
+    filled_in = "80.5 ± 0.5"  # at 0.067, 0.2 and 0.6 of the columns 0.017, 0.05, 0.067, 0.15, 0.2, 0.6
+    assert values[:6] == ["", "", filled_in, "", filled_in, filled_in]
 
 
 @pytest.fixture

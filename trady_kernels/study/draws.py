@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from trady_kernels.study.markdown import markdown, spread
+from trady_kernels.study.matrix import FACTORS, rounded
 from trady_kernels.study.plot import heat_maps, panels, style, write_figure
-from trady_kernels.study.results import RATES, RECIPES
+from trady_kernels.study.results import RATES, RECIPES, check_names
 from trady_kernels.study.statistics import paired_test
 from trady_kernels.study.trainings import Grid, Training, TrainingOutcome, Trainings
 from trady_kernels.training.settings import Settings
 
 #: What is drawn, and how much of the full cost it may take: the papers' smallest budget.
 SCHEME, ONCE, BUDGET = "trady", "s-topk-random", "2.2%"
-#: Budgets, and rates as multiples of the network's usual one, of the grid.
-BUDGETS, FACTORS = ("1%", "2.2%", "7%"), (1 / 3, 1.0, 3.0)
+#: Of the grid, whose rates are those that the results table tries.
+BUDGETS = ("1%", "2.2%", "7%")
 
 #: Seeds and what differs from the recipes of the results table, by size.
 _SIZES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
@@ -30,10 +31,7 @@ _SIZES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
 
 
 def _recipes(size: str, tasks: tuple[str, ...], usual: tuple[str, ...], device: str) -> dict[str, Settings]:
-    if size not in _SIZES:
-        raise ValueError(f"size: got {size!r}, expected one of {', '.join(_SIZES)}")
-    if unknown := [task for task in tasks if task not in RECIPES]:
-        raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+    check_names(size, tasks)
     chosen = tasks or (("digits",) if size == "quick" else usual)
     return {task: replace(RECIPES[task], device=device, **_SIZES[size][1]) for task in chosen}
 
@@ -160,7 +158,7 @@ def sensitivity_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu"
     """
     recipes = _recipes(size, tasks, ("mnist",), device)
     cells = [
-        Training(task, scheme, budget, float(f"{RATES[recipe.model][''] * factor:.2g}"), seed, False, rule)
+        Training(task, scheme, budget, rounded(RATES[recipe.model][""] * factor), seed, False, rule)
         for seed in range(_SIZES[size][0])
         for task, recipe in recipes.items()
         for scheme, rule in ((ONCE, "epoch"), (SCHEME, "epoch"), (SCHEME, _often(recipe)))
@@ -182,12 +180,11 @@ def _grids(cells: Trainings) -> dict[str, dict[tuple[str, float], list[float]]]:
 
 def sensitivity_section(cells: Trainings) -> list[str]:
     """Accuracy at every point of the grid."""
+    rates = sorted({cell.learning_rate for cell in cells})
     rows = []
     for words, grid in _grids(cells).items():
-        rates = sorted({rate for _, rate in grid})
         for budget in [budget for budget in BUDGETS if any(b == budget for b, _ in grid)]:
             rows.append([words, budget, *(spread(grid.get((budget, rate), [])) for rate in rates)])
-    rates = sorted({cell.learning_rate for cell in cells})
     return [
         "Top-1, mean and standard deviation over seeds, by budget and learning rate.",
         "",

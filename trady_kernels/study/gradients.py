@@ -16,7 +16,7 @@ from torch import nn
 from trady_kernels.models.loading import classifier_name
 from trady_kernels.selection.channel_norms import by_channel, layers_of
 from trady_kernels.study.cells import CellFile
-from trady_kernels.study.results import RECIPES
+from trady_kernels.study.results import RECIPES, check_names
 from trady_kernels.study.tail_index import TailIndex
 from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.observer import Observer
@@ -129,10 +129,7 @@ def gradient_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -
     Raises:
         ValueError: no such size or task.
     """
-    if size not in _SIZES:
-        raise ValueError(f"size: got {size!r}, expected one of {', '.join(_SIZES)}")
-    if unknown := [task for task in tasks if task not in RECIPES]:
-        raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+    check_names(size, tasks)
     seeds, settings = _SIZES[size]
     if not tasks:
         tasks = ("fashion-mnist", "digits") if size == "quick" else tuple(RECIPES)

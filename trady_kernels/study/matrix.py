@@ -65,7 +65,7 @@ class Matrix(TrainingPlan):
         first = next(budget for budget, schemes in self.schemes.items() if row.scheme in schemes)
         budget = first if row.budget else ""
         return [
-            Training(task, row.scheme, budget, _rounded(middle * factor), 0, True)
+            Training(task, row.scheme, budget, rounded(middle * factor), 0, True)
             for factor in FACTORS
             for task, recipe in self.recipes.items()
             if recipe.model == model
@@ -102,6 +102,6 @@ def best_rate(cells: Trainings, trials: list[Training]) -> float:
     return max(accuracies, key=lambda rate: (statistics.fmean(accuracies[rate]), -rate))
 
 
-def _rounded(rate: float) -> float:
+def rounded(rate: float) -> float:
     """Two digits: a rate is part of what names a cell, and is read by people."""
     return float(f"{rate:.2g}")

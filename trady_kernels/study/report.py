@@ -49,9 +49,9 @@ CLAIMS = (
     Claim("trady", "velocity", "trady beats the selection of neurons by velocity (TraDy)"),
     Claim("medyate", "trady", "draws that follow the gradient norms beat uniform ones (MeDyate)"),
     Claim("full", "medyate", "full fine-tuning stays the ceiling"),
-    Claim("late@4.5%", "trady", "the last layers beat trady at its measured bytes (ours)"),
-    Claim("frugal@5.2%", "trady", "frugal beats trady at its measured bytes (ours)"),
-    Claim("frugal@5.2%", "medyate@0.4%", "frugal beats medyate at its measured bytes (ours)"),
+    Claim("late@4.5%", "trady", "the last layers beat trady in about its measured bytes (ours)"),
+    Claim("frugal@5.2%", "trady", "frugal beats trady in no more measured bytes (ours)"),
+    Claim("frugal@5.2%", "medyate@0.4%", "frugal beats medyate in no more measured bytes (ours)"),
     Claim(
         "frugal@5.2%", "medyate", "frugal beats medyate at the papers' budget, which needs more bytes (ours)"
     ),

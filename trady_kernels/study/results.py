@@ -90,6 +90,18 @@ SIZES: Mapping[str, Size] = {
 }
 
 
+def check_names(size: str, tasks: tuple[str, ...]) -> None:
+    """Check what a user asks of a study.
+
+    Raises:
+        ValueError: no such size or task.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
+    if unknown := [task for task in tasks if task not in RECIPES]:
+        raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+
+
 def results_matrix(
     size: str, tasks: tuple[str, ...] = (), schemes: tuple[str, ...] = (), device: str = "cpu"
 ) -> Matrix:
@@ -104,10 +116,7 @@ def results_matrix(
     Raises:
         ValueError: no such size, task or scheme.
     """
-    if size not in SIZES:
-        raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
-    if unknown := [task for task in tasks if task not in RECIPES]:
-        raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+    check_names(size, tasks)
     for scheme in schemes:
         Spec.parse(scheme)
     chosen = SIZES[size]
