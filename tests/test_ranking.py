@@ -52,6 +52,11 @@ def lara(gradient: torch.Tensor, groups: int, channels: int, price: int) -> floa
     return float(gradient.norm()) / (channels * price)
 
 
+def norm(gradient: torch.Tensor, groups: int, channels: int, price: int) -> float:
+    """Of the whole gradient."""
+    return float(gradient.norm())
+
+
 def expected_scores(
     model: nn.Module, metric: Callable[[torch.Tensor, int, int, int], float], learning_rate: float = 0.0
 ) -> dict[str, float]:
@@ -77,7 +82,7 @@ def expected_scores(
     return scores
 
 
-@pytest.mark.parametrize("metric", [rgn, lara], ids=["rgn", "lara"])
+@pytest.mark.parametrize("metric", [rgn, lara, norm], ids=["rgn", "lara", "norm"])
 @pytest.mark.parametrize("learning_rate", [0.0, 0.5])
 def test_scores_are_the_equations_of_the_dense_gradient(
     metric: Callable[..., float], learning_rate: float
@@ -262,11 +267,11 @@ def test_shipped_rankings_belong_to_their_networks() -> None:
         ValueError, match=r"name: got 'resnet18', expected one of efficientnet_lite0, minilm$"
     ):
         tk.LayerRanking.shipped("resnet18")
-    with pytest.raises(ValueError, match="metric: got 'best', expected one of rgn, lara"):
+    with pytest.raises(ValueError, match="metric: got 'best', expected one of rgn, lara, norm"):
         tk.LayerRanking.shipped("efficientnet_lite0", "best")
     with torch.device("meta"):
         linears = {name for name, module in MiniLM().named_modules() if isinstance(module, nn.Linear)}
-    for metric in ("rgn", "lara"):
+    for metric in METRICS:
         ranking = tk.LayerRanking.shipped("minilm", metric)
         assert set(ranking) == linears - {"classifier"} and ranking.metric == metric
 
@@ -288,7 +293,7 @@ BAD = (
         "metric",
         lambda m: tk.rank_layers(m, batches(), F.cross_entropy, metric="best"),
         ValueError,
-        "metric: got 'best', expected one of rgn, lara",
+        "metric: got 'best', expected one of rgn, lara, norm",
     ),
     Bad("no batch", lambda m: tk.rank_layers(m, [], F.cross_entropy), ValueError, "batches: got none"),
     Bad(

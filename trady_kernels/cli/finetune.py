@@ -89,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resampling",
         "when channels are drawn again: epoch, '50 steps', or 'norm 60%', once their gradient has fallen so far",
     )
+    add(
+        "--pool",
+        "layers to draw from, in place of each scheme's own choice: 97%, '20 layers', 'alpha 20%', each with ' by lara' or "
+        "another metric, 'only NAME, NAME', 'without NAME'",
+        metavar="LAYERS",
+    )
     add("--ranking", "layer ranking to use instead of the one that ships for the model", metavar="FILE")
     add(
         "--layer-fractions",

@@ -17,7 +17,7 @@ from trady_kernels.functional.stored import STORED
 from trady_kernels.models.front import Front
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
-from trady_kernels.training.regimes import find_ranking
+from trady_kernels.training.regimes import find_ranking, metric_of
 
 DEFAULT_BUDGET = "28000"
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
@@ -83,6 +83,12 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         default="trady",
         metavar="NAME",
         help=f"{', '.join(_without_data())} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pool",
+        metavar="LAYERS",
+        help="layers to draw from, in place of the scheme's own choice: 97%%, '20 layers', 'alpha 20%%', each with ' by lara' or "
+        "another metric, 'only NAME, NAME', 'without NAME'",
     )
     parser.add_argument(
         "--ranking", metavar="FILE", help="layer ranking instead of the one that ships for the model"
@@ -180,7 +186,7 @@ def make_sparse(
     """
     biases = scheme.biases if args.biases is None else _biases(args.biases)
     with usage_errors():
-        ranking = find_ranking(args.ranking, args.model, scheme.metric)
+        ranking = find_ranking(args.ranking, args.model, metric_of(type(scheme), args.pool))
         head = classifier_name(model, args.classes) or "auto"
         sparsify(model, batch.input, head=head, lean=LEAN[args.lean], biases=biases, stored=args.stored)
     return ranking
@@ -204,5 +210,11 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
     ranking = make_sparse(model, batch, args, scheme)
     with usage_errors(), in_autocast(args):
         return ChannelSampler(
-            model, batch.input, budget=args.budget, scheme=scheme, ranking=ranking, seed=args.seed
+            model,
+            batch.input,
+            budget=args.budget,
+            scheme=scheme,
+            ranking=ranking,
+            pool=args.pool,
+            seed=args.seed,
         )

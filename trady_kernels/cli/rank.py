@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_training_arguments(parser, data="any task will do", lr=0.01, lr_words="learning rate")
     parser.add_argument(
-        "--metric", default="rgn", help="rgn (TraDy) or lara (MeDyate) (default: %(default)s)"
+        "--metric", default="rgn", help="rgn (TraDy), lara (MeDyate) or norm (default: %(default)s)"
     )
     parser.add_argument(
         "--budget",

@@ -2,6 +2,7 @@
 
 from trady_kernels.selection.channel_norms import channel_norms
 from trady_kernels.selection.layer_fractions import LayerFractions
+from trady_kernels.selection.pool import Pool
 from trady_kernels.selection.ranking import LayerRanking, rank_layers
 from trady_kernels.selection.resampling import Resampling
 from trady_kernels.selection.sampler import ChannelSampler
@@ -12,6 +13,7 @@ __all__ = [
     "ChannelSampler",
     "LayerFractions",
     "LayerRanking",
+    "Pool",
     "Resampling",
     "Scheme",
     "SparseUpdate",

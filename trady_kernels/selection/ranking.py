@@ -25,8 +25,17 @@ def _lara(norms: torch.Tensor, cost: LayerCost) -> torch.Tensor:
     return torch.linalg.vector_norm(norms) / cost.full.elements
 
 
+def _norm(norms: torch.Tensor, cost: LayerCost) -> torch.Tensor:
+    """||dW_i||_2, whatever the layer costs."""
+    return torch.linalg.vector_norm(norms)
+
+
 #: Of a layer, from the norms of its channels' gradients.
-METRICS: Mapping[str, Callable[[torch.Tensor, LayerCost], torch.Tensor]] = {"rgn": _rgn, "lara": _lara}
+METRICS: Mapping[str, Callable[[torch.Tensor, LayerCost], torch.Tensor]] = {
+    "rgn": _rgn,
+    "lara": _lara,
+    "norm": _norm,
+}
 
 
 class LayerRanking(Mapping[str, float], Saved):
@@ -128,7 +137,7 @@ class LayerRanking(Mapping[str, float], Saved):
 
         Args:
             name: of the network, such as "efficientnet_lite0".
-            metric: "rgn" or "lara".
+            metric: "rgn", "lara" or "norm".
 
         Raises:
             ValueError: an unknown metric, or none by it is shipped under that name.
@@ -163,7 +172,7 @@ def rank_layers(
         batches: pairs ``(input, target)``, or whatever ``measure_memory`` takes; read once. The first gives
             the resolution of the costs.
         loss_fn: called with output and target.
-        metric: "rgn" (TraDy) or "lara" (MeDyate).
+        metric: "rgn" (TraDy), "lara" (MeDyate) or "norm", the norm of the layer's gradient alone.
         budget: as :func:`channel_norms` takes it; None takes the whole gradient of every batch. With a budget each
             batch gives the gradient of one block of channels, and the score is the metric of the channels' mean
             norms times the number of batches.

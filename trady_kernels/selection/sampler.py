@@ -16,6 +16,7 @@ from trady_kernels.convert import ConversionReport, conversion_report, sparse_la
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.gradient_norms import GradientNorms
+from trady_kernels.selection.pool import Pool
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.resampling import Resampling, SinceDraw
 from trady_kernels.selection.schemes import Scheme, find_scheme
@@ -65,6 +66,8 @@ class ChannelSampler:
             this sampler alone.
         ranking: of the model's layers, for the schemes whose pool are the top layers; None makes the pool
             every sparse layer.
+        pool: other layers than the scheme's own choice: "97%", "20 layers", "alpha 20%", "only blocks.3, blocks.4" or
+            "without blocks.3", as :meth:`trady_kernels.selection.Pool.parse` has it. Of them, those that the scheme reaches.
         counts: "free" draws anew how many channels each layer trains; "fixed" keeps every layer's number
             from the first draw and changes only which channels, so that nothing that depends on shapes is
             rebuilt.
@@ -97,6 +100,7 @@ class ChannelSampler:
         budget: int | str | Budget | None,
         scheme: str | Scheme = "trady",
         ranking: LayerRanking | None = None,
+        pool: str | Pool | None = None,
         counts: Counts = "free",
         resampling: str = "epoch",
         seed: int = 0,
@@ -142,6 +146,8 @@ class ChannelSampler:
             name: cost for name, cost in network.layers.items() if name in modules
         }
         self.pool: list[str] = self._scheme.pool(self.layers, ranking, self.budget)
+        if pool is not None:
+            self.pool = self._pool_asked_for(pool, ranking)
         self.full_cost: Cost = total(cost.full for cost in self.layers.values())
         self._modules = modules
         self._network = network
@@ -238,6 +244,21 @@ class ChannelSampler:
         self._selection = selection
         self._gradients.restart()
         self._since_draw = SinceDraw()
+
+    def _pool_asked_for(self, pool: str | Pool, ranking: LayerRanking | None) -> list[str]:
+        rule = pool if isinstance(pool, Pool) else Pool.parse(pool)
+        if not self._scheme.takes_pool:
+            raise ValueError(
+                f"pool: got {pool!r} for the scheme {self._scheme.name}, which chooses its layers itself, expected None"
+            )
+        if rule.ranked and (ranking is None or rule.metric not in (None, ranking.metric)):
+            given = "no ranking" if ranking is None else f"a ranking by {ranking.metric}"
+            wanted = "one" if rule.metric is None else f"one by {rule.metric}"
+            raise ValueError(
+                f"ranking: got {given} for the pool {pool!r}, expected {wanted}: rank_layers(model, ...)"
+            )
+        found, reached = rule.layers(self.layers, ranking, self.budget), set(self._scheme.reach(self.layers))
+        return [name for name in found if name in reached]
 
     def _draw(self) -> dict[str, torch.Tensor]:
         sizes = [self.layers[name].channels for name in self.pool]

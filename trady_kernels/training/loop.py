@@ -21,7 +21,7 @@ from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model, read_checkpoint
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.observer import Observer
-from trady_kernels.training.regime import Regime, Start, prepare_dense
+from trady_kernels.training.regime import Batches, Regime, Start, prepare_dense
 from trady_kernels.training.regimes import prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
@@ -156,7 +156,7 @@ def train_scheme(
     observer.on_scheme(scheme, result, steps)
     for epoch in range(len(result.epochs) + 1, settings.epochs + 1):
         figures = _train_epoch(
-            epoch, scheme, regime, optimizer, scheduler, data, settings, to_input, observer
+            epoch, scheme, regime, optimizer, scheduler, data, settings, to_input, measured, observer
         )
         result.epochs.append(figures)
         save_checkpoint(
@@ -187,11 +187,13 @@ def _train_epoch(
     data: DataSet,
     settings: Settings,
     to_input: _Input,
+    measured: Batches,
     observer: Observer,
 ) -> EpochFigures:
     started = time.perf_counter()
     if epoch > 1:
         regime.resample(optimizer)
+    observer.on_selection(regime, measured)
     regime.train_mode()
     order = _epoch_order(data, settings, epoch)
     at_once = Spec.parse(scheme).at_once or settings.batch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from trady_kernels.training.regime import Batches, Regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
 
 
@@ -12,6 +13,14 @@ class Observer:
 
     def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
         """Training of ``scheme`` starts, or goes on after the epochs that ``result`` has."""
+
+    def on_selection(self, regime: Regime, batches: Batches) -> None:
+        """An epoch's channels are chosen, and about to train.
+
+        Args:
+            regime: whose ``model`` has them.
+            batches: gives a few training batches, always the same.
+        """
 
     def on_gradients(self, model: nn.Module) -> None:
         """A step's gradients are complete, and about to move the weights."""

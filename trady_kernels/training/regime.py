@@ -14,6 +14,9 @@ from trady_kernels.cost import Cost, LayerCost, measure_layers, total
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
 
+#: Gives a few training batches, always the same.
+Batches = Callable[[], Iterable[tuple[Example, torch.Tensor]]]
+
 
 @dataclass(frozen=True)
 class SelectionCost:
@@ -107,7 +110,7 @@ class Start:
     example_input: Example
     head: str | None
     settings: Settings
-    batches: Callable[[], Iterable[tuple[Example, torch.Tensor]]]
+    batches: Batches
 
     @property
     def budget(self) -> int | str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.convert import conversion_report, sparsify, trainable_parameters
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, channel_norms
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Pool, Scheme, channel_norms
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.lora import Lora
 from trady_kernels.training.regime import Dense, Regime, SelectionCost, Start
@@ -38,7 +38,7 @@ def check_spec(spec: Spec, settings: Settings) -> None:
     """
     if spec.scheme not in REGIMES:
         kind = SCHEMES[spec.scheme]
-        find_ranking(settings.ranking, settings.model, kind.metric)
+        find_ranking(settings.ranking, settings.model, metric_of(kind, settings.pool))
         kind.for_network(settings.model, settings.layer_fractions)
 
 
@@ -49,7 +49,8 @@ class _Sparse:
         model, settings = start.model, start.settings
         kind = SCHEMES[start.spec.scheme]
         scheme = kind.for_network(settings.model, settings.layer_fractions)
-        ranking = find_ranking(settings.ranking, settings.model, kind.metric)
+        pool = settings.pool if scheme.takes_pool else None
+        ranking = find_ranking(settings.ranking, settings.model, metric_of(kind, pool))
         options = {"biases": scheme.biases, **start.spec.sparsify}
         reached = len(scheme.reach(start.layers))
         if options["biases"] is True and reached < len(start.layers):
@@ -61,6 +62,7 @@ class _Sparse:
             budget=start.budget,
             scheme=scheme,
             ranking=ranking,
+            pool=pool,
             resampling=settings.resampling,
             seed=settings.seed,
             gradients=lambda: channel_norms(model, start.batches(), F.cross_entropy),
@@ -75,7 +77,9 @@ class _Sparse:
         else:
             self.notes = ["norms are frozen, statistics and affine"]
         self.notes += start.spec.notes
-        if kind.ranked and ranking is None:
+        if pool is not None:
+            self.notes.append(f"channels are drawn from {pool}: {len(self._sampler.pool)} layers")
+        elif kind.ranked and ranking is None:
             self.notes.append("no layer ranking: channels are drawn from every sparse layer")
         if kind.needs_gradients:
             self.notes.append(
@@ -117,6 +121,11 @@ class _Sparse:
 
 #: What trains a network without choosing channels of it; every other scheme is one of ``SCHEMES``.
 REGIMES: dict[str, Callable[[Start], Regime]] = {"full": Dense, "velocity": Velocity, "lora": Lora}
+
+
+def metric_of(kind: type[Scheme], pool: str | None) -> str:
+    """The metric of the ranking that a scheme goes by: the pool's where it names one, else that of the scheme's source."""
+    return (None if pool is None else Pool.parse(pool).metric) or kind.metric
 
 
 def find_ranking(file: str | Path | None, model_name: str, metric: str) -> LayerRanking | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trady_kernels.data import kind_of
+from trady_kernels.selection import Pool
 from trady_kernels.training.ingredients import Spec
 
 #: Schemes that set a run's floor and ceiling.
@@ -51,6 +52,8 @@ class Settings:
             other from the same start.
         resampling: when the samplers draw again: "epoch", "50 steps" or "norm 60%", see
             :class:`trady_kernels.ChannelSampler`.
+        pool: layers that take part, in place of each scheme's own choice, as :class:`trady_kernels.ChannelSampler` takes it;
+            schemes that have no choice of layers ignore it.
         ranking: file with a layer ranking; None takes the one that ships for the model, if any.
         layer_fractions: file with the layer fractions of sparse-update; None takes those that ship for the model.
         epochs: passes over the training samples.
@@ -74,6 +77,7 @@ class Settings:
     budget: int | str = 28_000
     schemes: tuple[str, ...] = ("trady", *BASELINES)
     resampling: str = "epoch"
+    pool: str | None = None
     ranking: str | None = None
     layer_fractions: str | None = None
     epochs: int = 5
@@ -93,6 +97,8 @@ class Settings:
             raise ValueError(f"learning_rate: got {self.learning_rate}, expected a finite number above 0")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise ValueError(f"warmup_epochs: got {self.warmup_epochs}, expected 0 to epochs = {self.epochs}")
+        if self.pool is not None:
+            Pool.parse(self.pool)
         if not self.schemes or len(set(self.schemes)) != len(self.schemes):
             raise ValueError(
                 f"schemes: got {', '.join(self.schemes) or 'none'}, expected at least one, none twice"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trady_kernels.cost import Budget, LayerCost, total
+from trady_kernels.selection.pool import ShareOfScore
 from trady_kernels.selection.ranking import LayerRanking
-from trady_kernels.selection.schemes.scheme import Scheme, ranked_pool
+from trady_kernels.selection.schemes.scheme import Scheme
 
 #: Most of all layers' input elements that lie behind the lowest layer that may train.
 MOST_BEHIND = 1 / 3
@@ -39,4 +40,4 @@ class Late(Scheme):
         self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
     ) -> list[str]:
         within = set(self.reach(layers))
-        return [name for name in ranked_pool(layers, ranking) if name in within]
+        return [name for name in ShareOfScore().layers(layers, ranking, budget) if name in within]

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from trady_kernels.cost import Budget, LayerCost, total
+from trady_kernels.cost import Budget, LayerCost
+from trady_kernels.selection.pool import ShareOfCost
 from trady_kernels.selection.ranking import LayerRanking
 from trady_kernels.selection.schemes.scheme import Scheme
-
-#: Most that the budget may be of what all channels of the pool cost [MeDyate, section 4].
-MOST_OF_POOL = 0.2
 
 
 class Medyate(Scheme):
@@ -36,16 +34,7 @@ class Medyate(Scheme):
     def pool(
         self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
     ) -> list[str]:
-        if ranking is None or budget is None:
-            return list(layers)
-        limit = budget.limit(total(layer.full for layer in layers.values()))
-        top: set[str] = set()
-        cost = 0
-        for name in ranking:
-            if name in layers and limit > MOST_OF_POOL * cost:
-                top.add(name)
-                cost += budget.of(layers[name].full)
-        return [name for name in layers if name in top]
+        return ShareOfCost().layers(layers, ranking, budget)
 
     def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
         unseen = torch.tensor(torch.nan, dtype=torch.float64)

@@ -14,9 +14,6 @@ from trady_kernels.cost import Budget, LayerCost
 if TYPE_CHECKING:
     from trady_kernels.selection.ranking import LayerRanking
 
-#: Share of a ranking's cumulative score that the layers of a top-K pool hold [TraDy, section 4.1].
-POOL_SHARE = 0.97
-
 
 class Scheme(ABC):
     """A rule that orders channels; the sampler takes them in that order while the budget lasts.
@@ -45,6 +42,11 @@ class Scheme(ABC):
     given: ClassVar[bool] = False
     metric: ClassVar[str] = "rgn"
     biases: bool | int = False
+
+    @property
+    def takes_pool(self) -> bool:
+        """Whether other layers than the scheme's own choice make sense."""
+        return self.budgeted and not self.given
 
     @classmethod
     def for_network(cls, network: str, fractions: str | os.PathLike[str] | None = None) -> Scheme:
@@ -115,14 +117,3 @@ class Scheme(ABC):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # noqa: B027
         """Go on from what :meth:`state_dict` gave."""
-
-
-def ranked_pool(layers: Mapping[str, LayerCost], ranking: LayerRanking | None) -> list[str]:
-    """The layers that hold 97% of the ranking's cumulative score; every layer without a ranking.
-
-    Source: TraDy, arXiv 2510.19675, section 4.1.
-    """
-    if ranking is None:
-        return list(layers)
-    top = set(ranking.top(POOL_SHARE, among=layers))
-    return [name for name in layers if name in top]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from trady_kernels.cost import Budget, LayerCost
+from trady_kernels.selection.pool import ShareOfScore
 from trady_kernels.selection.ranking import LayerRanking
-from trady_kernels.selection.schemes.scheme import Scheme, ranked_pool
+from trady_kernels.selection.schemes.scheme import Scheme
 
 
 class Trady(Scheme):
@@ -21,4 +22,4 @@ class Trady(Scheme):
     def pool(
         self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
     ) -> list[str]:
-        return ranked_pool(layers, ranking)
+        return ShareOfScore().layers(layers, ranking, budget)
