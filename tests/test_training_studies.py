@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from test_gradient_studies import AGREEING
+from test_importance import FOUND
 
 from trady_kernels.cli import main
 from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency_section
@@ -47,6 +48,10 @@ def outcome_of(top1: float) -> TrainingOutcome:
     return TrainingOutcome(
         top1, saved_bytes=2**20, dense_saved_bytes=2**24, gradient_bytes=2**19, step_ms=100.0, curves=curves
     )
+
+
+#: Of the studies whose cells are no trainings.
+OUTCOMES: dict[str, Any] = {"gradients.json": AGREEING, "importance.json": FOUND}
 
 
 def filled(path: Path, plan: Grid, top1: float = 0.8) -> Trainings:
@@ -171,7 +176,7 @@ def test_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         plan = study.plan(Request("quick"))
         cells: Any = CellFile(tmp_path / study.cells, study.kinds, plan.recipes)
         cells.begin(PROVENANCE)
-        outcome = AGREEING if study.cells == "gradients.json" else outcome_of(0.8)
+        outcome = OUTCOMES.get(study.cells, outcome_of(0.8))
         while missing := [cell for cell in plan.ready(cells) if cell not in cells]:
             for cell in missing:
                 cells.add(cell, outcome)

@@ -20,7 +20,7 @@ from trady_kernels.cli import _INTERRUPTED, usage_errors
 from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
 from trady_kernels.study.cells import CellFile, Plan, run_cells
-from trady_kernels.study.results import RECIPES, SIZES, SMALLEST
+from trady_kernels.study.results import RECIPES, SIZES
 from trady_kernels.study.studies import STUDIES, Request, Study
 
 _EPILOG = """\
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=(),
         metavar="NAME[,NAME]",
-        help=f"of results: rows (default: {','.join(SMALLEST)})".replace("%", "%%"),
+        help="of results: rows, such as trady,frugal@5.2%%,full+checkpoint (default: some twenty a network)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trady_kernels.study.trainings import Training, TrainingPlan, Trainings
-from trady_kernels.training.ingredients import Spec
+from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.settings import Settings
 
 #: Trials of a learning rate, as multiples of the scheme's middle one: as many for every scheme.
@@ -30,27 +30,25 @@ class Matrix(TrainingPlan):
 
     Attributes:
         recipes: settings of each task.
-        schemes: of each budget; at the first one that has it, a scheme's learning rate is tuned.
+        schemes: by the network, of each budget; at the first one that has it, a scheme's learning rate is tuned.
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
             With momentum m it is 1 - m times that.
         seeds: how many.
-        left_out: by the network, schemes that it has no rows of.
     """
 
     recipes: Mapping[str, Settings]
-    schemes: Mapping[str, tuple[str, ...]]
+    schemes: Mapping[str, Mapping[str, tuple[str, ...]]]
     rates: Mapping[str, Mapping[str, float]]
     seeds: int
-    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rows(self) -> Iterator[Row]:
         """The table's rows: scheme by scheme, so that what is there after an interruption can be compared."""
         rows = (
             Row(task, scheme, budget if Spec.parse(scheme).budgeted else "")
-            for budget, schemes in self.schemes.items()
-            for scheme in schemes
+            for budget in dict.fromkeys(budget for rows in self.schemes.values() for budget in rows)
+            for scheme in dict.fromkeys(s for rows in self.schemes.values() for s in rows.get(budget, ()))
             for task, recipe in self.recipes.items()
-            if scheme not in self.left_out.get(recipe.model, ())
+            if scheme in self.schemes[recipe.model].get(budget, ())
         )
         return iter(dict.fromkeys(rows))
 
@@ -60,12 +58,13 @@ class Matrix(TrainingPlan):
         On a single task the best of three rates is often the one that luck did not spoil.
         """
         model = self.recipes[row.task].model
-        rates, spec = self.rates[model], Spec.parse(row.scheme)
+        scheme = tuned_as(row.scheme)
+        rates, spec = self.rates[model], Spec.parse(scheme)
         middle = rates.get(spec.scheme, rates[""]) * (1 - spec.momentum)
-        first = next(budget for budget, schemes in self.schemes.items() if row.scheme in schemes)
+        first = next(budget for budget, schemes in self.schemes[model].items() if row.scheme in schemes)
         budget = first if row.budget else ""
         return [
-            Training(task, row.scheme, budget, rounded(middle * factor), 0, True)
+            Training(task, scheme, budget, rounded(middle * factor), 0, True)
             for factor in FACTORS
             for task, recipe in self.recipes.items()
             if recipe.model == model
@@ -90,7 +89,7 @@ class Matrix(TrainingPlan):
     def size(self) -> int:
         """How many runs there are."""
         rows = list(self.rows())
-        tuned = {(row.task, row.scheme) for row in rows}
+        tuned = {(row.task, tuned_as(row.scheme)) for row in rows}
         return len(tuned) * len(FACTORS) + len(rows) * self.seeds
 
 

@@ -25,6 +25,21 @@ from trady_kernels.study.draws import (
     sensitivity_section,
 )
 from trady_kernels.study.gradients import Gradients, Look, gradient_plan
+from trady_kernels.study.importance import (
+    Importance,
+    Watch,
+    importance_plan,
+    importance_section,
+    plot_importance,
+)
+from trady_kernels.study.layers import (
+    ablation_plan,
+    ablation_section,
+    plot_ablation,
+    plot_pool,
+    pool_plan,
+    pool_section,
+)
 from trady_kernels.study.ranks import channels_section, plot_channels, plot_ranks, ranks_section
 from trady_kernels.study.report import write_report
 from trady_kernels.study.results import results_matrix
@@ -154,6 +169,33 @@ STUDIES: Mapping[str, Study] = {
             "whether tasks and seeds agree on which channels have the most gradient",
             channels_section,
             plot_channels,
+        ),
+        Study(
+            "pool",
+            "accuracy by how many top layers channels are drawn from, and how much of the gradient these have",
+            "pool.json",
+            (Training, TrainingOutcome),
+            lambda request: pool_plan(request.size, request.tasks, request.device),
+            pool_section,
+            plot_pool,
+        ),
+        Study(
+            "ablation",
+            "what training one layer alone brings, and what freezing it costs, beside its score in the rankings",
+            "ablation.json",
+            (Training, TrainingOutcome),
+            lambda request: ablation_plan(request.size, request.tasks, request.device),
+            ablation_section,
+            plot_ablation,
+        ),
+        Study(
+            "importance",
+            "whether channels with much gradient go on having it, and how much of the whole gradient selections have",
+            "importance.json",
+            (Watch, Importance),
+            lambda request: importance_plan(request.size, request.tasks, request.device),
+            importance_section,
+            plot_importance,
         ),
         Study(
             "resampling",

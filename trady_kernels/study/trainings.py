@@ -37,6 +37,7 @@ class Training:
         held_out: whether samples held out from those to train on take the place of the test samples: a trial that
             chooses settings.
         resampling: when channels are drawn again, as ``ChannelSampler`` takes it.
+        pool: layers that take part, as ``ChannelSampler`` takes it; "" for the scheme's own choice.
     """
 
     task: str
@@ -46,6 +47,7 @@ class Training:
     seed: int
     held_out: bool
     resampling: str = "epoch"
+    pool: str = ""
 
     def settings(self, recipe: Settings) -> Settings:
         """Settings of the run: the task's ``recipe`` with what is this cell's own."""
@@ -56,6 +58,7 @@ class Training:
             learning_rate=self.learning_rate,
             seed=self.seed,
             resampling=self.resampling,
+            pool=self.pool or None,
             validation_share=HELD_OUT_SHARE if self.held_out else 0.0,
         )
 
@@ -65,7 +68,8 @@ class Training:
         result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
         budget = f" at {self.budget}" if self.budget else ""
         drawn = "" if self.resampling == "epoch" else f", drawn every {self.resampling}"
-        return f"{self.task}, {self.scheme}{budget}, rate {self.learning_rate:g}{drawn}, seed {self.seed}: {result}"
+        pool = f", {self.pool}" if self.pool else ""
+        return f"{self.task}, {self.scheme}{budget}{pool}, rate {self.learning_rate:g}{drawn}, seed {self.seed}: {result}"
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Ingredient:
         dense: called with a network that stays dense, before its training, also when a run goes on.
         at_once: samples that go forward and backward at a time; None for the whole batch.
         momentum: of SGD.
+        exact: whether a training without it comes to the same numbers but for rounding, so that its learning rate serves.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Ingredient:
     dense: Callable[[nn.Module], None] | None = None
     at_once: int | None = None
     momentum: float = 0.0
+    exact: bool = False
 
     def fits(self, scheme: str) -> bool:
         """Whether it goes with the scheme of that name."""
@@ -68,11 +70,13 @@ INGREDIENTS: dict[str, Ingredient] = {
             "checkpoint",
             "what is inside a block is computed again in the backward pass",
             dense=checkpoint_blocks,
+            exact=True,
         ),
         Ingredient(
             "accumulate",
             "samples go forward and backward one by one, their gradients added up over the batch",
             at_once=1,
+            exact=True,
         ),
         Ingredient(
             "momentum",
@@ -93,6 +97,13 @@ PRESETS = {"frugal": "late+bias+8bit+momentum"}
 def scheme_names() -> list[str]:
     """Every scheme that a training takes: those that choose channels, the others, presets."""
     return list(dict.fromkeys([*SCHEMES, *WITHOUT_CHANNELS, *PRESETS]))
+
+
+def tuned_as(text: str) -> str:
+    """The spec whose learning rate serves for this one: without the ingredients that leave its numbers as they are."""
+    combined, at, own = text.partition("@")
+    first, *names = combined.split("+")
+    return "+".join([first, *(name for name in names if not INGREDIENTS[name].exact)]) + at + own
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,259 @@
+"""The study of importance: expected updates against closed forms and real backward passes, shares, lags, the report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from image_folders import write_images
+from test_gradient_studies import PROVENANCE
+from test_sampler import X, sampler, sparse_net
+
+import trady_kernels as tk
+from trady_kernels.cli import main
+from trady_kernels.convert import sparse_layers
+from trady_kernels.study import importance as importance_module
+from trady_kernels.study.cells import CellFile
+from trady_kernels.study.expectation import expected_update
+from trady_kernels.study.importance import (
+    Importance,
+    Watch,
+    Watching,
+    importance_plan,
+    importance_section,
+    most_held,
+    rank_correlation,
+    share_of,
+)
+from trady_kernels.study.studies import STUDIES
+from trady_kernels.training.loop import train_scheme
+from trady_kernels.training.observer import Observer
+from trady_kernels.training.results import SchemeResult
+from trady_kernels.training.run import load_task
+from trady_kernels.training.settings import Settings
+
+TARGET = torch.tensor([1, 3])
+
+
+def test_even_draws_have_no_bias_and_the_variance_of_the_closed_form() -> None:
+    """Every pair of 6 channels once: p = 1/3 each, variance (1 - p) / p, corrected exactly for having seen all 15 pairs."""
+    norms = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([0.5, 4.0, 0.0])}
+    pairs = [
+        {"a": torch.tensor([c for c in pair if c < 3]), "b": torch.tensor([c - 3 for c in pair if c >= 3])}
+        for pair in itertools.combinations(range(6), 2)
+    ]
+    pairs = [{name: channels.long() for name, channels in pair.items()} for pair in pairs]
+    many = expected_update(norms, pairs * 2_000)
+    assert many.draws == 30_000
+    assert many.bias == pytest.approx(0.0, abs=0.01) and many.variance == pytest.approx(2.0, rel=1e-3)
+    # Few draws: the frequencies' own scatter is taken off, on average exactly.
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(400):
+        drawn = [pairs[i] for i in torch.randint(15, (20,), generator=generator).tolist()]
+        found.append(1 / (1 + expected_update(norms, drawn).variance))  # |u|^2 / E|x|^2
+    assert sum(found) / len(found) == pytest.approx(1 / 3, rel=0.05)
+
+
+def test_a_fixed_selection_has_no_variance_and_the_bias_of_what_it_lacks() -> None:
+    norms = {"a": torch.tensor([3.0, 4.0])}
+    found = expected_update(norms, [{"a": torch.tensor([1])}] * 3)
+    assert (found.bias, found.variance) == (pytest.approx(0.6), pytest.approx(0.0, abs=1e-12))
+    with pytest.raises(ValueError, match="selections: got 1, expected at least two draws"):
+        expected_update(norms, [{"a": torch.tensor([1])}])
+    with pytest.raises(ValueError, match="selections: got 2 draws that share no channel with a gradient"):
+        expected_update(norms, [{"a": torch.tensor([0])}, {"a": torch.tensor([1])}])
+
+
+@pytest.mark.parametrize("scheme", ["trady", "d-full-random"])
+def test_it_is_what_backward_passes_give(scheme: str) -> None:
+    """Updates of a small network, put together from the rows' real gradients, beside the dense network's gradient."""
+    model = sparse_net().eval()
+    drawn = sampler(model, scheme=scheme, budget=1_500, pool="without stem" if scheme == "trady" else None)
+    dense = tk.densify(copy.deepcopy(model)).requires_grad_(True)
+    F.cross_entropy(dense(X), TARGET).backward()
+    layers = sparse_layers(model)
+    full = torch.cat([dense.get_submodule(name).weight.grad.flatten() for name in layers])
+    norms = tk.channel_norms(model, [(X, TARGET)], F.cross_entropy)
+    updates, selections = [], []
+    for _ in range(300):
+        model.zero_grad()
+        F.cross_entropy(model(X), TARGET).backward()
+        parts = []
+        for layer in layers.values():
+            scattered = torch.zeros_like(layer.weight)
+            if len(layer.channels):
+                layer.write_rows(scattered, layer.channels, layer.channel_weight.grad)
+            parts.append(scattered.flatten())
+        updates.append(torch.cat(parts))
+        selections.append(drawn.selection)
+        drawn.resample()
+    stacked = torch.stack(updates).double()
+    mean_square = stacked.square().sum(1).mean()
+    square_of_mean = (stacked.sum(0).square().sum() - stacked.square().sum()) / (300 * 299)
+    cosine = (stacked.mean(0) @ full.double()) / (square_of_mean.sqrt() * full.double().norm())
+    found = expected_update(norms, selections)
+    assert found.variance == pytest.approx(float((mean_square - square_of_mean) / square_of_mean), rel=1e-4)
+    assert found.bias == pytest.approx(math.sqrt(max(1 - float(cosine) ** 2, 0)), abs=1e-3)
+
+
+def test_shares() -> None:
+    norms = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0, 12.0])}
+    assert share_of(norms, {"a": torch.tensor([0]), "b": torch.tensor([0])}) == pytest.approx(5 / 13)
+    assert share_of(norms, {"a": torch.tensor([], dtype=torch.int64)}) == 0.0
+    assert math.isnan(share_of({"a": torch.zeros(2)}, {"a": torch.tensor([0])}))
+    # By square for the price 144/100, 16/100, 9/2, 0: a's first comes first, b's second still fits 102, nothing else does.
+    assert most_held(norms, {"a": 2, "b": 100}, 102) == pytest.approx(math.sqrt(153) / 13)
+    assert most_held(norms, {"a": 2, "b": 100}, 99) == pytest.approx(3 / 13)
+
+
+def test_rank_correlation_is_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    first, second = torch.tensor([1.0, 5.0, 2.0, 2.0]), torch.tensor([0.3, 0.2, 0.5, 0.9])
+    assert rank_correlation(first, second) == pytest.approx(
+        stats.spearmanr([1, 5, 2, 2], [3, 2, 5, 9]).statistic
+    )
+    assert math.isnan(rank_correlation(first[:1], second[:1]))
+    assert math.isnan(rank_correlation(first, torch.ones(4)))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Settings:
+    write_images(tmp_path / "pets", {"cats": 15, "dogs": 15})
+    return Settings(
+        model="mobilenet_v2_w035",
+        data=str(tmp_path / "pets"),
+        image_size=32,
+        epochs=3,
+        batch_size=4,
+        budget="2.2%",
+        learning_rate=0.05,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["medyate", "d-det-rgn"])
+def test_a_run_that_is_watched(scheme: str, recipe: Settings, tmp_path: Path) -> None:
+    """It trains as one that is not; what an oracle holds is what can be held."""
+    pytest.importorskip("scipy")
+    settings = dataclasses.replace(recipe, schemes=(scheme,))
+    data = load_task(settings)
+    watching = Watching(30 if scheme == "medyate" else 2)
+    results: list[SchemeResult] = [
+        train_scheme(scheme, settings, data, tmp_path / f"{type(observer).__name__}.pt", observer)
+        for observer in (watching, Observer())
+    ]
+    assert [e.train_loss for e in results[0].epochs] == [e.train_loss for e in results[1].epochs]
+    assert results[0].top1 == results[1].top1
+    found = watching.found(results[0].top1)
+    assert len(found.all_channels) == len(found.selected) == len(found.held) == len(found.holdable) == 3
+    assert all(-1 <= value <= 1 for value in found.all_channels if value is not None)
+    for (start, end), most in zip(found.held, found.holdable, strict=True):
+        assert 0 < start <= most + 1e-3 < 1 and 0 < end < 1
+    assert found.variance == pytest.approx(0.0, abs=1e-9) if scheme == "d-det-rgn" else found.variance > 1
+    assert 0 < found.bias < 1
+
+
+FOUND = Importance(
+    0.8,
+    [0.9, 0.7, None],
+    [0.5, None, None],
+    [[0.2, 0.1], [0.3, 0.2], [0.4, 0.3]],
+    [0.5, 0.6, 0.7],
+    0.25,
+    40.0,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    plan = importance_plan("usual", ("mnist", "tweets"))
+    cells: CellFile[Watch, Importance] = CellFile(tmp_path / "importance.json", plan.kinds, plan.recipes)
+    cells.begin(PROVENANCE)
+    for cell in plan.ready(cells):
+        more = 0.1 * (cell.scheme == "medyate") * (1 if cell.task == "mnist" else -1)
+        held = [[start + more, end] for start, end in FOUND.held]
+        cells.add(cell, dataclasses.replace(FOUND, held=held))
+    assert len(cells) == plan.size == 2 * 3 * 3
+    return tmp_path
+
+
+def test_section(folder: Path) -> None:
+    pytest.importorskip("scipy")
+    text = "\n".join(importance_section(STUDIES["importance"].load(folder)))
+    rows = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]): line
+        for line in text.splitlines()
+        if "± " in line
+    }
+    row = [cell.strip() for cell in rows["efficientnet_lite0", "trady"].split("|")[3:-1]]
+    assert row == [
+        *("30.0 ± 8.7", "20.0 ± 8.7", "60.0 ± 8.7", "0.90 ± 0.00", "", "0.50 ± 0.00", ""),
+        *("0.25 ± 0.00", "40.00 ± 0.00"),
+    ]
+    assert "efficientnet_lite0: holds, 45.0% of its norm against 35.0%" in text
+    assert "minilm: does not hold, 25.0% of its norm against 35.0%" in text
+
+
+def test_report_and_plot(folder: Path) -> None:
+    pytest.importorskip("scipy")
+    image = pytest.importorskip("matplotlib.image")
+    written, png, svg = STUDIES["importance"].report(folder)
+    assert "`trady study importance`" in written.read_text()
+    assert 0.005 < (image.imread(png)[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"
+    assert svg.read_bytes().count(b"<path") > 10
+
+
+def test_command_on_a_small_network(
+    recipe: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy")
+    pytest.importorskip("matplotlib")
+    changed: Any = importance_module
+    monkeypatch.setitem(changed.RECIPES, "pets", recipe)
+    monkeypatch.setitem(changed._SIZES, "quick", (1, {"epochs": 2}))
+    monkeypatch.setitem(changed.RATES, "mobilenet_v2_w035", {"": 0.05})
+    monkeypatch.setattr(changed, "SCHEMES", ("trady",))
+    command = [
+        "study",
+        "importance",
+        "--quick",
+        "--task",
+        "pets",
+        "--output",
+        str(tmp_path / "out"),
+        "--jobs",
+        "1",
+    ]
+    # Processes of their own would not have this recipe's rate.
+    monkeypatch.setattr("trady_kernels.cli.study.ProcessPoolExecutor", lambda jobs, context: _Here())
+    assert main(command) == 0
+    assert "1 of 1: pets, trady, seed 0: test" in capsys.readouterr().out
+    run = STUDIES["importance"].load(tmp_path / "out")[Watch("pets", "trady", 0)]
+    assert len(run.held) == 2 and run.variance > 1
+    with pytest.raises(ValueError, match="size: got 'tiny'"):
+        importance_plan("tiny")
+
+
+class _Here:
+    """Runs what it is given at once."""
+
+    def __enter__(self) -> _Here:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def submit(self, function: Any, *arguments: Any) -> Any:
+        from concurrent.futures import Future
+
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments))
+        return future

@@ -1,0 +1,64 @@
+"""What a sparse update is on average over draws, beside the full gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The mean and the scatter of an update that has the gradient of the drawn channels and zeros elsewhere.
+
+    Attributes:
+        bias: length of what the mean update lacks of the full gradient at its best scale, over the gradient's: 0 where the
+            mean points along the gradient, 1 where it is orthogonal.
+        variance: mean squared distance of an update from the mean one, over the mean one's squared length. Of uniform
+            draws of a share p of channels, all of a price: (1 - p) / p.
+        draws: how many.
+    """
+
+    bias: float
+    variance: float
+    draws: int
+
+
+def expected_update(
+    norms: Mapping[str, torch.Tensor], selections: Iterable[Mapping[str, torch.Tensor]]
+) -> Expectation:
+    """Bias and variance of the update, from how often each channel was drawn.
+
+    Channels' gradients are orthogonal to each other, so that squared norms and frequencies say everything; the square of a
+    frequency is corrected for the number of draws.
+
+    Args:
+        norms: ``{layer name: (C,)}`` of the channels' gradients, which stay the same over the draws.
+        selections: ``{layer name: (k,)}`` of at least two draws.
+
+    Raises:
+        ValueError: fewer than two draws, or none of a channel that has a gradient.
+    """
+    counts = {name: torch.zeros(len(found), dtype=torch.float64) for name, found in norms.items()}
+    draws = 0
+    for selection in selections:
+        draws += 1
+        for name, channels in selection.items():
+            counts[name][channels.cpu()] += 1
+    if draws < 2:
+        raise ValueError(f"selections: got {draws}, expected at least two draws")
+    squares = torch.cat([norms[name].double().square() for name in counts])
+    share = torch.cat(list(counts.values())) / draws
+    share_squared = (draws * share.square() - share) / (draws - 1)
+    # Of the update: mean squared length, squared length of its mean, product of its mean with the gradient.
+    mean_square, square_of_mean = float((share * squares).sum()), float((share_squared * squares).sum())
+    if not mean_square > 0 or not square_of_mean > 0:
+        raise ValueError(
+            f"selections: got {draws} draws that share no channel with a gradient, expected more draws"
+        )
+    cosine_squared = mean_square**2 / (square_of_mean * float(squares.sum()))
+    return Expectation(
+        math.sqrt(max(1 - cosine_squared, 0.0)), (mean_square - square_of_mean) / square_of_mean, draws
+    )
