@@ -33,6 +33,9 @@ STAMP = VENV / "quickstart.json"
 LOG = VENV / "quickstart.log"
 TORCH = os.environ.get("TRADY_TORCH", "2.13.0")
 
+#: Of pytest: every one has a torch of its own in memory.
+WORKERS = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+
 
 def requirements(name: str) -> list[str]:
     """The list ``name`` of pyproject.toml, the one place where requirements are written down."""
@@ -190,10 +193,8 @@ def test(arguments: list[str]) -> None:
             print(done.stdout + done.stderr, flush=True)
     if failed:
         print(f"failed before the tests: {', '.join(failed)}", flush=True)
-    # Every worker has a torch of its own in memory.
-    workers = ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
     code = subprocess.run(
-        [PYTHON, "-m", "pytest", *workers, *(["-m", "slow"] if slow else []), *arguments], cwd=ROOT
+        [PYTHON, "-m", "pytest", *WORKERS, *(["-m", "slow"] if slow else []), *arguments], cwd=ROOT
     ).returncode
     # 5: no test was selected, which a stage of slow tests may well be.
     sys.exit(bool(failed) or (0 if slow and code == 5 else code))
@@ -232,7 +233,7 @@ def sanitize(arguments: list[str]) -> None:
     # Leaks are those of Python and torch. Not python -m pytest: it would import the package of this folder. A sanitizer
     # ends the process, and a report that pytest had captured would be lost.
     checked(
-        [VENV / "bin" / "pytest", "--capture=sys", *(arguments or ["-q"]), *tests],
+        [VENV / "bin" / "pytest", "--capture=sys", *WORKERS, *(arguments or ["-q"]), *tests],
         PYTHONPATH=str(site),
         LD_PRELOAD=":".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
