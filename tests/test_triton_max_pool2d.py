@@ -84,7 +84,7 @@ def test_ties_nan_and_infinities(case: PoolCase, layout: str, triton_device: str
 # How many elements a vector has depends on the type, which of them a window needs on the window: each of both once.
 @pytest.mark.parametrize(
     ("window", "dtype"),
-    zip(((3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 2)), FLOATING, strict=True),
+    tuple(zip(((3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 2)), FLOATING, strict=True)),
     ids=str,
 )
 def test_vectors_of_channels(
