@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
+
+from trady_kernels.study.statistics import Spread
 
 
 class TailIndex:
@@ -73,3 +76,23 @@ class TailIndex:
             return math.nan
         inverse = self._logs_of_sums / self._sums - self._logs_of_samples / self._samples
         return math.log(self.block) / inverse if inverse > 0 else math.inf
+
+
+@functools.lru_cache
+def on_known_draws(
+    alpha: float, block: int, samples: int = 64_000, repeats: int = 10, scale: float = 1e-3
+) -> Spread:
+    """Estimates from symmetric alpha-stable draws whose index is known: their mean less the index is the bias.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
+    from scipy.stats import levy_stable
+
+    found = []
+    for seed in range(repeats):
+        index = TailIndex(block)
+        draws = levy_stable.rvs(alpha, 0.0, scale=scale, size=samples, random_state=seed)
+        index.add(torch.from_numpy(draws))
+        found.append(index.alpha)
+    return Spread.of(found)
