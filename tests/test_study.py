@@ -226,7 +226,7 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table[2:]}
     assert rows["medyate"][:3] == ["90.1 ± 0.1", "90.1 ± 0.1", "90.1"]
     assert rows["full"][4] == "+0.00 (p 1.000)"
-    assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "4"]
+    assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "", ""]
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
     assert "not decided" in text and "    trady study results" in text
     rates = text.split("### Learning rates chosen")[1]

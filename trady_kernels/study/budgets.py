@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.matrix import Matrix
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.results import results_matrix
+from trady_kernels.study.steps import row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
 #: Rows and task where it has to be quick.
@@ -83,9 +86,10 @@ def plot_budget(path: Path, cells: Trainings) -> None:
 
 def efficiency_section(cells: Trainings) -> list[str]:
     """What each scheme leaves out, counted, and what that comes to, measured."""
-    found = _rows(cells)
+    found, times = _rows(cells), times_beside(cells)
     rows = []
     for model, scheme, budget in sorted(found, key=lambda key: (key[0], key[1], _size(key[2]))):
+        first = next(iter(found[model, scheme, budget]))
         runs = [outcome for outcome in found[model, scheme, budget].values() if outcome.curves]
         if not runs:
             continue
@@ -95,8 +99,9 @@ def efficiency_section(cells: Trainings) -> list[str]:
 
         saved = spread([100 * (1 - run.saved_bytes / run.dense_saved_bytes) for run in runs])
         shares = ("weight_share", "activation_share", "gradient_share")
-        step = spread([run.step_ms for run in runs], 0)
-        rows.append([model, scheme, budget or "-", *map(percent, shares), saved, step])
+        step = times.get((model, row_of(first.scheme, first.budget)))
+        time = "" if step is None or step.of_full is None else f"{100 * (1 - step.of_full):.0f}"
+        rows.append([model, scheme, budget or "-", *map(percent, shares), saved, time])
     heads = [
         "network",
         "scheme",
@@ -105,20 +110,27 @@ def efficiency_section(cells: Trainings) -> list[str]:
         "activations (%)",
         "gradient FLOPs (%)",
         "saved bytes (%)",
-        "ms a step",
+        "step time (%)",
     ]
     return [
         "Left out of what full fine-tuning takes: counted for weight gradients, stored inputs and their multiply-accumulates, "
         "measured for the bytes that a step saves for its backward pass (mean and standard deviation over tasks, seeds and "
-        "epochs). Steps were timed on a machine that may have been busy.",
+        "epochs) and for the time of a step, of `trady study steps`.",
         "",
         *markdown(heads, rows),
     ]
 
 
 def plot_efficiency(path: Path, cells: Trainings) -> None:
-    """Draw what is left out by epoch, of the budget that most schemes have."""
+    """Draw what is left out by epoch, of the budget that most schemes have, and what step times have of full fine-tuning's."""
     finals = finals_of(cells)
     budgets = [cell.budget for cell in finals if cell.budget]
     first = max(sorted(set(budgets)), key=budgets.count, default="")
-    plot_savings(path, {cell: outcome for cell, outcome in finals.items() if cell.budget in ("", first)})
+    shown = {cell: outcome for cell, outcome in finals.items() if cell.budget in ("", first)}
+    times = times_beside(cells)
+    ratios: dict[str, list[float]] = {}
+    for model, cell in {(cells.recipes[c.task].model, replace(c, task="", seed=0)): c for c in shown}:
+        step = times.get((model, row_of(cell.scheme, cell.budget)))
+        if step is not None and step.of_full is not None:
+            ratios.setdefault(cell.scheme, []).append(step.of_full)
+    plot_savings(path, shown, {scheme: statistics.fmean(found) for scheme, found in ratios.items()})

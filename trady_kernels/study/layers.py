@@ -245,7 +245,7 @@ def _agreements(
         for metric in METRICS:
             scores = LayerRanking.shipped(model, metric)
             pairs = [(scores[name], statistics.fmean(found)) for name, found in by_layer.items()]
-            if len(pairs) > 2:
+            if len(pairs) > 2 and len({brought for _, brought in pairs}) > 1:
                 test = spearmanr(*zip(*pairs, strict=True))
                 yield kind, metric, float(test.statistic), float(test.pvalue)
 

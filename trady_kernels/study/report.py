@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from trady_kernels.study.cells import made_with
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
+from trady_kernels.study.steps import STEPS, StepTime, row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
 #: Of the names of plots of what is left out.
@@ -94,12 +95,12 @@ def report(cells: Trainings, name: str = "results") -> str:
         ValueError: the file has no finished run on test samples.
         ModuleNotFoundError: scipy is not installed.
     """
-    finals = finals_of(cells)
+    finals, times = finals_of(cells), times_beside(cells)
     parts = ["# Results", "", *_making(cells), ""]
     for model in _models(cells):
         tasks = [task for task, recipe in cells.recipes.items() if recipe.model == model]
         here = {cell: outcome for cell, outcome in finals.items() if cell.task in tasks}
-        parts += _model(model, tasks, cells, here, _plot_stem(name, model))
+        parts += _model(model, tasks, cells, here, times, _plot_stem(name, model))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -125,12 +126,18 @@ def _making(cells: Trainings) -> list[str]:
         "samples held out from those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
         "epoch counts. Figures are means over seeds with the sample standard deviation. Bytes are measured: what a training step saves "
         "for its backward pass (of full: of what full fine-tuning saves), the gradients that it leaves and the optimiser's state. Tests "
-        "are two-sided paired t-tests over the pairs of task and seed.",
+        "are two-sided paired t-tests over the pairs of task and seed. Steps were timed apart, all rows of a network turn by turn "
+        f"(`trady study steps`, {STEPS}).",
     ]
 
 
 def _model(
-    model: str, tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome], plot: str
+    model: str,
+    tasks: list[str],
+    cells: Trainings,
+    finals: dict[Training, TrainingOutcome],
+    times: Mapping[tuple[str, str], StepTime],
+    plot: str,
 ) -> list[str]:
     lines = [
         f"## {model}",
@@ -145,7 +152,11 @@ def _model(
     free = _by_scheme({cell: outcome for cell, outcome in finals.items() if not cell.budget})
     for budget in sorted(budgets, key=lambda b: (b != first, b)):
         bound = _by_scheme({cell: outcome for cell, outcome in finals.items() if cell.budget == budget})
-        lines += [f"### Budget {budget}", "", *_table(tasks, {**bound, **free}, bound), ""]
+        steps = {
+            scheme: times.get((model, row_of(scheme, budget if scheme in bound else "")))
+            for scheme in (*bound, *free)
+        }
+        lines += [f"### Budget {budget}", "", *_table(tasks, {**bound, **free}, bound, steps), ""]
         if budget == first:
             lines += [*(claims := _claims({**bound, **free})), *([""] if claims else [])]
     savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
@@ -187,7 +198,12 @@ def _accuracies(series: Series) -> dict[object, float]:
     return {key: 100 * outcome.top1 for key, outcome in series.items()}
 
 
-def _table(tasks: list[str], schemes: dict[str, Series], bound: dict[str, Series]) -> list[str]:
+def _table(
+    tasks: list[str],
+    schemes: dict[str, Series],
+    bound: dict[str, Series],
+    steps: Mapping[str, StepTime | None],
+) -> list[str]:
     references = [name for name in REFERENCES if name in bound]
     heads = [
         "scheme",
@@ -199,6 +215,7 @@ def _table(tasks: list[str], schemes: dict[str, Series], bound: dict[str, Series
         "of full",
         "weight-gradient FLOPs",
         "ms a step",
+        "of full's",
     ]
 
     def mean(series: Series) -> float:
@@ -224,7 +241,8 @@ def _table(tasks: list[str], schemes: dict[str, Series], bound: dict[str, Series
                 " + ".join(f"{part:.1f}" for part in parts),
                 f"{share.mean:.1%}",
                 f"{Spread.of([o.gradient_share for o in series.values()]).mean:.1%}",
-                f"{Spread.of([o.step_ms for o in series.values()]).mean:.0f}",
+                "" if (step := steps[name]) is None else f"{step.milliseconds:.0f}",
+                "" if step is None or step.of_full is None else f"{step.of_full:.2f}",
             ]
         )
     return markdown(heads, rows)

@@ -43,11 +43,22 @@ from trady_kernels.study.layers import (
 from trady_kernels.study.ranks import channels_section, plot_channels, plot_ranks, ranks_section
 from trady_kernels.study.report import write_report
 from trady_kernels.study.results import results_matrix
+from trady_kernels.study.steps import (
+    STEPS,
+    StepTimes,
+    Timing,
+    plot_steps,
+    step_plan,
+    steps_section,
+)
 from trady_kernels.study.tails import histograms_section, plot_histograms, plot_tails, tails_section
 from trady_kernels.study.trainings import Training, TrainingOutcome
 
 #: The document that all studies but the results table write their sections of.
 DOCUMENT = "study.md"
+
+#: Of the steps that are timed, by size.
+_ROUNDS = {"quick": 3, "usual": 9, "full": 21}
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,17 @@ STUDIES: Mapping[str, Study] = {
             lambda request: resampling_plan(request.size, request.tasks, request.device),
             resampling_section,
             plot_resampling,
+        ),
+        Study(
+            "steps",
+            "how long a training step of every row of results takes, all of them turn by turn; nothing else should run",
+            STEPS,
+            (Timing, StepTimes),
+            lambda request: step_plan(
+                budgets_plan(request.size, request.tasks, request.device), _ROUNDS[request.size]
+            ),
+            steps_section,
+            plot_steps,
         ),
         Study(
             "budget",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from trady_kernels.data import DataSet
 from trady_kernels.study.cells import CellFile
 from trady_kernels.training.loop import Diverged, train_scheme
 from trady_kernels.training.observer import Observer
@@ -137,14 +138,18 @@ def train(cell: Training, recipe: Settings) -> TrainingOutcome:
     """
     settings = cell.settings(recipe)
     torch.set_num_threads(settings.threads)
-    # Data depend on the task and the held-out share alone.
-    data = _load(Training(cell.task, "trady", "", 1.0, 0, cell.held_out).settings(recipe))
+    data = load_samples(cell.task, recipe, cell.held_out)
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = train_scheme(cell.scheme, settings, data, Path(folder, "checkpoint.pt"), Observer())
         except Diverged as error:
             return TrainingOutcome(top1=0.0, diverged=True, notes=[str(error)])
     return TrainingOutcome.of(result)
+
+
+def load_samples(task: str, recipe: Settings, held_out: bool) -> DataSet:
+    """A task's samples, which depend on it and on whether some are held out alone; kept for the next run."""
+    return _load(Training(task, "trady", "", 1.0, 0, held_out).settings(recipe))
 
 
 _load = functools.lru_cache(maxsize=4)(load_task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,104 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int) -> floa
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a scheme's training starts from.
+
+    Attributes:
+        regime: the network, ready for the scheme, its first channels chosen.
+        data: what to train and test on, ready for the network.
+        to_input: makes batches of it.
+        batches: a few training batches, always the same.
+        result: the scheme's row of the results table, still without an epoch.
+        at_once: samples that go forward and backward at a time.
+        momentum: of SGD.
+    """
+
+    regime: Regime
+    data: DataSet
+    to_input: _Input
+    batches: Batches
+    result: SchemeResult
+    at_once: int
+    momentum: float
+
+    def optimizer(self, learning_rate: float) -> torch.optim.SGD:
+        """A fresh one for what trains."""
+        return torch.optim.SGD(self.regime.parameters(), lr=learning_rate, momentum=self.momentum)
+
+    def gradients(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give what trains the gradient of a batch of training samples.
+
+        Returns:
+            Mean loss, and how many samples were classified rightly.
+        """
+        mean_loss = hits = torch.zeros((), device=self.to_input.device)
+        for part in indices.split(self.at_once):
+            input, labels = self.to_input(self.data.train, part)
+            output = call(self.regime.model, input)
+            loss = F.cross_entropy(output, labels) * (len(part) / len(indices))
+            loss.backward()
+            mean_loss = mean_loss + loss.detach()
+            hits = hits + (output.detach().argmax(1) == labels).sum()
+        return mean_loss, hits
+
+
+def prepare(
+    scheme: str, settings: Settings, data: DataSet, saved: Mapping[str, Any] | None = None
+) -> Prepared:
+    """Load the settings' network and make it ready for a scheme.
+
+    Args:
+        scheme, settings, data: as for :func:`train_scheme`.
+        saved: a checkpoint to go on from: its weights are what the ingredients had prepared.
+
+    Raises:
+        ValueError: no such scheme or ingredient, or a bad budget or ranking.
+        ModuleNotFoundError: a library that the scheme needs is not installed.
+    """
+    spec = Spec.parse(scheme)
+    device = torch.device(settings.device)
+    torch.manual_seed(settings.seed)
+    loaded = load_model(
+        settings.model,
+        len(data.classes),
+        weights=settings.weights,
+        seed=settings.seed,
+        sizes=sizes_of(settings),
+    )
+    data = loaded.prepare(data)
+    to_input = _Input(loaded, device)
+    first_images = _epoch_order(data, settings, epoch=1)
+    example = to_input(data.train, first_images[: settings.batch_size])
+    model: nn.Module = loaded.model.to(device, memory_format=_MEMORY_FORMAT)  # type: ignore[call-overload]
+    _disable_dropout(model)
+    dense_saved_bytes = measure_memory(prepare_dense(model), example, F.cross_entropy).saved_bytes
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+    else:
+        for ingredient in spec.ingredients:
+            if ingredient.prepare is not None:
+                ingredient.prepare(model, _whole_batches(data, settings, to_input))
+
+    def batches() -> Iterator[tuple[Example, torch.Tensor]]:
+        for part in first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size):
+            yield to_input(data.train, part)
+
+    head = classifier_name(model, len(data.classes))
+    regime = prepare_regime(Start(spec, model, example[0], head, settings, batches))
+    result = SchemeResult(
+        scheme,
+        loaded.weights,
+        settings.learning_rate_of(scheme),
+        regime.full_cost,
+        dense_saved_bytes,
+        regime.notes,
+    )
+    at_once = spec.at_once or settings.batch_size
+    return Prepared(regime, data, to_input, batches, result, at_once, spec.momentum)
+
+
 def train_scheme(
     scheme: str,
     settings: Settings,
@@ -94,51 +192,15 @@ def train_scheme(
         ValueError: no such scheme or ingredient, or the checkpoint is of another network, or damaged.
         OSError: the checkpoint could not be written; the one before is whole.
     """
-    spec = Spec.parse(scheme)
-    device = torch.device(settings.device)
     saved = read_checkpoint(checkpoint) if resume and checkpoint.exists() else None
     if saved is not None and saved["epoch"] == settings.epochs:
         result = SchemeResult.from_json(saved["result"])
         observer.on_scheme(scheme, result, _steps(data, settings))
         return result
-
-    torch.manual_seed(settings.seed)
-    loaded = load_model(
-        settings.model,
-        len(data.classes),
-        weights=settings.weights,
-        seed=settings.seed,
-        sizes=sizes_of(settings),
-    )
-    data = loaded.prepare(data)
-    to_input = _Input(loaded, device)
-    first_images = _epoch_order(data, settings, epoch=1)
-    example = to_input(data.train, first_images[: settings.batch_size])
-    model: nn.Module = loaded.model.to(device, memory_format=_MEMORY_FORMAT)  # type: ignore[call-overload]
-    _disable_dropout(model)
-    dense_saved_bytes = measure_memory(prepare_dense(model), example, F.cross_entropy).saved_bytes
-    if saved is not None:
-        model.load_state_dict(saved["model"])  # with what the ingredients had prepared
-    else:
-        for ingredient in spec.ingredients:
-            if ingredient.prepare is not None:
-                ingredient.prepare(model, _whole_batches(data, settings, to_input))
-
-    def measured() -> Iterator[tuple[Example, torch.Tensor]]:
-        for part in first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size):
-            yield to_input(data.train, part)
-
-    head = classifier_name(model, len(data.classes))
-    regime = prepare_regime(Start(spec, model, example[0], head, settings, measured))
-    result = SchemeResult(
-        scheme,
-        loaded.weights,
-        settings.learning_rate_of(scheme),
-        regime.full_cost,
-        dense_saved_bytes,
-        regime.notes,
-    )
-    optimizer = torch.optim.SGD(regime.parameters(), lr=result.learning_rate, momentum=spec.momentum)
+    device = torch.device(settings.device)
+    training = prepare(scheme, settings, data, saved)
+    regime, data, result = training.regime, training.data, training.result
+    optimizer = training.optimizer(result.learning_rate)
     steps = _steps(data, settings)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -155,9 +217,7 @@ def train_scheme(
 
     observer.on_scheme(scheme, result, steps)
     for epoch in range(len(result.epochs) + 1, settings.epochs + 1):
-        figures = _train_epoch(
-            epoch, scheme, regime, optimizer, scheduler, data, settings, to_input, measured, observer
-        )
+        figures = _train_epoch(epoch, training, optimizer, scheduler, settings, observer)
         result.epochs.append(figures)
         save_checkpoint(
             checkpoint,
@@ -180,38 +240,27 @@ def train_scheme(
 
 def _train_epoch(
     epoch: int,
-    scheme: str,
-    regime: Regime,
+    training: Prepared,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
-    data: DataSet,
     settings: Settings,
-    to_input: _Input,
-    measured: Batches,
     observer: Observer,
 ) -> EpochFigures:
     started = time.perf_counter()
+    regime, data = training.regime, training.data
     if epoch > 1:
         regime.resample(optimizer)
-    observer.on_selection(regime, measured)
+    observer.on_selection(regime, training.batches)
     regime.train_mode()
     order = _epoch_order(data, settings, epoch)
-    at_once = Spec.parse(scheme).at_once or settings.batch_size
-    first_batch = to_input(data.train, order[: min(at_once, settings.batch_size)])
+    first_batch = training.to_input(data.train, order[: min(training.at_once, settings.batch_size)])
     saved_bytes = measure_memory(regime.model, first_batch, F.cross_entropy).saved_bytes
 
     losses, correct, seen, step_seconds = [], 0, 0, []
     for indices in order.split(settings.batch_size):
         step_started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        mean_loss = hits = torch.zeros((), device=to_input.device)
-        for part in indices.split(at_once):
-            input, labels = to_input(data.train, part)
-            output = call(regime.model, input)
-            loss = F.cross_entropy(output, labels) * (len(part) / len(indices))
-            loss.backward()
-            mean_loss = mean_loss + loss.detach()
-            hits = hits + (output.detach().argmax(1) == labels).sum()
+        mean_loss, hits = training.gradients(indices)
         observer.on_gradients(regime.model)
         optimizer.step()
         scheduler.step()
@@ -220,7 +269,7 @@ def _train_epoch(
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):
             raise Diverged(
-                f"learning_rate: with {settings.learning_rate_of(scheme):g} the loss became {losses[-1]} in epoch {epoch}, "
+                f"learning_rate: with {training.result.learning_rate:g} the loss became {losses[-1]} in epoch {epoch}, "
                 "expected a finite number; give a lower one"
             )
         correct += int(hits)
@@ -229,7 +278,7 @@ def _train_epoch(
 
     test_loss = top1 = None
     if not settings.test_once or epoch == settings.epochs:
-        test_loss, top1 = evaluate(regime.model, data.test, to_input)
+        test_loss, top1 = evaluate(regime.model, data.test, training.to_input)
     selection = regime.selection_cost()
     return EpochFigures(
         epoch=epoch,

@@ -1,0 +1,242 @@
+"""How long a training step of every scheme takes, all of them in one run, turn by turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from trady_kernels.study.cells import CellFile
+from trady_kernels.study.markdown import markdown
+from trady_kernels.study.matrix import Matrix
+from trady_kernels.study.plot import panels, style, write_figure
+from trady_kernels.study.trainings import Trainings, load_samples
+from trady_kernels.training.ingredients import Spec
+from trady_kernels.training.loop import Prepared, prepare
+from trady_kernels.training.settings import Settings
+
+#: File of the cells.
+STEPS = "steps.json"
+#: What all others are divided by.
+WHOLE = "full"
+#: Leaves the weights about where they are.
+_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """All rows of a network, timed in one process.
+
+    Attributes:
+        task: whose samples the steps train on.
+        rows: schemes and budgets, as ``"trady at 2.2%"`` or ``"full"``.
+        rounds: steps of each row that count; one more comes before them.
+    """
+
+    task: str
+    rows: tuple[str, ...]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))  # a list, from JSON
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What was timed.
+
+    Attributes:
+        milliseconds: by row, of every round's step.
+        provenance: index of what it was made with in the file's list.
+    """
+
+    milliseconds: Mapping[str, list[float]] = field(default_factory=dict)
+    provenance: int = 0
+
+
+Timings = CellFile[Timing, StepTimes]
+
+
+def row_of(scheme: str, budget: str) -> str:
+    """Name of a row."""
+    return f"{scheme} at {budget}" if budget else scheme
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One run a network.
+
+    Attributes:
+        recipes: settings of each task.
+        timings: the runs.
+    """
+
+    recipes: Mapping[str, Settings]
+    timings: tuple[Timing, ...]
+
+    @property
+    def kinds(self) -> tuple[type[Timing], type[StepTimes]]:
+        """Classes of the cells and their outcomes."""
+        return Timing, StepTimes
+
+    @property
+    def train(self) -> Callable[[Timing, Settings], StepTimes]:
+        """Runs one cell."""
+        return time_steps
+
+    @property
+    def size(self) -> int:
+        """How many runs there are."""
+        return len(self.timings)
+
+    def ready(self, cells: Timings) -> Iterator[Timing]:
+        """Every cell."""
+        yield from self.timings
+
+    def words(self, cell: Timing, outcome: StepTimes) -> str:
+        """A cell and its outcome in a line."""
+        return f"{cell.task}: a step of {len(cell.rows)} rows, {cell.rounds} times each"
+
+
+def step_plan(matrix: Matrix, rounds: int) -> StepPlan:
+    """The rows of a results table, on the first task of each network."""
+    first: dict[str, str] = {}
+    for task, recipe in matrix.recipes.items():
+        first.setdefault(recipe.model, task)
+    timings = (
+        Timing(
+            task, tuple(row_of(row.scheme, row.budget) for row in matrix.rows() if row.task == task), rounds
+        )
+        for task in first.values()
+    )
+    return StepPlan({task: matrix.recipes[task] for task in first.values()}, tuple(timings))
+
+
+def time_steps(cell: Timing, recipe: Settings) -> StepTimes:
+    """Time steps of all rows turn by turn, another row first in each round, channels drawn anew for each.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: the task's data or network is not to be had.
+    """
+    torch.set_num_threads(recipe.threads)
+    settings = replace(recipe, learning_rate=_RATE, seed=0)
+    data = load_samples(cell.task, recipe, held_out=False)
+    rows = {}
+    for row in cell.rows:
+        scheme, _, budget = row.partition(" at ")
+        Spec.parse(scheme)
+        own = replace(settings, schemes=(scheme,), budget=budget or settings.budget)
+        training = prepare(scheme, own, data)
+        rows[row] = _Row(training, training.optimizer(_RATE), torch.arange(settings.batch_size))
+    found: dict[str, list[float]] = {row: [] for row in rows}
+    names = list(rows)
+    for number in range(cell.rounds + 1):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            milliseconds = rows[name].step()
+            if number:  # the first one fills caches
+                found[name].append(round(milliseconds, 2))
+    return StepTimes(found)
+
+
+@dataclass(frozen=True)
+class _Row:
+    training: Prepared
+    optimizer: torch.optim.Optimizer
+    indices: torch.Tensor
+
+    def step(self) -> float:
+        """Draw channels, then take a step; milliseconds of the step alone."""
+        regime = self.training.regime
+        regime.resample(self.optimizer)
+        regime.train_mode()
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, _ = self.training.gradients(self.indices)
+        self.optimizer.step()
+        loss.item()  # on a GPU it waits for the step to end
+        return 1e3 * (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A row's step.
+
+    Attributes:
+        milliseconds: median over the rounds.
+        of_full: median of the rounds' ratios to full fine-tuning's step; None where that was not timed.
+    """
+
+    milliseconds: float
+    of_full: float | None
+
+
+def step_times(timings: Timings) -> dict[tuple[str, str], StepTime]:
+    """By network and row."""
+    found = {}
+    for cell in timings:
+        rounds = timings[cell].milliseconds
+        for row, values in rounds.items():
+            ratios = [v / whole for v, whole in zip(values, rounds.get(WHOLE, []), strict=False)]
+            ratio = statistics.median(ratios) if ratios else None
+            found[timings.recipes[cell.task].model, row] = StepTime(statistics.median(values), ratio)
+    return found
+
+
+def times_beside(cells: Trainings) -> dict[tuple[str, str], StepTime]:
+    """By network and row, from the file of step times in the folder of these cells; empty where there is none.
+
+    Raises:
+        ValueError: the file is damaged or of another version.
+    """
+    path = cells.path.parent / STEPS
+    return step_times(CellFile(path, (Timing, StepTimes))) if path.exists() else {}
+
+
+def steps_section(timings: Timings) -> list[str]:
+    """A step's time of every row, beside full fine-tuning's."""
+    times = step_times(timings)
+    rows = [
+        [
+            network,
+            row,
+            f"{found.milliseconds:.0f}",
+            "" if found.of_full is None else f"{found.of_full:.2f}",
+        ]
+        for (network, row), found in sorted(
+            times.items(), key=lambda item: (item[0][0], item[1].milliseconds)
+        )
+    ]
+    rounds = {cell.rounds for cell in timings}
+    threads = {recipe.threads for recipe in timings.recipes.values()}
+    return [
+        f"Forward, backward and the optimiser's step on a batch of the results table, {_listed(threads)} thread(s), median of "
+        f"{_listed(rounds)} rounds in which every row had its turn; of full: median of the rounds' ratios.",
+        "",
+        *markdown(["network", "scheme", "ms a step", "of full"], rows),
+    ]
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def plot_steps(path: Path, timings: Timings) -> None:
+    """Draw the ratios to full fine-tuning's step, a panel a network."""
+    times = step_times(timings)
+    networks = list(dict.fromkeys(network for network, _ in times))
+    figure, axes_of = panels(len(networks))
+    for axes, network in zip(axes_of, networks, strict=True):
+        rows = [(row, t) for (of, row), t in times.items() if of == network and t.of_full is not None]
+        rows.sort(key=lambda item: -(item[1].of_full or 0))
+        axes.barh([row for row, _ in rows], [t.of_full for _, t in rows], color=style(0)["color"])
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+        axes.tick_params(axis="y", labelsize=6)
+        axes.set_title(network, fontsize=10)
+        axes.set_xlabel("step time, of full fine-tuning's")
+        axes.grid(alpha=0.3, axis="x")
+    figure.set_size_inches(4.6 * len(networks), 4.4)
+    write_figure(path, figure)
