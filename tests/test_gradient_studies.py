@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from trady_kernels.study.cells import CellFile, run_cells
 from trady_kernels.study.gradients import (
     BINS_PER_OCTAVE,
     OCTAVES,
-    GradientPlan,
     Gradients,
     Look,
     Looks,
     _Looking,
+    plan_of,
 )
 from trady_kernels.study.ranks import (
     channel_agreement,
@@ -35,6 +36,7 @@ from trady_kernels.study.ranks import (
     ranks_section,
     stable_from,
 )
+from trady_kernels.study.results import Size
 from trady_kernels.study.studies import STUDIES, document
 from trady_kernels.study.tail_index import TailIndex
 from trady_kernels.study.tails import exceeding, gaussian_exceeding, histograms_section, tails_section
@@ -184,9 +186,9 @@ def test_reports_and_plots(name: str, looks: Looks) -> None:
 
 
 def test_an_interrupted_study_goes_on_to_the_same_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    plan = GradientPlan(RECIPES, 2)
+    whole = plan_of(RECIPES, 2)
     asked: list[Look] = []
 
     def fake(cell: Look, recipe: Settings) -> Gradients:
@@ -196,9 +198,11 @@ def test_an_interrupted_study_goes_on_to_the_same_file(
         assert recipe is RECIPES[cell.task]
         return dataclasses.replace(AGREEING, top1=0.1 * cell.seed)
 
-    monkeypatch.setattr(gradients_module, "look", fake)
+    def whole_run(cell: Look, recipe: Settings) -> Gradients:
+        return dataclasses.replace(AGREEING, top1=0.1 * cell.seed)
 
-    def run(path: Path) -> None:
+    def run(path: Path, train: Callable[[Look, Settings], Gradients] = fake) -> None:
+        plan = dataclasses.replace(whole, train=train)
         cells: Looks = CellFile(path, plan.kinds, RECIPES)
         cells.begin(PROVENANCE)
         with ThreadPoolExecutor(1) as executor:
@@ -211,10 +215,7 @@ def test_an_interrupted_study_goes_on_to_the_same_file(
     run(tmp_path / "parts.json")
     assert asked == [Look("digits", 1)]
     asked.clear()
-    monkeypatch.setattr(
-        gradients_module, "look", lambda cell, recipe: dataclasses.replace(AGREEING, top1=0.1 * cell.seed)
-    )
-    run(tmp_path / "whole.json")
+    run(tmp_path / "whole.json", whole_run)
     contents = [json.loads((tmp_path / name).read_text()) for name in ("parts.json", "whole.json")]
     for content in contents:
         del content["provenance"]
@@ -245,7 +246,7 @@ def test_command_on_a_small_network(
         threads=1,
     )
     monkeypatch.setitem(gradients_module.RECIPES, "pets", recipe)  # type: ignore[index]
-    monkeypatch.setitem(gradients_module._SIZES, "quick", (2, {}))  # type: ignore[index]
+    monkeypatch.setitem(gradients_module._SIZES, "quick", Size(2))  # type: ignore[index]
     command = ["--quick", "--task", "pets", "--output", str(tmp_path / "out"), "--jobs", "1"]
     assert main(["study", "tails", *command]) == 0
     assert re.search(r"2 of 2: pets, seed 1: test \d+", capsys.readouterr().out)

@@ -32,6 +32,7 @@ from trady_kernels.study.importance import (
     rank_correlation,
     share_of,
 )
+from trady_kernels.study.results import Size
 from trady_kernels.study.studies import STUDIES
 from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.observer import Observer
@@ -218,7 +219,7 @@ def test_command_on_a_small_network(
     pytest.importorskip("matplotlib")
     changed: Any = importance_module
     monkeypatch.setitem(changed.RECIPES, "pets", recipe)
-    monkeypatch.setitem(changed._SIZES, "quick", (1, {"epochs": 2}))
+    monkeypatch.setitem(changed._SIZES, "quick", Size(1, {"epochs": 2}))
     monkeypatch.setitem(changed.RATES, "mobilenet_v2_w035", {"": 0.05})
     monkeypatch.setattr(changed, "SCHEMES", ("trady",))
     command = [

@@ -35,8 +35,8 @@ KINDS = (Timing, StepTimes)
 
 def test_one_run_a_network_with_all_its_rows() -> None:
     plan = step_plan(results_matrix("usual"), 9)
-    assert [(cell.task, cell.rounds) for cell in plan.timings] == [("fashion-mnist", 9), ("movie-reviews", 9)]
-    for cell, budgets in zip(plan.timings, SCHEMES.values(), strict=True):
+    assert [(cell.task, cell.rounds) for cell in plan.cells] == [("fashion-mnist", 9), ("movie-reviews", 9)]
+    for cell, budgets in zip(plan.cells, SCHEMES.values(), strict=True):
         assert len(cell.rows) == sum(map(len, budgets.values()))
         assert {"trady at 2.2%", "trady at 1%", "full", "full+checkpoint"} <= set(cell.rows)
     assert plan.size == 2 and plan.recipes.keys() == {"fashion-mnist", "movie-reviews"}

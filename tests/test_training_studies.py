@@ -13,7 +13,7 @@ from test_importance import FOUND
 
 from trady_kernels.cli import main
 from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency_section
-from trady_kernels.study.cells import CellFile
+from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.draws import (
     BUDGET,
     frequencies,
@@ -26,7 +26,7 @@ from trady_kernels.study.matrix import FACTORS
 from trady_kernels.study.results import RATES, RECIPES, results_matrix
 from trady_kernels.study.steps import StepTimes
 from trady_kernels.study.studies import STUDIES, Request, document
-from trady_kernels.study.trainings import Grid, Training, TrainingOutcome, Trainings
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
 PROVENANCE = {
     "command": "trady study all",
@@ -56,7 +56,7 @@ TIMES = StepTimes({"trady at 2.2%": [1.0, 2.0], "full": [3.0, 4.0]})
 OUTCOMES: dict[str, Any] = {"gradients.json": AGREEING, "importance.json": FOUND, "steps.json": TIMES}
 
 
-def filled(path: Path, plan: Grid, top1: float = 0.8) -> Trainings:
+def filled(path: Path, plan: Listed[Training, TrainingOutcome], top1: float = 0.8) -> Trainings:
     """A file with every run of a plan: half a point more for a later seed, and one with each step drawn anew."""
     cells: Trainings = CellFile(path, KINDS, plan.recipes)
     cells.begin(PROVENANCE)

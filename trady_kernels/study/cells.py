@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -193,8 +194,37 @@ class Plan(Protocol[CellT, OutcomeT]):
     def ready(self, cells: CellFile[CellT, OutcomeT]) -> Iterator[CellT]:
         """Every cell that is done or may begin, in the order of importance."""
 
-    def words(self, cell: CellT, outcome: OutcomeT) -> str:
+    @property
+    def words(self) -> Callable[[CellT, OutcomeT], str]:
         """A cell and its outcome in a line."""
+
+
+@dataclass(frozen=True)
+class Listed(Generic[CellT, OutcomeT]):
+    """A plan whose cells are known from the start.
+
+    Attributes:
+        recipes: settings of each task.
+        cells: in the order of importance.
+        kinds: classes of the cells and their outcomes.
+        train: runs one cell; a function of a module, which another process can import.
+        words: a cell and its outcome in a line.
+    """
+
+    recipes: Mapping[str, Settings]
+    cells: tuple[CellT, ...]
+    kinds: tuple[type[CellT], type[OutcomeT]]
+    train: Callable[[CellT, Settings], OutcomeT]
+    words: Callable[[CellT, OutcomeT], str]
+
+    @property
+    def size(self) -> int:
+        """How many cells there are."""
+        return len(self.cells)
+
+    def ready(self, cells: CellFile[CellT, OutcomeT]) -> Iterator[CellT]:
+        """Every cell."""
+        yield from self.cells
 
 
 def run_cells(

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from trady_kernels.study.cells import Listed
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.matrix import FACTORS, rounded
 from trady_kernels.study.plot import heat_maps, panels, style, write_figure
-from trady_kernels.study.results import RATES, RECIPES, check_names
+from trady_kernels.study.results import FULL, RATES, RECIPES, Size, study_recipes
 from trady_kernels.study.statistics import paired_test
-from trady_kernels.study.trainings import Grid, Training, TrainingOutcome, Trainings
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, listed
 from trady_kernels.training.settings import Settings
 
 #: What is drawn, and how much of the full cost it may take: the papers' smallest budget.
@@ -22,18 +21,15 @@ SCHEME, ONCE, BUDGET = "trady", "s-topk-random", "2.2%"
 #: Of the grid, whose rates are those that the results table tries.
 BUDGETS = ("1%", "2.2%", "7%")
 
-#: Seeds and what differs from the recipes of the results table, by size.
-_SIZES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
-    "quick": (1, {"train_samples": 64, "test_samples": 100, "epochs": 2, "warmup_epochs": 0.1}),
-    "usual": (3, {}),
-    "full": (3, {"train_samples": None, "test_samples": None, "epochs": 50, "warmup_epochs": 5}),
+_SIZES: Mapping[str, Size] = {
+    "quick": Size(1, {"train_samples": 64, "test_samples": 100, "epochs": 2, "warmup_epochs": 0.1}),
+    "usual": Size(3),
+    "full": Size(3, FULL),
 }
 
 
 def _recipes(size: str, tasks: tuple[str, ...], usual: tuple[str, ...], device: str) -> dict[str, Settings]:
-    check_names(size, tasks)
-    chosen = tasks or (("digits",) if size == "quick" else usual)
-    return {task: replace(RECIPES[task], device=device, **_SIZES[size][1]) for task in chosen}
+    return study_recipes(size, tasks, ("digits",) if size == "quick" else usual, _SIZES, device)
 
 
 def _steps_per_epoch(recipe: Settings) -> int | None:
@@ -64,7 +60,9 @@ def _often(recipe: Settings) -> str:
     return f"{50 if steps is None else max(steps // 4, 1)} steps"
 
 
-def resampling_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Grid:
+def resampling_plan(
+    size: str, tasks: tuple[str, ...] = (), device: str = "cpu"
+) -> Listed[Training, TrainingOutcome]:
     """The runs of the study of frequencies, at the rate that is the middle one of the results table.
 
     Args:
@@ -78,11 +76,11 @@ def resampling_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu")
     recipes = _recipes(size, tasks, tuple(RECIPES), device)
     cells = [
         Training(task, scheme, BUDGET, RATES[recipe.model][""], seed, False, rule)
-        for seed in range(_SIZES[size][0])
+        for seed in range(_SIZES[size].seeds)
         for task, recipe in recipes.items()
         for scheme, rule in frequencies(recipe).values()
     ]
-    return Grid(recipes, tuple(dict.fromkeys(cells)))
+    return listed(recipes, cells)
 
 
 def _series(cells: Trainings) -> dict[str, dict[tuple[str, int], TrainingOutcome]]:
@@ -145,7 +143,9 @@ def plot_resampling(path: Path, cells: Trainings) -> None:
     write_figure(path, figure)
 
 
-def sensitivity_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Grid:
+def sensitivity_plan(
+    size: str, tasks: tuple[str, ...] = (), device: str = "cpu"
+) -> Listed[Training, TrainingOutcome]:
     """The runs of a small grid of rates, budgets and frequencies.
 
     Args:
@@ -159,13 +159,13 @@ def sensitivity_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu"
     recipes = _recipes(size, tasks, ("mnist",), device)
     cells = [
         Training(task, scheme, budget, rounded(RATES[recipe.model][""] * factor), seed, False, rule)
-        for seed in range(_SIZES[size][0])
+        for seed in range(_SIZES[size].seeds)
         for task, recipe in recipes.items()
         for scheme, rule in ((ONCE, "epoch"), (SCHEME, "epoch"), (SCHEME, _often(recipe)))
         for budget in BUDGETS
         for factor in FACTORS
     ]
-    return Grid(recipes, tuple(cells))
+    return listed(recipes, cells)
 
 
 def _grids(cells: Trainings) -> dict[str, dict[tuple[str, float], list[float]]]:

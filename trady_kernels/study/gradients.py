@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from trady_kernels.models.loading import classifier_name
 from trady_kernels.selection.channel_norms import by_channel, layers_of
-from trady_kernels.study.cells import CellFile
-from trady_kernels.study.results import RECIPES, check_names
+from trady_kernels.study.cells import CellFile, Listed
+from trady_kernels.study.results import RECIPES, Size, study_recipes
 from trady_kernels.study.tail_index import TailIndex
 from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.observer import Observer
@@ -41,6 +40,10 @@ class Look:
 
     task: str
     seed: int
+
+    def words(self, outcome: Gradients) -> str:
+        """The run and its outcome in a line."""
+        return f"{self.task}, seed {self.seed}: test {outcome.top1:.1%}"
 
 
 @dataclass(frozen=True)
@@ -74,51 +77,14 @@ class Gradients:
 Looks = CellFile[Look, Gradients]
 
 
-@dataclass(frozen=True)
-class GradientPlan:
-    """Which runs the studies of gradients have.
-
-    Attributes:
-        recipes: settings of each task.
-        seeds: how many.
-    """
-
-    recipes: Mapping[str, Settings]
-    seeds: int
-
-    @property
-    def kinds(self) -> tuple[type[Look], type[Gradients]]:
-        """Classes of the cells and their outcomes."""
-        return Look, Gradients
-
-    @property
-    def train(self) -> Callable[[Look, Settings], Gradients]:
-        """Runs one cell."""
-        return look
-
-    @property
-    def size(self) -> int:
-        """How many runs there are."""
-        return len(self.recipes) * self.seeds
-
-    def ready(self, cells: Looks) -> Iterator[Look]:
-        """Every cell, the first seed of all tasks first."""
-        yield from (Look(task, seed) for seed in range(self.seeds) for task in self.recipes)
-
-    def words(self, cell: Look, outcome: Gradients) -> str:
-        """A cell and its outcome in a line."""
-        return f"{cell.task}, seed {cell.seed}: test {outcome.top1:.1%}"
-
-
-#: By size: seeds, and what differs from the recipes of the results table.
-_SIZES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
-    "quick": (2, {"train_samples": 128, "test_samples": 100, "epochs": 2}),
-    "usual": (3, {"epochs": 3}),
-    "full": (3, {"train_samples": None, "test_samples": None, "epochs": 10, "warmup_epochs": 1}),
+_SIZES: Mapping[str, Size] = {
+    "quick": Size(2, {"train_samples": 128, "test_samples": 100, "epochs": 2}),
+    "usual": Size(3, {"epochs": 3}),
+    "full": Size(3, {"train_samples": None, "test_samples": None, "epochs": 10, "warmup_epochs": 1}),
 }
 
 
-def gradient_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> GradientPlan:
+def gradient_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Listed[Look, Gradients]:
     """The runs of full fine-tuning that the studies of gradients look at.
 
     Args:
@@ -129,11 +95,15 @@ def gradient_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -
     Raises:
         ValueError: no such size or task.
     """
-    check_names(size, tasks)
-    seeds, settings = _SIZES[size]
-    if not tasks:
-        tasks = ("fashion-mnist", "digits") if size == "quick" else tuple(RECIPES)
-    return GradientPlan({task: replace(RECIPES[task], device=device, **settings) for task in tasks}, seeds)
+    usual = ("fashion-mnist", "digits") if size == "quick" else RECIPES
+    recipes = study_recipes(size, tasks, usual, _SIZES, device)
+    return plan_of(recipes, _SIZES[size].seeds)
+
+
+def plan_of(recipes: Mapping[str, Settings], seeds: int) -> Listed[Look, Gradients]:
+    """Runs on every task, the first seed of all tasks first."""
+    cells = (Look(task, seed) for seed in range(seeds) for task in recipes)
+    return Listed(recipes, tuple(cells), (Look, Gradients), look, Look.words)
 
 
 def look(cell: Look, recipe: Settings) -> Gradients:

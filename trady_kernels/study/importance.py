@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from trady_kernels.batch import Example, loss_of
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import measure_layers
 from trady_kernels.selection import channel_norms
-from trady_kernels.study.cells import CellFile
+from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.expectation import expected_update
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import panels, style, write_figure
-from trady_kernels.study.results import RATES, RECIPES, check_names
+from trady_kernels.study.results import FULL, RATES, RECIPES, Size, study_recipes
 from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
@@ -52,6 +52,10 @@ class Watch:
     task: str
     scheme: str
     seed: int
+
+    def words(self, outcome: Importance) -> str:
+        """The run and its outcome in a line."""
+        return f"{self.task}, {self.scheme}, seed {self.seed}: test {outcome.top1:.1%}"
 
 
 @dataclass(frozen=True)
@@ -84,52 +88,14 @@ class Importance:
 Watched = CellFile[Watch, Importance]
 
 
-@dataclass(frozen=True)
-class ImportancePlan:
-    """Which runs the study has.
-
-    Attributes:
-        recipes: settings of each task.
-        seeds: how many.
-    """
-
-    recipes: Mapping[str, Settings]
-    seeds: int
-
-    @property
-    def kinds(self) -> tuple[type[Watch], type[Importance]]:
-        """Classes of the cells and their outcomes."""
-        return Watch, Importance
-
-    @property
-    def train(self) -> Callable[[Watch, Settings], Importance]:
-        """Runs one cell."""
-        return watch
-
-    @property
-    def size(self) -> int:
-        """How many runs there are."""
-        return len(self.recipes) * self.seeds * len(SCHEMES)
-
-    def ready(self, cells: Watched) -> Iterator[Watch]:
-        """Every cell, the first seed of all tasks first."""
-        for seed in range(self.seeds):
-            yield from (Watch(task, scheme, seed) for task in self.recipes for scheme in SCHEMES)
-
-    def words(self, cell: Watch, outcome: Importance) -> str:
-        """A cell and its outcome in a line."""
-        return f"{cell.task}, {cell.scheme}, seed {cell.seed}: test {outcome.top1:.1%}"
-
-
-#: By size: seeds, and what differs from the recipes of the results table.
-_SIZES: Mapping[str, tuple[int, Mapping[str, Any]]] = {
-    "quick": (1, {"train_samples": 128, "test_samples": 100, "epochs": 2, "warmup_epochs": 0.1}),
-    "usual": (3, {}),
-    "full": (3, {"train_samples": None, "test_samples": None, "epochs": 50, "warmup_epochs": 5}),
+_SIZES: Mapping[str, Size] = {
+    "quick": Size(1, {"train_samples": 128, "test_samples": 100, "epochs": 2, "warmup_epochs": 0.1}),
+    "usual": Size(3),
+    "full": Size(3, FULL),
 }
 
 
-def importance_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> ImportancePlan:
+def importance_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Listed[Watch, Importance]:
     """The runs of the study, at the rate that is the middle one of the results table.
 
     Args:
@@ -140,10 +106,10 @@ def importance_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu")
     Raises:
         ValueError: no such size or task.
     """
-    check_names(size, tasks)
-    seeds, settings = _SIZES[size]
-    chosen = tasks or (("digits",) if size == "quick" else tuple(RECIPES))
-    return ImportancePlan({task: replace(RECIPES[task], device=device, **settings) for task in chosen}, seeds)
+    recipes = study_recipes(size, tasks, ("digits",) if size == "quick" else RECIPES, _SIZES, device)
+    seeds = range(_SIZES[size].seeds)
+    cells = (Watch(task, scheme, seed) for seed in seeds for task in recipes for scheme in SCHEMES)
+    return Listed(recipes, tuple(cells), (Watch, Importance), watch, Watch.words)
 
 
 def watch(cell: Watch, recipe: Settings) -> Importance:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from trady_kernels.selection import LayerRanking
 from trady_kernels.selection.ranking import METRICS
+from trady_kernels.study.cells import Listed
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import panels, style, write_figure
-from trady_kernels.study.results import RATES, RECIPES, check_names
-from trady_kernels.study.trainings import Grid, Training, TrainingOutcome, Trainings
+from trady_kernels.study.results import FULL, RATES, Size, study_recipes
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, listed
 from trady_kernels.training.settings import Settings
 
 #: Inside a pool: channels by chance, or those with most gradient for what they cost.
@@ -23,20 +22,19 @@ BUDGET = "2.2%"
 #: Layers of a pool, as shares of all layers.
 POOLS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 
-#: Seeds, every how manieth layer is looked at alone, and what differs from the recipes of the results table, by size.
-_SIZES: Mapping[str, tuple[int, int, Mapping[str, Any]]] = {
-    "quick": (1, 12, {"train_samples": 64, "test_samples": 100, "epochs": 1, "warmup_epochs": 0.1}),
-    "usual": (2, 1, {"train_samples": 500, "epochs": 3}),
-    "full": (3, 1, {"train_samples": None, "test_samples": None, "epochs": 50, "warmup_epochs": 5}),
+_SIZES: Mapping[str, Size] = {
+    "quick": Size(1, {"train_samples": 64, "test_samples": 100, "epochs": 1, "warmup_epochs": 0.1}),
+    "usual": Size(2, {"train_samples": 500, "epochs": 3}),
+    "full": Size(3, FULL),
 }
+#: Every how manieth layer is looked at alone.
+_EVERY: Mapping[str, int] = {"quick": 12, "usual": 1, "full": 1}
 #: One task a network.
 _USUAL, _QUICK = ("mnist", "tweets"), ("digits",)
 
 
 def _recipes(size: str, tasks: tuple[str, ...], device: str) -> dict[str, Settings]:
-    check_names(size, tasks)
-    chosen = tasks or (_QUICK if size == "quick" else _USUAL)
-    return {task: replace(RECIPES[task], device=device, **_SIZES[size][2]) for task in chosen}
+    return study_recipes(size, tasks, _QUICK if size == "quick" else _USUAL, _SIZES, device)
 
 
 def counts_of(model: str) -> list[int]:
@@ -50,7 +48,9 @@ def _pool(model: str, count: int, metric: str) -> str:
     return f"{count} layers by {metric if count < counts_of(model)[-1] else 'rgn'}"
 
 
-def pool_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Grid:
+def pool_plan(
+    size: str, tasks: tuple[str, ...] = (), device: str = "cpu"
+) -> Listed[Training, TrainingOutcome]:
     """The runs of the study of pools, at the rate that is the middle one of the results table.
 
     Args:
@@ -64,13 +64,13 @@ def pool_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Gr
     recipes = _recipes(size, tasks, device)
     cells = [
         _training(task, recipe, scheme, BUDGET, "", seed, _pool(recipe.model, count, metric))
-        for seed in range(_SIZES[size][0])
+        for seed in range(_SIZES[size].seeds)
         for task, recipe in recipes.items()
         for count in _thinned(counts_of(recipe.model), size)
         for metric in METRICS
         for scheme in INSIDE
     ]
-    return Grid(recipes, tuple(dict.fromkeys(cells)))
+    return listed(recipes, cells)
 
 
 def _thinned(counts: list[int], size: str) -> list[int]:
@@ -188,7 +188,9 @@ def plot_pool(path: Path, cells: Trainings) -> None:
 ALONE, FROZEN = "only {}", "without {}"
 
 
-def ablation_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Grid:
+def ablation_plan(
+    size: str, tasks: tuple[str, ...] = (), device: str = "cpu"
+) -> Listed[Training, TrainingOutcome]:
     """The runs that train one layer whole beside the head, or all but one, at the rate of full fine-tuning.
 
     Args:
@@ -200,20 +202,19 @@ def ablation_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -
         ValueError: no such size or task.
     """
     recipes = _recipes(size, tasks, device)
-    seeds, every, _ = _SIZES[size]
     cells = []
-    for seed in range(seeds):
+    for seed in range(_SIZES[size].seeds):
         for task, recipe in recipes.items():
             cells.append(_training(task, recipe, "head-only", "", "full", seed, ""))
             pools = [
                 pool.format(name)
-                for name in list(LayerRanking.shipped(recipe.model))[::every]
+                for name in list(LayerRanking.shipped(recipe.model))[:: _EVERY[size]]
                 for pool in (ALONE, FROZEN)
             ]
             cells += [
                 _training(task, recipe, "trady", "100%", "full", seed, pool) for pool in ("100%", *pools)
             ]
-    return Grid(recipes, tuple(cells))
+    return listed(recipes, cells)
 
 
 def _changes(cells: Trainings, task: str) -> dict[str, dict[str, list[float]]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from trady_kernels.study.trainings import Training, TrainingPlan, Trainings
+from trady_kernels.study.trainings import KINDS, Training, TrainingOutcome, Trainings, train
 from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.settings import Settings
 
@@ -25,7 +25,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Matrix(TrainingPlan):
+class Matrix:
     """Which runs make a results table.
 
     Attributes:
@@ -84,6 +84,21 @@ class Matrix(TrainingPlan):
             yield from trials
             if all(cell in cells for cell in trials):
                 yield from self.finals(row, best_rate(cells, trials))
+
+    @property
+    def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
+        """Classes of the cells and their outcomes."""
+        return KINDS
+
+    @property
+    def train(self) -> Callable[[Training, Settings], TrainingOutcome]:
+        """Runs one cell."""
+        return train
+
+    @property
+    def words(self) -> Callable[[Training, TrainingOutcome], str]:
+        """A cell and its outcome in a line."""
+        return Training.words
 
     @property
     def size(self) -> int:

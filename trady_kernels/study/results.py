@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,12 +89,12 @@ SCHEMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large a results table is.
+    """How large a results table or another study is.
 
     Attributes:
         seeds: of the final runs.
         settings: what differs from the recipes.
-        budgets: how many of a network's.
+        budgets: how many of a network's; None for all.
     """
 
     seeds: int = 3
@@ -102,12 +102,19 @@ class Size:
     budgets: int | None = None
 
 
+#: On a machine with a GPU: all samples, the papers' epochs.
+FULL: Mapping[str, Any] = {
+    "train_samples": None,
+    "test_samples": None,
+    "epochs": 50,
+    "warmup_epochs": 5,
+}
 SIZES: Mapping[str, Size] = {
     "quick": Size(
         2, {"train_samples": 100, "test_samples": 100, "epochs": 1, "warmup_epochs": 0.1}, budgets=1
     ),
     "usual": Size(),
-    "full": Size(settings={"train_samples": None, "test_samples": None, "epochs": 50, "warmup_epochs": 5}),
+    "full": Size(settings=FULL),
 }
 
 
@@ -121,6 +128,25 @@ def check_names(size: str, tasks: tuple[str, ...]) -> None:
         raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
     if unknown := [task for task in tasks if task not in RECIPES]:
         raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+
+
+def study_recipes(
+    size: str, tasks: tuple[str, ...], usual: Iterable[str], sizes: Mapping[str, Size], device: str
+) -> dict[str, Settings]:
+    """Settings of a study's tasks: the recipes of the results table, but for what differs.
+
+    Args:
+        size: one of ``SIZES``.
+        tasks: those that a user asks for, names of ``RECIPES``.
+        usual: those where a user asks for none.
+        sizes: what differs in each.
+        device: where to run.
+
+    Raises:
+        ValueError: no such size or task.
+    """
+    check_names(size, tasks)
+    return {task: replace(RECIPES[task], device=device, **sizes[size].settings) for task in tasks or usual}
 
 
 def results_matrix(

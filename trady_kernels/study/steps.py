@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from trady_kernels.study.cells import CellFile
+from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import Matrix
 from trady_kernels.study.plot import panels, style, write_figure
@@ -44,6 +44,10 @@ class Timing:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))  # a list, from JSON
 
+    def words(self, outcome: StepTimes) -> str:
+        """The run in a line."""
+        return f"{self.task}: a step of {len(self.rows)} rows, {self.rounds} times each"
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -66,43 +70,7 @@ def row_of(scheme: str, budget: str) -> str:
     return f"{scheme} at {budget}" if budget else scheme
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """One run a network.
-
-    Attributes:
-        recipes: settings of each task.
-        timings: the runs.
-    """
-
-    recipes: Mapping[str, Settings]
-    timings: tuple[Timing, ...]
-
-    @property
-    def kinds(self) -> tuple[type[Timing], type[StepTimes]]:
-        """Classes of the cells and their outcomes."""
-        return Timing, StepTimes
-
-    @property
-    def train(self) -> Callable[[Timing, Settings], StepTimes]:
-        """Runs one cell."""
-        return time_steps
-
-    @property
-    def size(self) -> int:
-        """How many runs there are."""
-        return len(self.timings)
-
-    def ready(self, cells: Timings) -> Iterator[Timing]:
-        """Every cell."""
-        yield from self.timings
-
-    def words(self, cell: Timing, outcome: StepTimes) -> str:
-        """A cell and its outcome in a line."""
-        return f"{cell.task}: a step of {len(cell.rows)} rows, {cell.rounds} times each"
-
-
-def step_plan(matrix: Matrix, rounds: int) -> StepPlan:
+def step_plan(matrix: Matrix, rounds: int) -> Listed[Timing, StepTimes]:
     """The rows of a results table, on the first task of each network."""
     first: dict[str, str] = {}
     for task, recipe in matrix.recipes.items():
@@ -113,7 +81,8 @@ def step_plan(matrix: Matrix, rounds: int) -> StepPlan:
         )
         for task in first.values()
     )
-    return StepPlan({task: matrix.recipes[task] for task in first.values()}, tuple(timings))
+    recipes = {task: matrix.recipes[task] for task in first.values()}
+    return Listed(recipes, tuple(timings), (Timing, StepTimes), time_steps, Timing.words)
 
 
 def time_steps(cell: Timing, recipe: Settings) -> StepTimes:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from trady_kernels.data import DataSet
-from trady_kernels.study.cells import CellFile
+from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.training.loop import Diverged, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.results import SchemeResult
@@ -158,41 +158,15 @@ _load = functools.lru_cache(maxsize=4)(load_task)
 Trainings = CellFile[Training, TrainingOutcome]
 
 
-class TrainingPlan:
-    """What the plans of training runs have in common."""
-
-    @property
-    def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
-        """Classes of the cells and their outcomes."""
-        return Training, TrainingOutcome
-
-    @property
-    def train(self) -> Callable[[Training, Settings], TrainingOutcome]:
-        """Runs one cell."""
-        return train
-
-    def words(self, cell: Training, outcome: TrainingOutcome) -> str:
-        """A cell and its outcome in a line."""
-        return cell.words(outcome)
+#: Classes of the cells and their outcomes.
+KINDS = (Training, TrainingOutcome)
 
 
-@dataclass(frozen=True)
-class Grid(TrainingPlan):
-    """A study whose runs are known from the start.
+def listed(recipes: Mapping[str, Settings], cells: Iterable[Training]) -> Listed[Training, TrainingOutcome]:
+    """The plan of a study whose trainings are known from the start.
 
-    Attributes:
+    Args:
         recipes: settings of each task.
-        cells: the runs, in the order of importance.
+        cells: the trainings, in the order of importance; the same one counts once.
     """
-
-    recipes: Mapping[str, Settings]
-    cells: tuple[Training, ...]
-
-    @property
-    def size(self) -> int:
-        """How many runs there are."""
-        return len(self.cells)
-
-    def ready(self, cells: Trainings) -> Iterator[Training]:
-        """Every cell."""
-        yield from self.cells
+    return Listed(recipes, tuple(dict.fromkeys(cells)), KINDS, train, Training.words)
