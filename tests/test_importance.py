@@ -127,12 +127,12 @@ def test_rank_correlation_is_scipys() -> None:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Settings:
-    write_images(tmp_path / "pets", {"cats": 15, "dogs": 15})
+    write_images(tmp_path / "pets", {"cats": 8, "dogs": 8})
     return Settings(
         model="mobilenet_v2_w035",
         data=str(tmp_path / "pets"),
         image_size=32,
-        epochs=3,
+        epochs=2,
         batch_size=4,
         budget="2.2%",
         learning_rate=0.05,
@@ -146,7 +146,7 @@ def test_a_run_that_is_watched(scheme: str, recipe: Settings, tmp_path: Path) ->
     pytest.importorskip("scipy")
     settings = dataclasses.replace(recipe, schemes=(scheme,))
     data = load_task(settings)
-    watching = Watching(30 if scheme == "medyate" else 2)
+    watching = Watching(25 if scheme == "medyate" else 2)
     results: list[SchemeResult] = [
         train_scheme(scheme, settings, data, tmp_path / f"{type(observer).__name__}.pt", observer)
         for observer in (watching, Observer())
@@ -154,12 +154,12 @@ def test_a_run_that_is_watched(scheme: str, recipe: Settings, tmp_path: Path) ->
     assert [e.train_loss for e in results[0].epochs] == [e.train_loss for e in results[1].epochs]
     assert results[0].top1 == results[1].top1
     found = watching.found(results[0].top1)
-    assert len(found.all_channels) == len(found.selected) == len(found.held) == len(found.holdable) == 3
+    assert len(found.all_channels) == len(found.selected) == len(found.held) == len(found.holdable) == 2
     assert all(-1 <= value <= 1 for value in found.all_channels if value is not None)
     for (start, end), most in zip(found.held, found.holdable, strict=True):
         assert 0 < start <= most + 1e-3 < 1 and 0 < end < 1
     assert found.variance == pytest.approx(0.0, abs=1e-9) if scheme == "d-det-rgn" else found.variance > 1
-    assert 0 < found.bias < 1
+    assert 0 <= found.bias < 1
 
 
 FOUND = Importance(
