@@ -56,6 +56,14 @@ CLAIMS = (
     Claim(
         "frugal@5.2%", "medyate", "frugal beats medyate at the papers' budget, which needs more bytes (ours)"
     ),
+    Claim(
+        "frugal@100%", "trady", "frugal with all channels of its layers beats trady in no more bytes (ours)"
+    ),
+    Claim(
+        "frugal@100%",
+        "medyate",
+        "frugal with all channels of its layers beats medyate in no more bytes (ours)",
+    ),
     Claim("frugal@5.2%", "trady+momentum@1.9%", "so it does where trady has momentum too (ours)"),
 )
 
