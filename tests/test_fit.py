@@ -103,6 +103,13 @@ def test_answers_are_near_the_best(meter: StepMeter, total: int) -> None:
             assert (0.75 if best > 100_000 else 0.3) * best <= step.selected_bytes <= best
 
 
+def test_channels_come_from_the_pool_alone(meter: StepMeter) -> None:
+    whole, part = meter.measure(2, EVERYTHING), replace(meter, pool="only neck").measure(2, EVERYTHING)
+    layer = meter.model.get_submodule("neck")
+    assert part.channels == len(layer.channels) == layer.channel_count < whole.channels
+    assert part.saved_bytes < whole.saved_bytes
+
+
 def test_the_optimisers_step_is_in_the_peak() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 64), nn.ReLU(), nn.Linear(64, 5))
     meter = StepMeter(tk.sparsify(model, batch_of(1)[0]), batch_of, F.cross_entropy)

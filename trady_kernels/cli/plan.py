@@ -141,7 +141,14 @@ def _plan_total(args: argparse.Namespace) -> int:
             progress.update(task, description=f"measuring step {next(numbers)}: {kind} {batch_size}, {words}")
 
         meter = StepMeter(
-            loaded.model, batch_of, F.cross_entropy, args.optimizer, args.scheme, ranking, args.seed
+            loaded.model,
+            batch_of,
+            F.cross_entropy,
+            args.optimizer,
+            args.scheme,
+            ranking,
+            args.pool,
+            args.seed,
         )
         steps = fit_total(meter, total, args.batch_size, on_measure)
 
@@ -151,7 +158,7 @@ def _plan_total(args: argparse.Namespace) -> int:
     )
     console.print(_steps(steps, kind))
     console.print(
-        "measured: of three draws of channels the one that takes most; total is weights, optimiser state, {kind} and "
+        f"measured: of three draws of channels the one that takes most; total is weights, optimiser state, {kind} and "
         "the peak, which\ncontains saved tensors and gradients; Python and the libraries themselves come on top"
     )
     if steps[-1].batch_size == args.batch_size:

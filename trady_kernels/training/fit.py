@@ -105,10 +105,10 @@ class StepMeter:
         make_batch: ``(input, labels)`` of a batch size.
         loss_fn: of the output and the labels.
         optimizer: one of ``OPTIMIZERS``.
-        scheme, ranking, seed: of the ``ChannelSampler``.
+        scheme, ranking, pool, seed: of the ``ChannelSampler``.
 
     Raises:
-        ValueError: no such optimiser, or or what :func:`check_scheme` raises.
+        ValueError: no such optimiser, or what :func:`check_scheme` raises.
     """
 
     model: nn.Module
@@ -117,6 +117,7 @@ class StepMeter:
     optimizer: str = "sgd"
     scheme: str = "trady"
     ranking: LayerRanking | None = None
+    pool: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +134,7 @@ class StepMeter:
             budget=budget,
             scheme=self.scheme,
             ranking=self.ranking,
+            pool=self.pool,
             seed=self.seed,
         )
         steps = []
