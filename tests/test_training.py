@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ from trady_kernels.selection import SCHEMES, channel_norms
 from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
 from trady_kernels.training.observer import Observer
+from trady_kernels.training.regime import Batches, Regime
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import resume_run, start_run
@@ -562,3 +565,29 @@ def test_a_scheme_may_have_a_budget_and_a_reach_of_its_own(tmp_path: Path, setti
     )
     assert int(late.split()[0]) < int(everywhere.split()[0])
     assert results["late+bias"].saved_bytes == results["late"].saved_bytes < results["trady+bias"].saved_bytes
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *("trady", "medyate", "d-det-rgn", "frugal", "full", "velocity"),
+        pytest.param("lora", marks=needs_peft),
+    ],
+)
+def test_a_network_goes_when_its_training_does(tmp_path: Path, settings: Settings, scheme: str) -> None:
+    """A study trains hundreds of them in one process."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    class Remembering(Observer):
+        def on_selection(self, regime: Regime, batches: Batches) -> None:
+            models.append(weakref.ref(regime.model))
+
+    train_scheme(
+        scheme,
+        dataclasses.replace(settings, epochs=2, budget=3000),
+        data_of(settings),
+        tmp_path / "checkpoint.pt",
+        Remembering(),
+    )
+    gc.collect()
+    assert len(models) == 2 and not any(model() for model in models)

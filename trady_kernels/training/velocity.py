@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -130,6 +131,12 @@ def fastest(
     return dict(zip(names, taken.split([len(velocities[name]) for name in names]), strict=True))
 
 
+def _mask(regime: weakref.ref[Velocity], name: str, weight: torch.Tensor) -> None:
+    owner = regime()
+    assert owner is not None and weight.grad is not None
+    weight.grad[~owner._masks[name].to(weight.device)] = 0
+
+
 class Velocity(Dense):
     """Trains the output neurons that change fastest, out of a dense network: activations are kept whole."""
 
@@ -153,7 +160,8 @@ class Velocity(Dense):
         self._masks: dict[str, torch.Tensor] = {}
         for name, layer in self._layers.items():
             layer.weight.requires_grad_(True)  # for the hook; whether it trains is decided at each draw
-            layer.weight.register_post_accumulate_grad_hook(partial(self._mask, name))
+            # What a hook holds is not seen by Python's collector: it would keep the network for good.
+            layer.weight.register_post_accumulate_grad_hook(partial(_mask, weakref.ref(self), name))
         self._trained = [p for p in self.model.parameters() if p.requires_grad]
         self.notes = [
             "output neurons are chosen; the budget counts their weights alone, activations are kept whole: not like for like",
@@ -161,10 +169,6 @@ class Velocity(Dense):
             *start.spec.notes,
         ]
         self._choose()
-
-    def _mask(self, name: str, weight: torch.Tensor) -> None:
-        assert weight.grad is not None
-        weight.grad[~self._masks[name].to(weight.device)] = 0
 
     def _choose(self) -> None:
         outputs = neuron_outputs(self.model, self._layers, (batch[0] for batch in self._batches()))
