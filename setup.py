@@ -2,8 +2,9 @@
 
 Environment: ``TRADY_CUDA=0`` or ``1`` leaves the CUDA library out or insists on it (default: built where
 nvcc is found), ``TRADY_CUDA_ARCHS`` its architectures as CMake spells them ("80-real;90"), ``CXX`` the
-compiler, ``TRADY_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer, the C++ tests too. Without
-a C++ compiler the package is installed without compiled code.
+compiler, ``TRADY_ISAS`` the instruction sets beside the baseline ("avx2;avx512"; default: all that the compiler takes),
+``TRADY_SANITIZE=1`` builds with AddressSanitizer and UndefinedBehaviorSanitizer, the C++ tests too. Without a C++ compiler
+the package is installed without compiled code.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class BuildThroughCMake(build_ext):
             "TRADY_CUDA": "ON" if cuda_compiler else "OFF",
             "TRADY_SANITIZE": "ON" if sanitized() else "OFF",
             "TRADY_TESTS": "ON" if sanitized() else "OFF",
+            "TRADY_ISAS": os.environ.get("TRADY_ISAS", ""),
         }
         library = standard_library()
         if library is not None:

@@ -219,6 +219,18 @@ def test_compiler_that_does_not_know_a_set(source: Path) -> None:
     assert "apply(avx512,__VA_ARGS__)" in plan and "apply(avx512_bf16" not in plan
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are those of x86-64")
+def test_sets_that_are_asked_for(source: Path) -> None:
+    cmake, ninja = program("cmake"), program("ninja")
+    options = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DTRADY_ISAS=avx2;avx512_amx")
+    torch_paths = (f"-DTORCH_INCLUDE={source}", f"-DTORCH_LIB={source}")
+    done = run(cmake, "-S", source, "-B", source / "build", *options, *torch_paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = (source / "build" / "build.ninja").read_text()
+    assert set(re.findall(r"CMakeFiles/trady_cpu_(\w+)\.dir", plan)) <= {"baseline", "avx2", "avx512_amx"}
+    assert "avx512 (left out by TRADY_ISAS)" in plan and "apply(avx2,__VA_ARGS__)" in plan
+
+
 def test_compiler_that_links_a_static_standard_library(source: Path) -> None:
     """The libraries run on torch's all the same: with another, exceptions of the operators would crash the process."""
     program("c++")
