@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import replace
 from pathlib import Path
 
 from trady_kernels.study.markdown import markdown, spread
@@ -126,11 +124,14 @@ def plot_efficiency(path: Path, cells: Trainings) -> None:
     finals = finals_of(cells)
     budgets = [cell.budget for cell in finals if cell.budget]
     first = max(sorted(set(budgets)), key=budgets.count, default="")
-    shown = {cell: outcome for cell, outcome in finals.items() if cell.budget in ("", first)}
+    shown: dict[str, dict[Training, TrainingOutcome]] = {}
+    ratios: dict[tuple[str, str], float] = {}
     times = times_beside(cells)
-    ratios: dict[str, list[float]] = {}
-    for model, cell in {(cells.recipes[c.task].model, replace(c, task="", seed=0)): c for c in shown}:
-        step = times.get((model, row_of(cell.scheme, cell.budget)))
-        if step is not None and step.of_full is not None:
-            ratios.setdefault(cell.scheme, []).append(step.of_full)
-    plot_savings(path, shown, {scheme: statistics.fmean(found) for scheme, found in ratios.items()})
+    for cell, outcome in finals.items():
+        if cell.budget in ("", first):
+            model = cells.recipes[cell.task].model
+            shown.setdefault(model, {})[cell] = outcome
+            step = times.get((model, row_of(cell.scheme, cell.budget)))
+            if step is not None and step.of_full is not None:
+                ratios[model, cell.scheme] = step.of_full
+    plot_savings(path, shown, ratios)

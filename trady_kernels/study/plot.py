@@ -65,33 +65,50 @@ def plot_budgets(path: Path, finals: Mapping[Training, TrainingOutcome]) -> None
 
 
 def plot_savings(
-    path: Path, finals: Mapping[Training, TrainingOutcome], step_times: Mapping[str, float] | None = None
+    path: Path,
+    finals: Mapping[str, Mapping[Training, TrainingOutcome]],
+    step_times: Mapping[tuple[str, str], float] | None = None,
 ) -> None:
-    """Draw what each scheme leaves out, epoch by epoch, the mean over tasks and seeds (TraDy, appendix D).
+    """Draw what each scheme leaves out, epoch by epoch, the mean over tasks and seeds (TraDy, appendix D), panels for each network.
 
     Args:
         path: PNG, SVG or PDF file to make or replace.
-        finals: outcomes of one budget.
-        step_times: of each scheme's step over full fine-tuning's, the same in every epoch; drawn where there are any.
+        finals: by network, outcomes of one budget.
+        step_times: by network and scheme, a step's time over full fine-tuning's, the same in every epoch; drawn where there
+            are any.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    schemes = list(dict.fromkeys(cell.scheme for cell in finals))
-    figure, axes_of = panels(len(_SAVINGS) + bool(step_times))
-    for axes, (words, share) in zip(axes_of, _SAVINGS.items(), strict=False):
-        for place, scheme in enumerate(schemes):
-            runs = [o for cell, o in finals.items() if cell.scheme == scheme and o.curves]
-            epochs = range(min((len(run.curves["cost"]) for run in runs), default=0))
-            means = [100 * (1 - Spread.of([share(run, epoch) for run in runs]).mean) for epoch in epochs]
-            axes.plot([1 + epoch for epoch in epochs], means, label=scheme, **style(place))
-            if step_times and scheme in step_times and axes is axes_of[0]:
-                saved = [100 * (1 - step_times[scheme])] * len(means)
-                axes_of[-1].plot([1 + epoch for epoch in epochs], saved, label=scheme, **style(place))
-        axes.set_ylabel(words)
-    if step_times:
-        axes_of[-1].set_ylabel("step time saved (%)")
+    schemes = list(dict.fromkeys(cell.scheme for cells in finals.values() for cell in cells))
+    times = step_times or {}
+    timed = [network for network in finals if any(of == network for of, _ in times)]
+    figure, axes_of = panels(len(_SAVINGS) * len(finals) + len(timed))
+    empty = iter(axes_of)
+    for network, cells in finals.items():
+        epochs_of = dict.fromkeys(schemes, 0)
+        for words, share in _SAVINGS.items():
+            axes = next(empty)
+            for place, scheme in enumerate(schemes):
+                runs = [o for cell, o in cells.items() if cell.scheme == scheme and o.curves]
+                epochs_of[scheme] = min((len(run.curves["cost"]) for run in runs), default=0)
+                means = [
+                    100 * (1 - Spread.of([share(run, epoch) for run in runs]).mean)
+                    for epoch in range(epochs_of[scheme])
+                ]
+                if means:
+                    axes.plot(range(1, 1 + len(means)), means, label=scheme, **style(place))
+            axes.set_ylabel(words)
+            axes.set_title(network, fontsize=10)
+        if network in timed:
+            axes = next(empty)
+            for place, scheme in enumerate(schemes):
+                if (network, scheme) in times and epochs_of[scheme]:
+                    saved = [100 * (1 - times[network, scheme])] * epochs_of[scheme]
+                    axes.plot(range(1, 1 + len(saved)), saved, label=scheme, **style(place))
+            axes.set_ylabel("step time saved (%)")
+            axes.set_title(network, fontsize=10)
     for axes in axes_of:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

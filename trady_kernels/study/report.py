@@ -92,7 +92,8 @@ def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[
         for kind in ("png", "svg"):
             plots += [folder / f"{_plot_stem(name, model)}{part}.{kind}" for part in ("", _SAVINGS)]
             plot_budgets(plots[-2], here)
-            plot_savings(plots[-1], {c: o for c, o in here.items() if c.budget in ("", _first_budget(here))})
+            shown = {c: o for c, o in here.items() if c.budget in ("", _first_budget(here))}
+            plot_savings(plots[-1], {model: shown})
     return [document, *plots]
 
 
