@@ -158,7 +158,7 @@ def looks(tmp_path: Path) -> Looks:
 
 
 def test_sections(looks: Looks) -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     tails = "\n".join(tails_section(looks))
     assert "| mnist  |" in tails and "1.10 to 1.50" in tails and "80.0 ± 0.0" in tails
     # Each of four runs has three values: mnist's 1.5, 1.6, 1.5, digits' 1.25, 1.35, 1.25.
@@ -172,8 +172,10 @@ def test_sections(looks: Looks) -> None:
 
 @pytest.mark.parametrize("name", ON_GRADIENTS)
 def test_reports_and_plots(name: str, looks: Looks) -> None:
-    pytest.importorskip("scipy")
-    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    image = pytest.importorskip(
+        "matplotlib.image", reason="matplotlib is not installed: pip install matplotlib"
+    )
     folder = looks.path.parent
     written, *plots = STUDIES[name].report(folder)
     assert written.read_text() == document(folder) and f"](study-{name}.png)" in document(folder)
@@ -234,8 +236,8 @@ def test_command_on_a_small_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Real trainings in processes of their own; the second study has nothing left to run."""
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     write_images(tmp_path / "pets", {"cats": 15, "dogs": 15})
     recipe = Settings(
         model="mobilenet_v2_w035",
@@ -263,7 +265,7 @@ def test_command_on_a_small_network(
 
 
 def test_the_committed_document_is_what_its_cells_say() -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     docs = Path(__file__).parent.parent / "docs"
     if (docs / "study.md").exists() or (docs / "gradients.json").exists():
         assert (docs / "study.md").read_text("utf-8") == document(docs)

@@ -116,7 +116,7 @@ def test_shares() -> None:
 
 
 def test_rank_correlation_is_scipys() -> None:
-    stats = pytest.importorskip("scipy.stats")
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
     first, second = torch.tensor([1.0, 5.0, 2.0, 2.0]), torch.tensor([0.3, 0.2, 0.5, 0.9])
     assert rank_correlation(first, second) == pytest.approx(
         stats.spearmanr([1, 5, 2, 2], [3, 2, 5, 9]).statistic
@@ -143,7 +143,7 @@ def recipe(tmp_path: Path) -> Settings:
 @pytest.mark.parametrize("scheme", ["medyate", "d-det-rgn"])
 def test_a_run_that_is_watched(scheme: str, recipe: Settings, tmp_path: Path) -> None:
     """It trains as one that is not; what an oracle holds is what can be held."""
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     settings = dataclasses.replace(recipe, schemes=(scheme,))
     data = load_task(settings)
     watching = Watching(25 if scheme == "medyate" else 2)
@@ -187,7 +187,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_section(folder: Path) -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     text = "\n".join(importance_section(STUDIES["importance"].load(folder)))
     rows = {
         tuple(cell.strip() for cell in line.split("|")[1:3]): line
@@ -204,8 +204,10 @@ def test_section(folder: Path) -> None:
 
 
 def test_report_and_plot(folder: Path) -> None:
-    pytest.importorskip("scipy")
-    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    image = pytest.importorskip(
+        "matplotlib.image", reason="matplotlib is not installed: pip install matplotlib"
+    )
     written, png, svg = STUDIES["importance"].report(folder)
     assert "`trady study importance`" in written.read_text()
     assert 0.005 < (image.imread(png)[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"
@@ -215,8 +217,8 @@ def test_report_and_plot(folder: Path) -> None:
 def test_command_on_a_small_network(
     recipe: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     changed: Any = importance_module
     monkeypatch.setitem(changed.RECIPES, "pets", recipe)
     monkeypatch.setitem(changed._SIZES, "quick", Size(1, {"epochs": 2}))

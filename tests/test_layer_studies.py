@@ -94,7 +94,7 @@ def test_pool_section(folder: Path) -> None:
 
 
 def test_ablation_section(folder: Path) -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     text = "\n".join(ablation_section(STUDIES["ablation"].load(folder)))
     first = next(line for line in text.splitlines() if line.startswith(f"| {RANKING[0]} "))
     cells = [cell.strip() for cell in first.split("|")[1:-1]]
@@ -105,8 +105,10 @@ def test_ablation_section(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pool", "ablation"])
 def test_reports_and_plots(name: str, folder: Path) -> None:
-    pytest.importorskip("scipy")
-    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    image = pytest.importorskip(
+        "matplotlib.image", reason="matplotlib is not installed: pip install matplotlib"
+    )
     written, png, svg = STUDIES[name].report(folder)
     assert f"`trady study {name}`" in written.read_text()
     assert 0.005 < (image.imread(png)[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"

@@ -94,7 +94,7 @@ def test_ratios_are_those_of_a_round(folder: Path) -> None:
 
 
 def test_reports_take_them(folder: Path) -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = STUDIES["results"].load(folder)
     row = next(line for line in report(cells).splitlines() if line.startswith("| trady "))
     assert [cell.strip() for cell in row.split("|")[-3:-1]] == ["20", "0.40"]
@@ -108,8 +108,10 @@ def test_reports_take_them(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["steps", "efficiency"])
 def test_reports_and_plots(name: str, folder: Path) -> None:
-    pytest.importorskip("scipy")
-    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    image = pytest.importorskip(
+        "matplotlib.image", reason="matplotlib is not installed: pip install matplotlib"
+    )
     written, png, svg = STUDIES[name].report(folder)
     assert f"`trady study {name}`" in written.read_text()
     assert 0.005 < (image.imread(png)[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"

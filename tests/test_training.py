@@ -22,12 +22,12 @@ from trady_kernels.atomic_write import alone_in, write_atomically
 from trady_kernels.data import DataSet, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.selection import SCHEMES, channel_norms
+from trady_kernels.selection import SCHEMES, Pool, channel_norms
 from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
-from trady_kernels.training.regimes import find_ranking
+from trady_kernels.training.regimes import find_ranking, metric_of
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run import resume_run, start_run
 from trady_kernels.training.run_folder import RunFolder
@@ -591,3 +591,27 @@ def test_a_network_goes_when_its_training_does(tmp_path: Path, settings: Setting
     )
     gc.collect()
     assert len(models) == 2 and not any(model() for model in models)
+
+
+def test_a_pool_of_ones_own(tmp_path: Path, settings: Settings) -> None:
+    """Of the layers, the named one alone moves; what has no choice of layers goes on without it."""
+    pooled = dataclasses.replace(settings, pool="only pointwise", budget="100%")
+    result = train_scheme("trady", pooled, data_of(settings), tmp_path / "trady.pt", Recorder())
+    assert "the pool is 'only pointwise': channels are drawn from 1 of 3 layers" in result.notes
+    before, after = start_state(settings), torch.load(tmp_path / "trady.pt")["model"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {"pointwise.weight", "classifier.weight", "classifier.bias"}
+    head = train_scheme("head-only", pooled, data_of(settings), tmp_path / "head.pt", Recorder())
+    assert not any("pointwise" in note for note in head.notes)
+    with pytest.raises(ValueError, match="ranking: got no ranking for the pool '1 layer by lara'"):
+        lone = dataclasses.replace(pooled, pool="1 layer by lara")
+        train_scheme("trady", lone, data_of(settings), tmp_path / "lone.pt", Recorder())
+
+
+@pytest.mark.parametrize("pool", ["1 layer", "2 layers by norm", "50% by lara"])
+def test_a_pool_names_the_ranking_that_ships(pool: str) -> None:
+    metric = Pool.parse(pool).metric or "rgn"
+    assert metric_of(SCHEMES["trady"], pool) == metric
+    ranking = find_ranking(None, "efficientnet_lite0", metric)
+    assert ranking is not None and ranking.metric == metric
+    assert metric_of(SCHEMES["medyate"], None) == metric_of(SCHEMES["medyate"], "1 layer") == "lara"

@@ -103,7 +103,7 @@ def test_plans_name_each_run_once() -> None:
 
 
 def test_resampling_section(tmp_path: Path) -> None:
-    pytest.importorskip("scipy")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     text = "\n".join(
         resampling_section(filled(tmp_path / "resampling.json", resampling_plan("usual", TASKS)))
     )
@@ -158,8 +158,10 @@ def test_sections_of_the_results_table(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["resampling", "sensitivity", "budget", "efficiency"])
 def test_reports_and_plots(name: str, folder: Path) -> None:
-    pytest.importorskip("scipy")
-    image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    image = pytest.importorskip(
+        "matplotlib.image", reason="matplotlib is not installed: pip install matplotlib"
+    )
     written, png, svg = STUDIES[name].report(folder)
     assert written.read_text() == document(folder)
     assert document(folder).count("## Cells in results.json") == 1, "studies of the same cells stand together"
@@ -170,8 +172,8 @@ def test_reports_and_plots(name: str, folder: Path) -> None:
 
 def test_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each in turn, from runs that are there already: nothing is left to train."""
-    pytest.importorskip("scipy")
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     for study in STUDIES.values():
         if study.name == "results":
             continue  # all of its rows; the quick studies have some

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -65,54 +65,65 @@ class Pool(ABC):
 
 
 @dataclass(frozen=True)
-class ShareOfScore(Pool):
+class RankedPool(Pool):
+    """The first layers of a ranking; every layer where there is none."""
+
+    def layers(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
+    ) -> list[str]:
+        if ranking is None:
+            return list(layers)
+        top = set(self._first(layers, ranking, budget))
+        return [name for name in layers if name in top]
+
+    @abstractmethod
+    def _first(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking, budget: Budget | None
+    ) -> Iterable[str]: ...
+
+
+@dataclass(frozen=True)
+class ShareOfScore(RankedPool):
     """The first layers of a ranking that hold a share of its cumulative score [TraDy, arXiv 2510.19675, section 4.1]."""
 
     share: float = 0.97
 
-    def layers(
-        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
-    ) -> list[str]:
-        if ranking is None:
-            return list(layers)
-        top = set(ranking.top(self.share, among=layers))
-        return [name for name in layers if name in top]
+    def _first(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking, budget: Budget | None
+    ) -> Iterable[str]:
+        return ranking.top(self.share, among=layers)
 
 
 @dataclass(frozen=True)
-class ShareOfCost(Pool):
+class ShareOfCost(RankedPool):
     """The first layers of a ranking of whose cost the budget is at most a share: the fewest [MeDyate, arXiv 2510.20979, section 4]."""
 
     share: float = 0.2
 
-    def layers(
-        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
-    ) -> list[str]:
-        if ranking is None or budget is None:
-            return list(layers)
+    def _first(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking, budget: Budget | None
+    ) -> Iterator[str]:
+        if budget is None:
+            yield from layers
+            return
         limit = budget.limit(total(layer.full for layer in layers.values()))
-        top: set[str] = set()
         cost = 0
         for name in ranking:
             if name in layers and limit > self.share * cost:
-                top.add(name)
+                yield name
                 cost += budget.of(layers[name].full)
-        return [name for name in layers if name in top]
 
 
 @dataclass(frozen=True)
-class FirstLayers(Pool):
+class FirstLayers(RankedPool):
     """So many first layers of a ranking."""
 
     count: int = 1
 
-    def layers(
-        self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
-    ) -> list[str]:
-        if ranking is None:
-            return list(layers)
-        top = set([name for name in ranking if name in layers][: self.count])
-        return [name for name in layers if name in top]
+    def _first(
+        self, layers: Mapping[str, LayerCost], ranking: LayerRanking, budget: Budget | None
+    ) -> Iterable[str]:
+        return [name for name in ranking if name in layers][: self.count]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 from collections.abc import Mapping
@@ -16,11 +15,12 @@ from trady_kernels.models.loading import classifier_name
 from trady_kernels.selection.channel_norms import by_channel, layers_of
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.results import RECIPES, Size, study_recipes
+from trady_kernels.study.statistics import significant
 from trady_kernels.study.tail_index import TailIndex
+from trady_kernels.study.trainings import load_samples
 from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.results import EpochFigures, SchemeResult
-from trady_kernels.training.run import load_task
 from trady_kernels.training.settings import Settings
 
 #: Samples in a sum of the tail index; the first one's is what the tables show, the others tell how much it matters.
@@ -115,14 +115,11 @@ def look(cell: Look, recipe: Settings) -> Gradients:
     """
     settings = replace(recipe, schemes=("full",), seed=cell.seed)
     torch.set_num_threads(settings.threads)
-    data = _load(replace(settings, seed=0))
+    data = load_samples(cell.task, recipe, held_out=False)
     looking = _Looking(len(data.classes), cell.seed)
     with tempfile.TemporaryDirectory() as folder:
         result = train_scheme("full", settings, data, Path(folder, "checkpoint.pt"), looking)
     return looking.found(result.top1)
-
-
-_load = functools.lru_cache(maxsize=2)(load_task)
 
 
 class _Looking(Observer):
@@ -200,20 +197,15 @@ class _Looking(Observer):
             self._alphas,
             self._layer_alphas,
             self._noted,
-            {name: [_rounded(norm) for norm in norms] for name, norms in self._layer_norms.items()},
-            {name: [_rounded(norm, 3) for norm in norms.tolist()] for name, norms in self._sums.items()},
+            {name: [significant(norm, 5) for norm in norms] for name, norms in self._layer_norms.items()},
+            {name: [significant(norm, 3) for norm in norms.tolist()] for name, norms in self._sums.items()},
             {name: counts.tolist() for name, counts in self._bins.items()},
             {
-                name: _rounded(math.sqrt(total / self._elements[name]))
+                name: significant(math.sqrt(total / self._elements[name]), 5)
                 for name, total in self._squares.items()
             },
         )
 
 
-def _rounded(value: float, digits: int = 5) -> float:
-    """So many digits: nobody needs all of them, of thousands of channels."""
-    return float(f"{value:.{digits}g}")
-
-
 def _finite(alpha: float) -> float | None:
-    return _rounded(alpha) if math.isfinite(alpha) else None
+    return significant(alpha, 5) if math.isfinite(alpha) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 import tempfile
@@ -24,10 +23,11 @@ from trady_kernels.study.expectation import expected_update
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import panels, style, write_figure
 from trady_kernels.study.results import FULL, RATES, RECIPES, Size, study_recipes
+from trady_kernels.study.statistics import significant
+from trady_kernels.study.trainings import load_samples
 from trady_kernels.training.loop import train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
-from trady_kernels.training.run import load_task
 from trady_kernels.training.settings import Settings
 
 #: What draws the channels: by chance, by norms seen so far, by an oracle.
@@ -122,15 +122,12 @@ def watch(cell: Watch, recipe: Settings) -> Importance:
     rate = RATES[recipe.model][""]
     settings = replace(recipe, schemes=(cell.scheme,), budget=BUDGET, learning_rate=rate, seed=cell.seed)
     torch.set_num_threads(settings.threads)
-    data = _load(replace(settings, schemes=("trady",), seed=0))
+    data = load_samples(cell.task, recipe, held_out=False)
     # An oracle draws the same channels again.
     watching = Watching(2 if selection.SCHEMES[cell.scheme].needs_gradients else DRAWS)
     with tempfile.TemporaryDirectory() as folder:
         result = train_scheme(cell.scheme, settings, data, Path(folder, "checkpoint.pt"), watching)
     return watching.found(result.top1)
-
-
-_load = functools.lru_cache(maxsize=2)(load_task)
 
 
 class Watching(Observer):
@@ -158,7 +155,7 @@ class Watching(Observer):
         """Everything, as plain values; draws channels anew for it."""
         norms = [*self._norms, channel_norms(self._regime.model, self._batches(), F.cross_entropy)]
         held = [
-            [_rounded(share_of(norms[at], chosen)) for at in (epoch, epoch + 1)]
+            [_short(share_of(norms[at], chosen)) for at in (epoch, epoch + 1)]
             for epoch, chosen in enumerate(self._selections)
         ]
         lags = range(1, len(norms))
@@ -172,8 +169,8 @@ class Watching(Observer):
             [_lagged(norms, self._selections, lag) for lag in lags],
             held,
             self._holdable,
-            _rounded(update.bias),
-            _rounded(update.variance),
+            _short(update.bias),
+            _short(update.variance),
         )
 
     def _draw(self) -> Iterator[Norms]:
@@ -201,7 +198,7 @@ def share_of(norms: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tenso
 
 def _holdable(regime: Regime, input: Example, norms: Norms, chosen: Norms) -> float:
     costs = {name: layer.channel.elements for name, layer in measure_layers(regime.model, input).items()}
-    return _rounded(most_held(norms, costs, sum(costs[name] * len(found) for name, found in chosen.items())))
+    return _short(most_held(norms, costs, sum(costs[name] * len(found) for name, found in chosen.items())))
 
 
 def most_held(norms: Mapping[str, torch.Tensor], costs: Mapping[str, int], limit: int) -> float:
@@ -229,7 +226,7 @@ def _lagged(norms: list[Norms], chosen: list[Norms], lag: int) -> float | None:
         correlation = rank_correlation(now, later)
         if math.isfinite(correlation):
             found.append(correlation)
-    return _rounded(statistics.fmean(found)) if found else None
+    return _short(statistics.fmean(found)) if found else None
 
 
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -245,8 +242,8 @@ def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(spearmanr(first.numpy(), second.numpy()).statistic)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+def _short(value: float) -> float:
+    return significant(value, 4)
 
 
 def _groups(cells: Watched) -> dict[tuple[str, str], list[Importance]]:

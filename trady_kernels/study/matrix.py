@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from trady_kernels.study.statistics import significant
 from trady_kernels.study.trainings import KINDS, Training, TrainingOutcome, Trainings, train
 from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.settings import Settings
@@ -118,4 +119,4 @@ def best_rate(cells: Trainings, trials: list[Training]) -> float:
 
 def rounded(rate: float) -> float:
     """Two digits: a rate is part of what names a cell, and is read by people."""
-    return float(f"{rate:.2g}")
+    return significant(rate, 2)

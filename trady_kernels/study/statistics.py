@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def significant(value: float, digits: int) -> float:
+    """The number with so many significant digits: nobody needs all of them, of thousands of channels."""
+    return float(f"{value:.{digits}g}")
+
+
 @dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation of some runs.

@@ -15,7 +15,6 @@ from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import Matrix
 from trady_kernels.study.plot import panels, style, write_figure
 from trady_kernels.study.trainings import Trainings, load_samples
-from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.loop import Prepared, prepare
 from trady_kernels.training.settings import Settings
 
@@ -97,7 +96,6 @@ def time_steps(cell: Timing, recipe: Settings) -> StepTimes:
     rows = {}
     for row in cell.rows:
         scheme, _, budget = row.partition(" at ")
-        Spec.parse(scheme)
         own = replace(settings, schemes=(scheme,), budget=budget or settings.budget)
         training = prepare(scheme, own, data)
         rows[row] = _Row(training, training.optimizer(_RATE), torch.arange(settings.batch_size))

@@ -78,7 +78,8 @@ class _Sparse:
             self.notes = ["norms are frozen, statistics and affine"]
         self.notes += start.spec.notes
         if pool is not None:
-            self.notes.append(f"channels are drawn from {pool}: {len(self._sampler.pool)} layers")
+            drawn = f"{len(self._sampler.pool)} of {len(self._sampler.layers)}"
+            self.notes.append(f"the pool is {pool!r}: channels are drawn from {drawn} layers")
         elif kind.ranked and ranking is None:
             self.notes.append("no layer ranking: channels are drawn from every sparse layer")
         if kind.needs_gradients:
