@@ -129,6 +129,21 @@ def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_pat
     }
 
 
+@pytest.mark.parametrize(
+    ("scheme", "budget", "tuned", "tuned_at"),
+    [
+        ("trady", "7%", "trady", "2.2%"),
+        ("frugal@14%", "7%", "frugal@5.2%", "2.2%"),
+        ("frugal@5.2%", "2.2%", "frugal@5.2%", "2.2%"),
+        ("medyate@0.4%", "2.2%", "medyate@0.4%", "2.2%"),
+        ("full+checkpoint", "", "full", ""),
+    ],
+)
+def test_a_scheme_is_tuned_once_for_all_budgets(scheme: str, budget: str, tuned: str, tuned_at: str) -> None:
+    trials = results_matrix("usual").trials(Row("mnist", scheme, budget))
+    assert {(cell.scheme, cell.budget) for cell in trials} == {(tuned, tuned_at)}
+
+
 def test_an_interrupted_matrix_goes_on_to_the_same_file(trainer: Trainer, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     run(opened(whole))

@@ -31,7 +31,7 @@ class Matrix:
 
     Attributes:
         recipes: settings of each task.
-        schemes: by the network, of each budget; at the first one that has it, a scheme's learning rate is tuned.
+        schemes: by the network, of each budget; at the first one that has it, a scheme's learning rate is tuned, with whatever budget of its own.
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
             With momentum m it is 1 - m times that.
         seeds: how many.
@@ -59,17 +59,27 @@ class Matrix:
         On a single task the best of three rates is often the one that luck did not spoil.
         """
         model = self.recipes[row.task].model
-        scheme = tuned_as(row.scheme)
+        scheme, budget = self._tuned_at(row)
         rates, spec = self.rates[model], Spec.parse(scheme)
         middle = rates.get(spec.scheme, rates[""]) * (1 - spec.momentum)
-        first = next(budget for budget, schemes in self.schemes[model].items() if row.scheme in schemes)
-        budget = first if row.budget else ""
         return [
             Training(task, scheme, budget, rounded(middle * factor), 0, True)
             for factor in FACTORS
             for task, recipe in self.recipes.items()
             if recipe.model == model
         ]
+
+    def _tuned_at(self, row: Row) -> tuple[str, str]:
+        """Scheme and budget whose trials serve for a row: the first ones of this scheme, with a budget of its own or without."""
+        scheme = tuned_as(row.scheme)
+        if not row.budget:
+            return scheme, ""
+        for budget, schemes in self.schemes[self.recipes[row.task].model].items():
+            if row.scheme in schemes:
+                return scheme, budget
+            if alike := [other for other in schemes if _without_budget(other) == _without_budget(row.scheme)]:
+                return tuned_as(alike[0]), budget
+        raise AssertionError(f"{row} is no row of this table")
 
     def finals(self, row: Row, learning_rate: float) -> list[Training]:
         """The runs that a row is the mean of, the only ones that see the test samples."""
@@ -105,7 +115,7 @@ class Matrix:
     def size(self) -> int:
         """How many runs there are."""
         rows = list(self.rows())
-        tuned = {(row.task, tuned_as(row.scheme)) for row in rows}
+        tuned = {(row.task, *self._tuned_at(row)) for row in rows}
         return len(tuned) * len(FACTORS) + len(rows) * self.seeds
 
 
@@ -115,6 +125,10 @@ def best_rate(cells: Trainings, trials: list[Training]) -> float:
     for cell in trials:
         accuracies[cell.learning_rate].append(cells[cell].top1)
     return max(accuracies, key=lambda rate: (statistics.fmean(accuracies[rate]), -rate))
+
+
+def _without_budget(scheme: str) -> str:
+    return scheme.partition("@")[0]
 
 
 def rounded(rate: float) -> float:
