@@ -18,6 +18,7 @@ from trady_kernels.selection.resampling import Resampling, SinceDraw
     ("text", "rule"),
     [
         ("epoch", Resampling()),
+        ("2 epochs", Resampling("epoch", 2)),
         ("1 step", Resampling("steps", 1)),
         ("50 steps", Resampling("steps", 50)),
         ("norm 60%", Resampling("norm", 0.6)),
@@ -30,10 +31,10 @@ def test_rules_read_as_they_print(text: str, rule: Resampling) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "steps", "0 steps", "-3 steps", "2.5 steps", "norm", "norm 0%", "norm 100%", None, 5]
+    "text", ["", "0 epochs", "epochs", "steps", "0 steps", "-3 steps", "2.5 steps", "norm", "norm 0%", "norm 100%", None, 5]
 )
 def test_other_words_are_refused(text: object) -> None:
-    with pytest.raises(ValueError, match=r'resampling: got .*, expected "epoch", "50 steps" or "norm 60%"'):
+    with pytest.raises(ValueError, match=r'resampling: got .*, expected "epoch", "2 epochs", "50 steps" or "norm 60%"'):
         sampler(resampling=text)
 
 
@@ -41,6 +42,18 @@ def test_by_epoch_a_step_draws_nothing() -> None:
     drawn = sampler()
     before = drawn.selection
     assert not any(drawn.step() for _ in range(20)) and equal(drawn.selection, before)
+
+
+def test_every_third_epoch_also_after_a_checkpoint() -> None:
+    drawn, again = (sampler(resampling="3 epochs") for _ in range(2))
+    for epoch in range(1, 10):
+        before = drawn.selection
+        again.load_state_dict(drawn.state_dict())
+        drawn.resample()
+        again.resample()
+        assert equal(again.selection, drawn.selection)
+        assert equal(before, drawn.selection) == (epoch % 3 > 0)
+        assert not drawn.step()
 
 
 def test_every_third_step() -> None:
@@ -91,7 +104,7 @@ def test_a_gradient_that_shrinks_asks_for_new_channels() -> None:
     before = drawn.selection
     scaled_step(model, 0.1)  # 0.6, 0.6, 0.6, 0.3, 0.1: less than half of five
     assert drawn.step() and not equal(drawn.selection, before)
-    assert drawn.state_dict()["since_draw"] == {"steps": 0, "first": [], "last": []}
+    assert drawn.state_dict()["since_draw"] == SinceDraw().state_dict()
 
 
 def test_an_interrupted_run_draws_at_the_same_step() -> None:

@@ -593,6 +593,21 @@ def test_a_network_goes_when_its_training_does(tmp_path: Path, settings: Setting
     assert len(models) == 2 and not any(model() for model in models)
 
 
+def test_gradients_count_where_every_step_draws_anew(tmp_path: Path, settings: Settings) -> None:
+    """The draw after a step takes the gradients of the channels that leave with it."""
+    once, often = (
+        train_scheme(
+            "trady",
+            dataclasses.replace(settings, epochs=1, budget="100%", resampling=resampling),
+            data_of(settings),
+            tmp_path / f"{resampling}.pt",
+            Recorder(),
+        )
+        for resampling in ("epoch", "1 step")
+    )
+    assert once.gradient_bytes == often.gradient_bytes
+
+
 def test_a_pool_of_ones_own(tmp_path: Path, settings: Settings) -> None:
     """Of the layers, the named one alone moves; what has no choice of layers goes on without it."""
     pooled = dataclasses.replace(settings, pool="only pointwise", budget="100%")

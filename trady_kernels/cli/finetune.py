@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--resampling",
-        "when channels are drawn again: epoch, '50 steps', or 'norm 60%', once their gradient has fallen so far",
+        "when channels are drawn again: epoch, '2 epochs', '50 steps', or 'norm 60%', once their gradient has fallen so far",
     )
     add(
         "--pool",

@@ -1,4 +1,4 @@
-"""When channels are drawn again: once an epoch, every so many steps, or once their gradients have shrunk."""
+"""When channels are drawn again: every so many epochs or steps, or once their gradients have shrunk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 #: Steps over which a gradient norm is averaged: one batch says little.
 WINDOW = 5
-_PATTERN = re.compile(r"(?P<steps>\d+) steps?|norm (?P<share>\d+(\.\d+)?)%")
+_PATTERN = re.compile(r"(?P<epochs>\d+) epochs?|(?P<steps>\d+) steps?|norm (?P<share>\d+(\.\d+)?)%")
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Resampling:
     """A rule for when to draw.
 
     Attributes:
-        kind: ``epoch``, where the training loop says so; ``steps``, every ``amount`` steps; ``norm``, once the norm
-            of the selected channels' gradient is under ``amount`` times that of the first steps after the draw, each
-            the mean of five steps.
-        amount: steps, or the share as a fraction.
+        kind: ``epoch``, every ``amount`` times that the training loop says so; ``steps``, every ``amount`` steps; ``norm``,
+            once the norm of the selected channels' gradient is under ``amount`` times that of the first steps after the
+            draw, each the mean of five steps.
+        amount: epochs, steps, or the share as a fraction.
     """
 
     kind: Literal["epoch", "steps", "norm"] = "epoch"
@@ -29,7 +29,7 @@ class Resampling:
 
     @classmethod
     def parse(cls, rule: str) -> Resampling:
-        """The rule that a user means: ``"epoch"``, ``"50 steps"`` or ``"norm 60%"``.
+        """The rule that a user means: ``"epoch"``, ``"2 epochs"``, ``"50 steps"`` or ``"norm 60%"``.
 
         Raises:
             ValueError: it reads as none of these, or the number is not above 0 (a share not below 100%).
@@ -37,27 +37,32 @@ class Resampling:
         if rule == "epoch":
             return cls()
         match = _PATTERN.fullmatch(rule) if isinstance(rule, str) else None
+        if match is not None and match["epochs"] and int(match["epochs"]) > 0:
+            return cls("epoch", int(match["epochs"]))
         if match is not None and match["steps"] and int(match["steps"]) > 0:
             return cls("steps", int(match["steps"]))
         if match is not None and match["share"] and 0 < float(match["share"]) < 100:
             return cls("norm", float(match["share"]) / 100)
-        raise ValueError(f'resampling: got {rule!r}, expected "epoch", "50 steps" or "norm 60%"')
+        raise ValueError(f'resampling: got {rule!r}, expected "epoch", "2 epochs", "50 steps" or "norm 60%"')
 
     def __str__(self) -> str:
         if self.kind == "steps":
             return f"{self.amount:g} steps"
-        return "epoch" if self.kind == "epoch" else f"norm {100 * self.amount:g}%"
+        if self.kind == "epoch":
+            return "epoch" if self.amount == 1 else f"{self.amount:g} epochs"
+        return f"norm {100 * self.amount:g}%"
 
 
 @dataclass
 class SinceDraw:
-    """What a rule looks at: the steps since the last draw.
+    """What a rule looks at: the epochs and steps since the last draw.
 
     Attributes:
-        steps: how many.
+        epochs, steps: how many.
         first, last: norms of the selected channels' gradient, of the first and the latest steps, up to five each.
     """
 
+    epochs: int = 0
     steps: int = 0
     first: list[float] = field(default_factory=list)
     last: list[float] = field(default_factory=list)
@@ -74,17 +79,20 @@ class SinceDraw:
 
     def is_due(self, rule: Resampling) -> bool:
         """Whether the rule asks for a draw now."""
+        if rule.kind == "epoch":
+            return self.epochs >= rule.amount
         if rule.kind == "steps":
             return self.steps >= rule.amount
-        if rule.kind == "epoch" or self.steps < 2 * WINDOW:
+        if self.steps < 2 * WINDOW:
             return False
         return math.fsum(self.last) < rule.amount * math.fsum(self.first)
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {"steps": self.steps, "first": list(self.first), "last": list(self.last)}
+        return {"epochs": self.epochs, "steps": self.steps, "first": list(self.first), "last": list(self.last)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""
+        self.epochs = int(state_dict.get("epochs", 0))  # version 2 had none at first
         self.steps = int(state_dict["steps"])
         self.first, self.last = list(state_dict["first"]), list(state_dict["last"])

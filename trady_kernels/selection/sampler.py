@@ -71,8 +71,8 @@ class ChannelSampler:
         counts: "free" draws anew how many channels each layer trains; "fixed" keeps every layer's number
             from the first draw and changes only which channels, so that nothing that depends on shapes is
             rebuilt.
-        resampling: when to draw again: "epoch", where the loop calls :meth:`resample`; "50 steps" or "norm 60%", where
-            it calls :meth:`step` after every step: every 50 of them, or once the norm of the selected channels'
+        resampling: when to draw again: "epoch" or "2 epochs", where the loop calls :meth:`resample` at the start of every
+            epoch but the first: each time, or every second time; "50 steps" or "norm 60%", where it calls :meth:`step` after every step: every 50 of them, or once the norm of the selected channels'
             gradient has fallen under 60% of its first value (each the mean of five steps).
         seed: of the draws.
         gradients: for the schemes that order channels by their gradient, "d-det-rgn" and "s-det-rgn": called before
@@ -198,7 +198,7 @@ class ChannelSampler:
         return self._network.full_backward
 
     def resample(self, optimizer: Optimizer | None = None) -> None:
-        """Draw again, if the scheme does, and select the new channels in the model's layers.
+        """Draw again, if the scheme does, and select the new channels in the model's layers; of "2 epochs" every second time.
 
         Args:
             optimizer: one that holds the layers' ``channel_weight``s: its state is rearranged now instead
@@ -209,6 +209,10 @@ class ChannelSampler:
         """
         if not self._scheme.every_epoch:
             return
+        if self.resampling.kind == "epoch":
+            self._since_draw.epochs += 1
+            if not self._since_draw.is_due(self.resampling):
+                return
         before = self._generator.get_state(), self._scheme.state_dict()
         try:
             for name, norms in self._gradients.means().items() if self._scheme.observes else ():

@@ -243,7 +243,7 @@ def _table(
                 *(spread(_of_task(series, task)) for task in tasks),
                 f"{mean(series):.1f}" if complete else "",
                 *(
-                    "" if name == other else _difference(_against(series, bound[other]))
+                    "" if name == other or (test := _against(series, bound[other])) is None else test.words
                     for other in references
                 ),
                 f"{sum(parts):.1f}",
@@ -272,16 +272,6 @@ def _against(first: Series, second: Series) -> PairedTest | None:
         return None
 
 
-def _difference(test: PairedTest | None) -> str:
-    if test is None:
-        return ""
-    return f"{test.difference:+.2f}" + ("" if math.isnan(test.p) else f" (p {_p(test.p)})")
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def _claims(schemes: dict[str, Series]) -> list[str]:
     rows = []
     for claim in CLAIMS:
@@ -291,17 +281,11 @@ def _claims(schemes: dict[str, Series]) -> list[str]:
                 rows.append(
                     [
                         claim.sentence,
-                        f"{claim.better} - {claim.worse}: {_difference(test)}, {test.wins} of {test.pairs} won",
-                        _verdict(test),
+                        f"{claim.better} - {claim.worse}: {test.words}, {test.wins} of {test.pairs} won",
+                        test.verdict,
                     ]
                 )
     return markdown(["claim", "here", "verdict"], rows) if rows else []
-
-
-def _verdict(test: PairedTest) -> str:
-    if not test.significant:
-        return "not decided at the level of 5%"
-    return "holds" if test.difference > 0 else "the opposite was found"
 
 
 def _rates(finals: dict[Training, TrainingOutcome]) -> list[str]:

@@ -58,6 +58,23 @@ class PairedTest:
         """At the level of 5%."""
         return self.p < 0.05
 
+    @property
+    def words(self) -> str:
+        """Difference and p."""
+        return f"{self.difference:+.2f}" + ("" if math.isnan(self.p) else f" ({p_words(self.p)})")
+
+    @property
+    def verdict(self) -> str:
+        """Of the claim that the first series is the larger one."""
+        if not self.significant:
+            return "not decided at the level of 5%"
+        return "holds" if self.difference > 0 else "the opposite was found"
+
+
+def p_words(p: float) -> str:
+    """A probability, as it is printed."""
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
+
 
 def paired_test(first: Mapping[Any, float], second: Mapping[Any, float]) -> PairedTest:
     """Compare two series of runs, pair by pair, over the keys that both have.

@@ -72,7 +72,7 @@ class Prepared:
         regime: the network, ready for the scheme, its first channels chosen.
         data: what to train and test on, ready for the network.
         to_input: makes batches of it.
-        batches: a few training batches, always the same.
+        batches: gives a few training batches.
         result: the scheme's row of the results table, still without an epoch.
         at_once: samples that go forward and backward at a time.
         momentum: of SGD.
@@ -144,8 +144,9 @@ def prepare(
             if ingredient.prepare is not None:
                 ingredient.prepare(model, _whole_batches(data, settings, to_input))
 
-    def batches() -> Iterator[tuple[Example, torch.Tensor]]:
-        for part in first_images[: _MEASURED_BATCHES * settings.batch_size].split(settings.batch_size):
+    def batches(number: int = 0) -> Iterator[tuple[Example, torch.Tensor]]:
+        count = _MEASURED_BATCHES * settings.batch_size
+        for part in first_images.roll(-number * count)[:count].split(settings.batch_size):
             yield to_input(data.train, part)
 
     head = classifier_name(model, len(data.classes))
@@ -256,12 +257,15 @@ def _train_epoch(
     first_batch = training.to_input(data.train, order[: min(training.at_once, settings.batch_size)])
     saved_bytes = measure_memory(regime.model, first_batch, F.cross_entropy).saved_bytes
 
-    losses, correct, seen, step_seconds = [], 0, 0, []
+    losses, correct, seen, step_seconds, gradient_bytes = [], 0, 0, [], 0
     for indices in order.split(settings.batch_size):
         step_started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         mean_loss, hits = training.gradients(indices)
         observer.on_gradients(regime.model)
+        gradient_bytes = max(
+            gradient_bytes, sum(p.grad.nbytes for p in regime.parameters() if p.grad is not None)
+        )
         optimizer.step()
         scheduler.step()
         regime.step(optimizer)
@@ -291,7 +295,7 @@ def _train_epoch(
         activation_share=selection.activation_share,
         gradient_share=selection.gradient_share,
         saved_bytes=saved_bytes,
-        gradient_bytes=sum(p.grad.nbytes for p in regime.parameters() if p.grad is not None),
+        gradient_bytes=gradient_bytes,
         optimizer_bytes=_bytes_of_state(optimizer),
         step_ms=1e3 * statistics.median(step_seconds),
         seconds=time.perf_counter() - started,

@@ -19,7 +19,7 @@ class Observer:
 
         Args:
             regime: whose ``model`` has them.
-            batches: gives a few training batches, always the same.
+            batches: gives a few training batches.
         """
 
     def on_gradients(self, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,8 +14,11 @@ from trady_kernels.cost import Cost, LayerCost, measure_layers, total
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
 
-#: Gives a few training batches, always the same.
-Batches = Callable[[], Iterable[tuple[Example, torch.Tensor]]]
+
+class Batches(Protocol):
+    """Gives a few training batches: for a number always the same, for another one others, as far as the samples reach."""
+
+    def __call__(self, number: int = 0) -> Iterable[tuple[Example, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Start:
         example_input: the input of a training batch.
         head: name of the classifier, which trains whole; None to look for it.
         settings: of the run.
-        batches: gives a few training batches, always the same, for schemes that measure something.
+        batches: gives a few training batches, for schemes that measure something.
     """
 
     spec: Spec

@@ -22,7 +22,7 @@ class EpochFigures:
         gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the
             classifier's apart.
         saved_bytes: bytes that a training step kept for its backward pass, measured on the first batch.
-        gradient_bytes: bytes of the gradients that the epoch's last step left.
+        gradient_bytes: bytes of the gradients of a step, the epoch's dearest.
         optimizer_bytes: bytes of the optimiser's state after the epoch.
         step_ms: median milliseconds of a training step, batch preparation included.
         seconds: wall-clock time of the epoch, evaluation included.

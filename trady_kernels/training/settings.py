@@ -52,7 +52,7 @@ class Settings:
         budget: elements of one sample, bytes of a batch (``"256KiB"``) or a share (``"5%"``).
         schemes: names of channel selection schemes, each with any ingredients ("trady+bias"), trained one after the
             other from the same start.
-        resampling: when the samplers draw again: "epoch", "50 steps" or "norm 60%", see
+        resampling: when the samplers draw again: "epoch", "2 epochs", "50 steps" or "norm 60%", see
             :class:`trady_kernels.ChannelSampler`.
         pool: layers that take part, in place of each scheme's own choice, as :class:`trady_kernels.ChannelSampler` takes it;
             schemes that have no choice of layers ignore it.
