@@ -12,6 +12,8 @@ from test_sampler import X, equal, ranking_of, sampler, sparse_net
 from torch import nn
 
 from trady_kernels.convert import sparse_layers
+from trady_kernels.memory import measure_memory
+from trady_kernels.selection import channel_norms
 from trady_kernels.selection.schemes.medyate import Medyate
 
 
@@ -55,6 +57,25 @@ def test_without_a_ranking_the_pool_is_every_layer() -> None:
 def test_the_first_draw_is_uniform() -> None:
     shares = drawn_first(Medyate(), {"a": 3, "b": 5}, 4000)
     assert (shares - 1 / 8).abs().max() < 0.025
+
+
+def test_measurements_are_not_observed() -> None:
+    """What is measured between training steps must not change what is drawn."""
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate")
+    for _ in range(3):
+        model.zero_grad()
+        model(X).sum().backward()
+    passes = {name: count for name, (_, count) in drawn.state_dict()["gradients"].items()}
+    assert passes and set(passes.values()) == {3}
+    before = {name: total.clone() for name, (total, _) in drawn.state_dict()["gradients"].items()}
+    measure_memory(model, X)
+    channel_norms(model, [X], torch.sum)
+    after = drawn.state_dict()["gradients"]
+    assert {name: count for name, (_, count) in after.items()} == passes
+    assert all(torch.equal(after[name][0], total) for name, total in before.items())
+    model(X).sum().backward()
+    assert {count for _, count in drawn.state_dict()["gradients"].values()} == {4}, "counted again behind them"
 
 
 def test_three_epochs_by_hand() -> None:

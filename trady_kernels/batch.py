@@ -95,6 +95,8 @@ def loss_of(model: nn.Module, batch: Example, loss_fn: Callable[..., torch.Tenso
 def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
     """Leave modes, buffers, gradients and random numbers as they were, whatever runs inside.
 
+    What waits for a parameter's gradient, to count it or to step at once, is not called.
+
     Args:
         model: the network that runs inside.
         training: mode of every module inside; None leaves each as it is.
@@ -102,11 +104,19 @@ def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    # Autograd has hold of these dicts: they are emptied and filled again, not replaced.
+    waiting = [
+        (hooks, dict(hooks))
+        for parameter in model.parameters()
+        if (hooks := getattr(parameter, "_post_accumulate_grad_hooks", None))
+    ]
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
+            for hooks, _ in waiting:
+                hooks.clear()
             if training is not None:
                 model.train(training)
             yield
@@ -119,3 +129,5 @@ def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator
                         buffer.copy_(value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+            for hooks, own in waiting:
+                hooks.update(own)
