@@ -13,7 +13,7 @@ from trady_kernels.memory import measure_memory
 from trady_kernels.models import MobileNetV2
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.checkpointing import blocks_of, checkpoint_blocks
-from trady_kernels.training.ingredients import INGREDIENTS, PRESETS, Spec, scheme_names
+from trady_kernels.training.ingredients import INGREDIENTS, PRESETS, Spec, scheme_names, tuned_as
 from trady_kernels.training.settings import Settings
 
 
@@ -39,6 +39,19 @@ def test_a_preset_is_a_combination_with_a_name() -> None:
         assert Spec.parse(f"{name}+stats@3%") == Spec.parse(f"{combined}+stats@3%")
     with pytest.raises(ValueError, match=r"got 'frugal\+bias', which has an ingredient twice"):
         Spec.parse("frugal+bias")
+
+
+@pytest.mark.parametrize(
+    ("text", "tuned"),
+    [
+        ("trady+accumulate", "trady"),
+        ("full+accumulate+momentum", "full+momentum"),
+        ("medyate+accumulate", "medyate+accumulate"),
+        ("medyate+bias+accumulate@5%", "medyate+bias+accumulate@5%"),
+    ],
+)
+def test_accumulation_changes_what_a_scheme_observes(text: str, tuned: str) -> None:
+    assert tuned_as(text) == tuned
 
 
 def test_with_momentum_the_rate_is_that_much_lower() -> None:

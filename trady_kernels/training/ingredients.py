@@ -27,7 +27,8 @@ class Ingredient:
         dense: called with a network that stays dense, before its training, also when a run goes on.
         at_once: samples that go forward and backward at a time; None for the whole batch.
         momentum: of SGD.
-        exact: whether a training without it comes to the same numbers but for rounding, so that its learning rate serves.
+        exact: whether a training without it comes to the same numbers but for rounding, so that its learning rate serves;
+            not of a scheme that observes gradients.
     """
 
     name: str
@@ -101,6 +102,9 @@ def scheme_names() -> list[str]:
 
 def tuned_as(text: str) -> str:
     """The spec whose learning rate serves for this one: without the ingredients that leave its numbers as they are."""
+    scheme = Spec.parse(text).scheme
+    if scheme in SCHEMES and SCHEMES[scheme].observes:
+        return text  # what it observes, and then draws, is the norm of every backward pass, not of the batch's gradient
     combined, at, own = text.partition("@")
     first, *names = combined.split("+")
     return "+".join([first, *(name for name in names if not INGREDIENTS[name].exact)]) + at + own
