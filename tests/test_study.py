@@ -249,6 +249,33 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     assert "| clothes |               40 | all          |      2 |    32 | 64x64 |" in text
 
 
+def outcome(top1: float, mebibytes: int = 3, **more: Any) -> TrainingOutcome:
+    return TrainingOutcome(top1, saved_bytes=mebibytes << 20, dense_saved_bytes=2**25, **more)
+
+
+def table_of(cells: Trainings, head: str) -> dict[str, list[str]]:
+    """Rows of the first table behind a heading, by their first column."""
+    blocks = report(cells).split(f"### {head}\n\n")[1].split("\n\n")
+    lines = next(block for block in blocks if block.startswith("|")).splitlines()
+    assert len({len(line) for line in lines}) == 1, "columns align"
+    return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
+
+
+def test_runs_that_diverged_count_as_0_and_have_no_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = opened(tmp_path / "cells.json")
+    diverged = TrainingOutcome(0.0, diverged=True)
+    for seed in range(2):
+        cells.add(
+            Training("digits", "trady", "2.2%", 0.1, seed, False), diverged if seed else outcome(0.8, 4)
+        )
+        cells.add(Training("digits", "medyate", "2.2%", 0.1, seed, False), diverged)
+    rows = table_of(cells, "Budget 2.2%")
+    assert rows["trady"][0] == "40.0 ± 56.6 (1 diverged)"
+    assert rows["trady"][4:7] == ["+40.00 (p 0.500)", "4.0", "4.0 + 0.0 + 0.0"]
+    assert rows["medyate"][0] == "0.0 ± 0.0 (2 diverged)" and rows["medyate"][5:9] == [""] * 4
+
+
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = CellFile(tmp_path / "cells.json", MATRIX.kinds, RECIPES)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +112,12 @@ def report(cells: Trainings, name: str = "results") -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+def accuracy(outcomes: Collection[TrainingOutcome]) -> str:
+    """Top-1 in percent, mean and sample standard deviation, in which a run that diverged counts as 0; how many did."""
+    diverged = sum(outcome.diverged for outcome in outcomes)
+    return spread([100 * o.top1 for o in outcomes]) + (f" ({diverged} diverged)" if diverged else "")
+
+
 def _models(cells: Trainings) -> list[str]:
     return list(dict.fromkeys(cells.recipes[cell.task].model for cell in finals_of(cells)))
 
@@ -133,7 +138,8 @@ def _making(cells: Trainings) -> list[str]:
         *made_with(cells),
         f"{len(seeds)} seeds. A scheme's learning rate, one for all tasks of a network, is the best of three by the mean accuracy on "
         "samples held out from those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
-        "epoch counts. Figures are means over seeds with the sample standard deviation. Bytes are measured: what a training step saves "
+        "epoch counts. Figures are means over seeds with the sample standard deviation; a run that diverged counts as an accuracy of 0 "
+        "and is left out of bytes and shares. Bytes are measured: what a training step saves "
         "for its backward pass (of full: of what full fine-tuning saves), the gradients that it leaves and the optimiser's state. Tests "
         "are two-sided paired t-tests over the pairs of task and seed. Steps were timed apart, all rows of a network turn by turn "
         f"(`trady study steps`, {STEPS}).",
@@ -228,28 +234,22 @@ def _table(
     ]
 
     def mean(series: Series) -> float:
-        return Spread.of([Spread.of(_of_task(series, task)).mean for task in _tasks(series)]).mean
+        by_task = (_accuracies(_of_task(series, task)).values() for task in _tasks(series))
+        return Spread.of([Spread.of(list(accuracies)).mean for accuracies in by_task]).mean
 
     rows = []
     for name, series in sorted(schemes.items(), key=lambda item: -mean(item[1])):
         complete = set(_tasks(series)) == set(tasks)
-        parts = [
-            Spread.of([getattr(outcome, part) / 2**20 for outcome in series.values()]).mean for part in _BYTES
-        ]
-        share = Spread.of([o.saved_bytes / o.dense_saved_bytes for o in series.values() if not o.diverged])
         rows.append(
             [
                 name,
-                *(spread(_of_task(series, task)) for task in tasks),
+                *(accuracy(_of_task(series, task).values()) for task in tasks),
                 f"{mean(series):.1f}" if complete else "",
                 *(
                     "" if name == other or (test := _against(series, bound[other])) is None else test.words
                     for other in references
                 ),
-                f"{sum(parts):.1f}",
-                " + ".join(f"{part:.1f}" for part in parts),
-                f"{share.mean:.1%}",
-                f"{Spread.of([o.gradient_share for o in series.values()]).mean:.1%}",
+                *_measured(series),
                 "" if (step := steps[name]) is None else f"{step.milliseconds:.0f}",
                 "" if step is None or step.of_full is None else f"{step.of_full:.2f}",
             ]
@@ -261,8 +261,22 @@ def _tasks(series: Series) -> list[str]:
     return list(dict.fromkeys(task for task, _ in series))
 
 
-def _of_task(series: Series, wanted: str) -> list[float]:
-    return [100 * outcome.top1 for (task, _), outcome in series.items() if task == wanted]
+def _of_task(series: Series, wanted: str) -> Series:
+    return {(task, seed): outcome for (task, seed), outcome in series.items() if task == wanted}
+
+
+def _measured(series: Series) -> list[str]:
+    """Bytes and shares of the runs that did not diverge; of none nothing."""
+    finished = [outcome for outcome in series.values() if not outcome.diverged]
+    if not finished:
+        return [""] * 4
+    parts = [Spread.of([getattr(outcome, part) / 2**20 for outcome in finished]).mean for part in _BYTES]
+    return [
+        f"{sum(parts):.1f}",
+        " + ".join(f"{part:.1f}" for part in parts),
+        f"{Spread.of([o.saved_bytes / o.dense_saved_bytes for o in finished]).mean:.1%}",
+        f"{Spread.of([o.gradient_share for o in finished]).mean:.1%}",
+    ]
 
 
 def _against(first: Series, second: Series) -> PairedTest | None:
