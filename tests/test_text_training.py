@@ -108,6 +108,7 @@ def test_it_learns_and_moves_nothing_but_the_selected_weights(tmp_path: Path) ->
 
 def test_sentences_have_rates_of_their_own(tmp_path: Path) -> None:
     rates, rate_of_samplers = RATES["sentences"]
+    assert rates.keys() == RATES["images"][0].keys(), "the samplers' rate is too high for these schemes"
     settings = dataclasses.replace(settings_of(), epochs=1, warmup_epochs=0)
     for scheme, rate in (("full", rates["full"]), ("trady", rate_of_samplers)):
         result = train_scheme(scheme, settings, load_data("tweets"), tmp_path / f"{scheme}.pt", Recorder())
