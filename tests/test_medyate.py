@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
+from pathlib import Path
 
 import pytest
 import torch
+from processes import in_processes, needs_gloo
 from test_sampler import X, equal, ranking_of, sampler, sparse_net
 from torch import nn
 
 from trady_kernels.convert import sparse_layers
 from trady_kernels.memory import measure_memory
 from trady_kernels.selection import channel_norms
+from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.schemes.medyate import Medyate
 
 
@@ -75,7 +79,9 @@ def test_measurements_are_not_observed() -> None:
     assert {name: count for name, (_, count) in after.items()} == passes
     assert all(torch.equal(after[name][0], total) for name, total in before.items())
     model(X).sum().backward()
-    assert {count for _, count in drawn.state_dict()["gradients"].values()} == {4}, "counted again behind them"
+    assert {count for _, count in drawn.state_dict()["gradients"].values()} == {4}, (
+        "counted again behind them"
+    )
 
 
 def test_three_epochs_by_hand() -> None:
@@ -126,6 +132,27 @@ def test_what_is_observed_is_the_mean_norm_of_each_channels_gradient() -> None:
         torch.testing.assert_close(seen[selection[name]], torch.stack(of).mean(0).double())
         assert int(seen.isnan().sum()) == len(seen) - len(selection[name])
     assert not drawn.state_dict()["gradients"]
+
+
+def norms_on_a_rank(rank: int) -> tuple[dict[str, torch.Tensor], float]:
+    """Of a gradient that is ``rank + 1`` times that of one process."""
+    torch.manual_seed(0)
+    layers = sparse_layers(model := sparse_net())
+    for layer in layers.values():
+        layer.select([0])
+    norms = GradientNorms(layers)
+    norms.restart()
+    (model(X).square().sum() * (rank + 1)).backward()
+    return norms.means(), norms.latest()
+
+
+@needs_gloo
+def test_norms_are_means_over_ranks(tmp_path: Path) -> None:
+    alone, latest = norms_on_a_rank(0)
+    for means, of_all in in_processes(norms_on_a_rank, tmp_path):
+        for name, norm in alone.items():
+            torch.testing.assert_close(means[name], norm * (1 + 2) / 2)
+        assert of_all == pytest.approx(latest * math.sqrt((1 + 4) / 2), rel=1e-5)
 
 
 def train(model: nn.Module) -> None:

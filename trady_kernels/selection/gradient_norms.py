@@ -44,24 +44,22 @@ class GradientNorms:
                 )
 
     def means(self) -> dict[str, torch.Tensor]:
-        """``{layer: (k,)}`` on the CPU, the mean over the passes that reached the layer; the same on every rank."""
+        """``{layer: (k,)}`` on the CPU, the mean over ranks and the passes that reached the layer; the same on each."""
         found = {}
         for name in self._layers:
             if name in self._sums:
-                mean = self._sums[name] / self._steps[name]
-                if distributed.is_available() and distributed.is_initialized():
-                    distributed.all_reduce(mean)
-                found[name] = mean.cpu()
+                found[name] = _mean_over_ranks(self._sums[name] / self._steps[name]).cpu()
         return found
 
     def latest(self) -> float:
-        """Norm of the whole gradient of the selected channels in the latest pass; on a GPU the host waits for it."""
+        """Norm of the whole gradient of the selected channels in the latest pass, the root mean square over ranks.
+
+        On a GPU the host waits for it.
+        """
         if not self._latest:
             return 0.0
         squares = torch.stack([norms.square().sum() for norms in self._latest.values()]).sum()
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(squares)
-        return float(squares.sqrt())
+        return float(_mean_over_ranks(squares).sqrt())
 
     def state_dict(self) -> dict[str, Any]:
         """What was added up since the last :meth:`restart`."""
@@ -72,6 +70,13 @@ class GradientNorms:
         for name, (total, steps) in state_dict.items():
             self._sums[name] = torch.as_tensor(total).to(self._layers[name].channel_weight.device)
             self._steps[name] = int(steps)
+
+
+def _mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(value)
+        value = value / distributed.get_world_size()
+    return value
 
 
 def _adding(
