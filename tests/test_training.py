@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.util
+import inspect
 import json
 import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
 from trady_kernels.training.regimes import find_ranking, metric_of
 from trady_kernels.training.results import EpochFigures, SchemeResult
-from trady_kernels.training.run import resume_run, start_run
+from trady_kernels.training.run import _Recording, resume_run, start_run
 from trady_kernels.training.run_folder import RunFolder
 from trady_kernels.training.settings import Settings
 
@@ -417,6 +419,16 @@ def test_run_writes_everything_and_resumes(tmp_path: Path, settings: Settings) -
     assert names == {"results.json", "checkpoint-trady.pt", "checkpoint-head-only.pt"}
 
 
+def test_a_run_passes_on_everything_that_an_observer_is_told() -> None:
+    told = [name for name in vars(Observer) if name.startswith("on_")]
+    assert told
+    for name in told:
+        observer = mock.Mock(spec=Observer)
+        arguments = [object() for _ in list(inspect.signature(getattr(Observer, name)).parameters)[1:]]
+        getattr(_Recording(mock.MagicMock(), observer), name)(*arguments)
+        getattr(observer, name).assert_called_once_with(*arguments)
+
+
 def test_a_killed_run_resumes_although_the_results_lag_behind(tmp_path: Path, settings: Settings) -> None:
     _train(settings, tmp_path / "run")
     path = tmp_path / "run" / "results.json"
@@ -606,6 +618,33 @@ def test_gradients_count_where_every_step_draws_anew(tmp_path: Path, settings: S
         for resampling in ("epoch", "1 step")
     )
     assert once.gradient_bytes == often.gradient_bytes
+
+
+def test_momentum_moves_no_neuron_that_is_not_chosen_now(tmp_path: Path, settings: Settings) -> None:
+    class Watching(Observer):
+        chosen: dict[str, torch.Tensor]
+        every_choice: ClassVar[list[dict[str, torch.Tensor]]] = []
+
+        def on_selection(self, regime: Regime, batches: Batches) -> None:
+            self.model = regime.model
+            self.chosen = regime.state_dict()["masks"]
+            self.every_choice.append(self.chosen)
+
+        def on_gradients(self, model: torch.nn.Module) -> None:
+            self.before = {name: model.get_submodule(name).weight.detach().clone() for name in self.chosen}
+
+        def on_step(self, loss: float, accuracy: float) -> None:
+            elements = 0
+            for name, before in self.before.items():
+                moved = (self.model.get_submodule(name).weight != before).flatten(1).any(1)
+                assert not (moved & ~self.chosen[name]).any(), name
+                elements += int(moved.sum()) * before[0].numel()
+            assert 0 < elements <= settings.budget
+
+    watching = Watching()
+    train_scheme("velocity+momentum", settings, data_of(settings), tmp_path / "c.pt", watching)
+    first, *_, last = watching.every_choice
+    assert any((first[name] & ~last[name]).any() for name in first), "no neuron left"
 
 
 def test_a_pool_of_ones_own(tmp_path: Path, settings: Settings) -> None:

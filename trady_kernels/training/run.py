@@ -19,6 +19,7 @@ from trady_kernels.selection import Resampling
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.loop import sizes_of, train_scheme
 from trady_kernels.training.observer import Observer
+from trady_kernels.training.regime import Batches, Regime
 from trady_kernels.training.regimes import check_spec
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder
@@ -93,6 +94,9 @@ class _Recording(Observer):
     def on_scheme(self, scheme: str, result: SchemeResult, steps_per_epoch: int) -> None:
         self._run.results[scheme] = result
         self._observer.on_scheme(scheme, result, steps_per_epoch)
+
+    def on_selection(self, regime: Regime, batches: Batches) -> None:
+        self._observer.on_selection(regime, batches)
 
     def on_gradients(self, model: nn.Module) -> None:
         self._observer.on_gradients(model)

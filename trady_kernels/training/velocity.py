@@ -186,6 +186,10 @@ class Velocity(Dense):
 
     def resample(self, optimizer: torch.optim.Optimizer) -> None:
         self._choose()
+        for name, layer in self._layers.items():
+            momentum = optimizer.state.get(layer.weight, {}).get("momentum_buffer")
+            if momentum is not None:  # it would move neurons that no longer train
+                momentum[~self._masks[name].to(momentum.device)] = 0
 
     def selection_cost(self) -> SelectionCost:
         chosen = Cost()
