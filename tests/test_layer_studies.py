@@ -16,42 +16,48 @@ from trady_kernels.study.layers import (
     held_by,
     pool_plan,
     pool_section,
+    published_count,
+    rankings_of,
 )
-from trady_kernels.study.results import RATES
+from trady_kernels.study.results import RATES, RECIPES, Request
 from trady_kernels.study.studies import STUDIES
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
 KINDS = (Training, TrainingOutcome)
 TASKS = ("mnist", "tweets")
+PUBLISHED = published_count({"rgn": LayerRanking.shipped("efficientnet_lite0")})
 RANKING = list(LayerRanking.shipped("efficientnet_lite0"))
 
 
 def test_pools_have_these_sizes() -> None:
-    assert counts_of("efficientnet_lite0") == [3, 6, 12, 24, 37, 49] and counts_of("minilm")[-1] == 36
-    plan = pool_plan("usual", TASKS)
+    images, sentences = (rankings_of(RECIPES[task]) for task in TASKS)
+    held = held_by(images["rgn"])
+    published = next(count for count in range(1, 50) if held[count - 1] >= 0.97)
+    assert counts_of(images) == sorted({6, 12, 24, 49, published}) and counts_of(sentences)[-1] == 36
+    plan = pool_plan(Request("usual", TASKS))
     assert len(set(plan.cells)) == plan.size
-    for task, model in zip(TASKS, ("efficientnet_lite0", "minilm"), strict=True):
+    for task, rankings in zip(TASKS, (images, sentences), strict=True):
         pools = {cell.pool for cell in plan.cells if cell.task == task}
-        assert len(pools) == 3 * (len(counts_of(model)) - 1) + 1
+        assert len(pools) == 3 * (len(counts_of(rankings)) - 1) + 1
         for cell in plan.cells:
             settings = cell.settings(plan.recipes[cell.task])
             assert settings.pool == cell.pool and Pool.parse(cell.pool).metric in ("rgn", "lara", "norm")
-    quick = pool_plan("quick")
+    quick = pool_plan(Request("quick"))
     assert {cell.task for cell in quick.cells} == {"digits"} and quick.size == 2 * 4
     for make in (pool_plan, ablation_plan):
         with pytest.raises(ValueError, match="size: got 'tiny'"):
-            make("tiny")
+            make(Request("tiny"))
 
 
 def test_ablations_name_every_layer() -> None:
-    plan = ablation_plan("usual", ("mnist",))
+    plan = ablation_plan(Request("usual", ("mnist",)))
     assert plan.size == len(set(plan.cells)) == 2 * (2 + 2 * 49)
     assert {cell.learning_rate for cell in plan.cells} == {RATES["efficientnet_lite0"]["full"]}
     assert {cell.pool for cell in plan.cells} == {
         *("", "100%"),
         *(f"{kind} {name}" for kind in ("only", "without") for name in RANKING),
     }
-    assert ablation_plan("quick").size == 2 + 2 * 5
+    assert ablation_plan(Request("quick")).size == 2 + 2 * 5
 
 
 def test_what_the_first_layers_hold() -> None:
@@ -60,14 +66,15 @@ def test_what_the_first_layers_hold() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pools of half the layers are best; the better a layer's RGN the more it brings alone, and the less it costs frozen."""
-    plan = pool_plan("usual", TASKS)
+    """On images the paper's pool is best, drawn from at random; the better a layer's RGN the more it brings alone, and the less
+    it costs frozen."""
+    plan = pool_plan(Request("usual", TASKS))
     cells: Trainings = CellFile(tmp_path / "pool.json", KINDS, plan.recipes)
     cells.begin(PROVENANCE)
     for cell in plan.cells:
-        best = cell.pool.startswith(("24 layers", "18 layers")) and cell.task == "mnist"
-        cells.add(cell, outcome_of(0.8 + 0.05 * best + 0.01 * cell.seed))
-    plan = ablation_plan("usual", ("mnist",))
+        best = cell.pool.startswith(f"{PUBLISHED} layers") and (cell.task, cell.scheme) == ("mnist", "trady")
+        cells.add(cell, outcome_of(0.8 + (0.05 + 0.001 * cell.seed) * best + 0.01 * cell.seed))
+    plan = ablation_plan(Request("usual", ("mnist",)))
     cells = CellFile(tmp_path / "ablation.json", KINDS, plan.recipes)
     cells.begin(PROVENANCE)
     for cell in plan.cells:
@@ -79,15 +86,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_pool_section(folder: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     text = "\n".join(pool_section(STUDIES["pool"].load(folder)))
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in text.splitlines()
         if line.startswith("| rgn ")
     ]
-    assert rows[0][:2] == ["rgn", "random"] and rows[0][5] == "85.5 ± 0.7" and rows[0][-1] == "80.5 ± 0.7"
-    assert "mnist: holds, K = 24 is best with 85.5, all 49 layers have 80.5" in text
-    assert "tweets: does not hold" in text
+    assert rows[0][:2] == ["rgn", "random"] and "86.1 ± 1.1" in rows[0] and rows[0][-1] == "81.0 ± 1.0"
+    verdicts = [line for line in text.splitlines() if line.startswith("*")]
+    assert verdicts[0].startswith(
+        f"*Drawing from the first {PUBLISHED} layers, which hold 97% of the RGN, is better"
+    )
+    assert verdicts[0].endswith("mnist: holds, +5.10 (p < 0.001), 3 of 3 won.")
+    assert "random channels beat those of the largest gradient (TraDy)*, mnist: holds, +" in verdicts[1]
+    assert "Pools by LaRa are better than pools by RGN (MeDyate)*, mnist: not decided" in verdicts[2]
+    assert all("tweets: not decided" in verdict for verdict in verdicts[3:6])
     shares = held_by(LayerRanking.shipped("efficientnet_lite0"))
     half = next(place for place, share in enumerate(shares, start=1) if share >= 0.5)
     assert f"efficientnet_lite0: {'holds' if half < 12.25 else 'does not hold'}, in {half} of 49" in text
@@ -98,9 +112,13 @@ def test_ablation_section(folder: Path) -> None:
     text = "\n".join(ablation_section(STUDIES["ablation"].load(folder)))
     first = next(line for line in text.splitlines() if line.startswith(f"| {RANKING[0]} "))
     cells = [cell.strip() for cell in first.split("|")[1:-1]]
-    assert cells[1] == "1" and cells[-2:] == ["40.0 ± 0.0", "5.0 ± 0.0"]
+    scores = LayerRanking.shipped("efficientnet_lite0")
+    assert cells[1] == f"{100 * scores[RANKING[0]] / sum(scores.values()):.2f}"
+    assert cells[-2:] == ["40.0 ± 0.0", "5.0 ± 0.0"]
     assert text.count("| _blocks.") + text.count("| _conv") == 49
-    assert "alone rgn 1.00 (p 0.000)" in text and "frozen rgn -1.00 (p 0.000)" in text
+    alone = "A layer's score tells what it brings alone (TraDy)*, mnist: holds, Spearman's correlation of layers is 1.00 by rgn"
+    frozen = "costs when frozen (TraDy)*, mnist: the opposite was found, Spearman's correlation of layers is -1.00 by rgn"
+    assert f"{alone} (p < 0.001)" in text and f"{frozen} (p < 0.001)" in text
 
 
 @pytest.mark.parametrize("name", ["pool", "ablation"])

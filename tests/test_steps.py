@@ -13,7 +13,7 @@ from trady_kernels.study import steps as steps_module
 from trady_kernels.study.budgets import efficiency_section
 from trady_kernels.study.cells import CellFile
 from trady_kernels.study.report import report
-from trady_kernels.study.results import RECIPES, SCHEMES, results_matrix
+from trady_kernels.study.results import RECIPES, SCHEMES, Request, results_matrix
 from trady_kernels.study.steps import (
     STEPS,
     StepTimes,
@@ -34,7 +34,7 @@ KINDS = (Timing, StepTimes)
 
 
 def test_one_run_a_network_with_all_its_rows() -> None:
-    plan = step_plan(results_matrix("usual"), 9)
+    plan = step_plan(results_matrix(Request()), 9)
     assert [(cell.task, cell.rounds) for cell in plan.cells] == [("fashion-mnist", 9), ("movie-reviews", 9)]
     for cell, budgets in zip(plan.cells, SCHEMES.values(), strict=True):
         assert len(cell.rows) == sum(map(len, budgets.values()))

@@ -20,7 +20,7 @@ from trady_kernels.study.cells import CellFile, run_cells
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import FACTORS, Matrix, Row
 from trady_kernels.study.report import report, write_report
-from trady_kernels.study.results import SCHEMES, results_matrix
+from trady_kernels.study.results import SCHEMES, Request, results_matrix
 from trady_kernels.study.statistics import Spread, paired_test
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 from trady_kernels.training.ingredients import Spec, tuned_as
@@ -140,7 +140,7 @@ def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_pat
     ],
 )
 def test_a_scheme_is_tuned_once_for_all_budgets(scheme: str, budget: str, tuned: str, tuned_at: str) -> None:
-    trials = results_matrix("usual").trials(Row("mnist", scheme, budget))
+    trials = results_matrix(Request()).trials(Row("mnist", scheme, budget))
     assert {(cell.scheme, cell.budget) for cell in trials} == {(tuned, tuned_at)}
 
 
@@ -308,7 +308,7 @@ def test_rows_of_schemes_without_a_budget_come_once() -> None:
 
 def test_every_row_of_a_network_can_be_prepared() -> None:
     """Whatever file it needs ships; each network has its rows and no other's."""
-    plan = results_matrix("usual")
+    plan = results_matrix(Request())
     found: dict[str, list[str]] = {}
     for row in plan.rows():
         recipe = plan.recipes[row.task]
@@ -318,8 +318,8 @@ def test_every_row_of_a_network_can_be_prepared() -> None:
     for model, budgets in SCHEMES.items():
         tasks = sum(recipe.model == model for recipe in plan.recipes.values())
         assert tasks == 3 and len(found[model]) == tasks * sum(map(len, budgets.values()))
-    assert set(results_matrix("usual", ("tweets",)).schemes) == {"minilm"}
-    chosen = results_matrix("usual", (), ("trady", "full+checkpoint"))
+    assert set(results_matrix(Request(tasks=("tweets",))).schemes) == {"minilm"}
+    chosen = results_matrix(Request(schemes=("trady", "full+checkpoint")))
     assert {row.scheme for row in chosen.rows()} == {"trady", "full+checkpoint"}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from test_gradient_studies import AGREEING
 from test_importance import FOUND
 
 from trady_kernels.cli import main
+from trady_kernels.study import draws as draws_module
+from trady_kernels.study import plot as plot_module
 from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency_section
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.draws import (
@@ -23,9 +24,10 @@ from trady_kernels.study.draws import (
     sensitivity_section,
 )
 from trady_kernels.study.matrix import FACTORS
-from trady_kernels.study.results import RATES, RECIPES, results_matrix
+from trady_kernels.study.plot import scheme_style
+from trady_kernels.study.results import RATES, RECIPES, Request, results_matrix
 from trady_kernels.study.steps import StepTimes
-from trady_kernels.study.studies import STUDIES, Request, document
+from trady_kernels.study.studies import STUDIES, document
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
 PROVENANCE = {
@@ -68,63 +70,84 @@ def filled(path: Path, plan: Listed[Training, TrainingOutcome], top1: float = 0.
 
 def test_frequencies_are_those_that_a_run_has_room_for() -> None:
     """1,000 samples in batches of 32 are 32 steps an epoch."""
-    usual = frequencies(RECIPES["mnist"])
-    assert list(usual) == [
+    short = frequencies(RECIPES["mnist"])
+    assert list(short) == [
         *("once", "2 epochs", "epoch", "16 steps", "4 steps", "1 steps", "norm 60%", "norm 30%")
     ]
-    assert usual["2 epochs"] == ("trady", "64 steps") and usual["once"] == ("s-topk-random", "epoch")
-    longer = dataclasses.replace(RECIPES["mnist"], epochs=50)
-    assert {"10 epochs", "5 epochs"} < set(frequencies(longer))
-    unknown = dataclasses.replace(longer, train_samples=None)
-    assert not any(name.endswith("epochs") for name in frequencies(unknown))
-    quick = resampling_plan("quick")
-    assert {cell.task for cell in quick.cells} == {"digits"} and len(quick.cells) == quick.size == 5
+    assert short["2 epochs"] == "2 epochs" and short["once"] == "5 epochs", "of five in all"
+    for size in ("usual", "full"):
+        for recipe in resampling_plan(Request(size)).recipes.values():
+            assert {"once", "10 epochs", "5 epochs", "2 epochs", "epoch", "1 steps"} < set(
+                frequencies(recipe)
+            )
+    quick = resampling_plan(Request("quick"))
+    assert {cell.task for cell in quick.cells} == {"digits"} and len(quick.cells) == quick.size == 6
 
 
 def test_plans_name_each_run_once() -> None:
-    for plan in (resampling_plan("usual", TASKS), sensitivity_plan("usual"), sensitivity_plan("full")):
+    for plan in (
+        resampling_plan(Request("usual", TASKS)),
+        sensitivity_plan(Request("usual")),
+        sensitivity_plan(Request("full")),
+    ):
         assert len(set(plan.cells)) == plan.size
         for cell in plan.cells:
             settings = cell.settings(plan.recipes[cell.task])
             assert settings.resampling == cell.resampling and settings.validation_share == 0
-    grid = sensitivity_plan("usual")
+    grid = sensitivity_plan(Request("usual"))
     assert grid.size == 3 * 3 * 3 * len(FACTORS)
+    several = resampling_plan(Request("usual", TASKS, ("trady", "d-full-random")))
+    assert several.size == 2 * resampling_plan(Request("usual", TASKS)).size
+    for scheme in ("full", "head-only", "frugal", "nonsense"):
+        with pytest.raises(ValueError, match=f"scheme: got '{scheme}', expected one of trady"):
+            resampling_plan(Request("usual", TASKS, (scheme,)))
     assert {cell.learning_rate for cell in grid.cells} == {0.017, 0.05, 0.15}
-    assert {cell.resampling for cell in grid.cells} == {"epoch", "8 steps"}
-    assert {cell.budget for cell in resampling_plan("usual").cells} == {BUDGET}
-    some = budgets_plan("quick")
+    assert {cell.resampling for cell in grid.cells} == {"5 epochs", "epoch", "7 steps"}
+    assert {cell.budget for cell in resampling_plan(Request("usual")).cells} == {BUDGET}
+    some = budgets_plan(Request("quick"))
     assert list(some.recipes) == ["digits"] and some.size < 20
-    assert budgets_plan("usual", TASKS).size == results_matrix("usual", TASKS).size
+    assert budgets_plan(Request("usual", TASKS)).size == results_matrix(Request("usual", TASKS)).size
     for make in (resampling_plan, sensitivity_plan):
         with pytest.raises(ValueError, match="size: got 'tiny', expected one of quick, usual, full"):
-            make("tiny")
+            make(Request("tiny"))
         with pytest.raises(ValueError, match="task: got 'cats', expected one of fashion-mnist"):
-            make("quick", ("cats",))
+            make(Request("quick", ("cats",)))
 
 
 def test_resampling_section(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     text = "\n".join(
-        resampling_section(filled(tmp_path / "resampling.json", resampling_plan("usual", TASKS)))
+        resampling_section(filled(tmp_path / "resampling.json", resampling_plan(Request("usual", TASKS))))
     )
     assert f"at {BUDGET} and the rate {RATES['efficientnet_lite0']['']:g}" in text
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    rows = {line.split("|")[2].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "| 80.5 ± 0.5 | 80.5 ± 0.5 |" in rows["once"] and "+0.00" in rows["once"]
     # 1, 2, 3 points more with seeds 0, 1, 2, on both tasks.
     assert "82.5 ± 1.5" in rows["1 steps"] and "+2.00 (p 0.0" in rows["1 steps"]
-    assert "2 epochs" in rows and "norm 30%" in rows
+    assert list(rows)[2:5] == ["once", "10 epochs", "5 epochs"] and "norm 30%" in rows
+    assert "beat channels drawn once (TraDy)*, trady: not decided at the level of 5%, +0.00" in text
+    assert "apart from a draw an epoch at 5%: 1 steps (+2.00 (p 0.0" in text
+
+
+def test_a_run_that_diverged_is_told(tmp_path: Path) -> None:
+    plan = sensitivity_plan(Request("usual"))
+    cells = filled(tmp_path / "sensitivity.json", plan)
+    cells.add(plan.cells[0], TrainingOutcome(0.0, diverged=True))
+    text = "\n".join(sensitivity_section(cells))
+    assert text.count("(1 diverged)") == 1 and "53.8 ± 46.6 (1 diverged)" in text
 
 
 def test_sensitivity_section(tmp_path: Path) -> None:
-    cells = filled(tmp_path / "sensitivity.json", sensitivity_plan("usual"))
+    cells = filled(tmp_path / "sensitivity.json", sensitivity_plan(Request("usual")))
     text = "\n".join(sensitivity_section(cells))
     assert text.count("80.5 ± 0.5") == 3 * 3 * 3
-    assert all(words in text for words in ("mnist, drawn once", "mnist, drawn every 8 steps", "rate 0.017"))
+    assert all(words in text for words in ("mnist, trady, once", "mnist, trady, every 7 steps", "rate 0.017"))
+    assert "the learning rate 0.0 on mnist; the budget 0.0 on mnist; the frequency 0.0 on mnist" in text
 
 
 def test_networks_of_different_rates_share_a_table(tmp_path: Path) -> None:
-    cells = filled(tmp_path / "sensitivity.json", sensitivity_plan("usual", ("mnist", "tweets")))
-    lines = sensitivity_section(cells)[2:]
+    cells = filled(tmp_path / "sensitivity.json", sensitivity_plan(Request("usual", ("mnist", "tweets"))))
+    lines = [line for line in sensitivity_section(cells) if line.startswith("|")]
     assert len({len(line) for line in lines}) == 1 and lines[0].count("rate") == 6
     values = [cell.strip() for line in lines if "tweets" in line for cell in line.split("|")[3:-1]]
     filled_in = "80.5 ± 0.5"  # at 0.067, 0.2 and 0.6 of the columns 0.017, 0.05, 0.067, 0.15, 0.2, 0.6
@@ -134,8 +157,8 @@ def test_networks_of_different_rates_share_a_table(tmp_path: Path) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Cells of every study that reads training runs."""
-    filled(tmp_path / "resampling.json", resampling_plan("usual", TASKS))
-    filled(tmp_path / "sensitivity.json", sensitivity_plan("usual"))
+    filled(tmp_path / "resampling.json", resampling_plan(Request("usual", TASKS)))
+    filled(tmp_path / "sensitivity.json", sensitivity_plan(Request("usual")))
     recipes = {task: RECIPES[task] for task in TASKS}
     cells: Trainings = CellFile(tmp_path / "results.json", KINDS, recipes)
     cells.begin(PROVENANCE)
@@ -168,6 +191,62 @@ def test_reports_and_plots(name: str, folder: Path) -> None:
     drawn = image.imread(png)
     assert 0.005 < (drawn[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"
     assert svg.read_bytes().count(b"<path") > 10
+
+
+def test_a_file_that_has_nothing_yet_is_no_obstacle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A study that is half done, or was never begun, keeps no other one from its report."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    (folder / "results.json").unlink()
+    cells: Trainings = CellFile(folder / "results.json", KINDS, {task: RECIPES[task] for task in TASKS})
+    cells.begin(PROVENANCE)
+    cells.add(Training("mnist", "medyate", "2.2%", 0.1, 0, True), outcome_of(0.1))
+    assert main(["study", "resampling", "--report-only", "--output", str(folder)]) == 0
+    text = (folder / "study.md").read_text()
+    assert "trady study resampling" in text and "trady study budget" not in text
+    assert main(["study", "budget", "--report-only", "--output", str(folder)]) == 2
+    assert "has no run on test samples yet" in capsys.readouterr().err
+    (folder / "results.json").unlink()
+    assert main(["study", "all", "--report-only", "--output", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "study-resampling.png" in out and "study-sensitivity.png" in out and "study-tails" not in out
+
+
+def test_bad_devices_and_studies_that_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "tails", "--device", "banana", "--output", str(tmp_path / "out")]) == 2
+    assert "device: got 'banana', expected 'cpu' or 'cuda'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert [name for name, study in STUDIES.items() if study.alone] == ["steps"]
+
+
+def test_panels_say_what_they_show(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every axis has a name, and every figure is as wide as a column."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    figures: list[Any] = []
+    written = plot_module.write_figure
+    for module in (draws_module, plot_module):
+        monkeypatch.setattr(
+            module, "write_figure", lambda path, figure: (figures.append(figure), written(path, figure))
+        )
+    for name in ("resampling", "sensitivity", "budget", "efficiency"):
+        STUDIES[name].report(folder)
+    assert len(figures) == 8, "PNG and SVG"
+    for figure in figures:
+        assert figure.get_size_inches()[0] < 5
+        for axes in figure.axes:
+            if axes.get_label() != "<colorbar>":
+                assert axes.get_xlabel() and axes.get_ylabel() and axes.get_title()
+                assert axes.lines or axes.images or axes.containers or axes.patches
+    drawn = {line.get_label() for line in figures[0].axes[0].lines}
+    assert {"once", "10 epochs", "epoch", "1 steps", "norm 30%"} <= drawn
+
+
+def test_a_scheme_looks_the_same_everywhere() -> None:
+    looks = {scheme: tuple(scheme_style(scheme).items()) for scheme in ("trady", "frugal@5.2%", "full")}
+    assert len(set(looks.values())) == 3
+    assert scheme_style("mine") == scheme_style("mine")
+    assert scheme_style("frugal") == scheme_style("frugal@5.2%") != scheme_style("frugal@14%")
 
 
 def test_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import multiprocessing
 import os
 import textwrap
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,8 +21,9 @@ from trady_kernels.cli import _INTERRUPTED, usage_errors
 from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
 from trady_kernels.study.cells import CellFile, Plan, run_cells
-from trady_kernels.study.results import RECIPES, SIZES
-from trady_kernels.study.studies import STUDIES, Request, Study
+from trady_kernels.study.results import RECIPES, SIZES, Request
+from trady_kernels.study.studies import STUDIES, Study
+from trady_kernels.training.run import check_device
 
 _EPILOG = """\
 examples:
@@ -29,6 +31,7 @@ examples:
   trady study results --output runs/results
   trady study tails --quick --output runs/study
   trady study all --quick --output runs/study
+  trady study resampling --task 'mobilenet_v2_w035 on digits' --scheme trady,medyate --output runs/mine
   trady study results --output docs --report-only
 
 The folder gets the runs of each study as JSON (with settings, versions and commit), results.md or study.md, and plots as
@@ -64,14 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{size}", action="store_const", const=size, dest="size", help=f"short for --size {size}"
         )
     parser.add_argument(
-        "--task", type=_names, default=(), metavar="NAME[,NAME]", help=f"some of {', '.join(RECIPES)}"
+        "--task",
+        type=_names,
+        default=(),
+        metavar="NAME[,NAME]",
+        help=f"some of {', '.join(RECIPES)}, or any network and data: 'mobilenet_v2 on digits'",
     )
     parser.add_argument(
         "--scheme",
         type=_names,
         default=(),
         metavar="NAME[,NAME]",
-        help="of results: rows, such as trady,frugal@5.2%%,full+checkpoint (default: some twenty a network)",
+        help=f"of {_taking_schemes()}: which, such as trady,medyate; of results also frugal@5.2%%,full+checkpoint",
+    )
+    parser.add_argument(
+        "--ranking", metavar="FILE", help="layer ranking of the network, instead of the one that ships"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument(
@@ -79,11 +89,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="trainings at a time (default: one a core, here %(default)s)",
+        help="trainings at a time (default: one a core, here %(default)s); of steps, which are timed, always one",
     )
     parser.add_argument(
         "--report-only", action="store_true", help="write the report from the runs that are there"
     )
+
+
+def _taking_schemes() -> str:
+    return ", ".join(study.name for study in STUDIES.values() if study.takes_schemes)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -96,9 +110,12 @@ def run(args: argparse.Namespace) -> int:
     with usage_errors():
         if args.jobs < 1:
             raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
-        if args.scheme and args.name != "results":
-            raise ValueError(f"scheme: got {','.join(args.scheme)}, expected none: {args.name} has its own")
+        check_device(args.device)
         studies = list(STUDIES.values()) if args.name == "all" else [STUDIES[args.name]]
+        if args.scheme and not (len(studies) == 1 and studies[0].takes_schemes):
+            raise ValueError(
+                f"scheme: got {','.join(args.scheme)}, expected none but for {_taking_schemes()}: {args.name} has its own"
+            )
         for study in [] if args.report_only else studies:
             if study.name == "results" and len(studies) > 1:
                 continue  # budget has its runs; where it has to be quick, some of them
@@ -109,21 +126,38 @@ def run(args: argparse.Namespace) -> int:
                 console.print("interrupted; the same command goes on with what is missing")
                 return _INTERRUPTED
         for study in studies:
+            if len(studies) > 1 and not (args.output / study.cells).exists():
+                continue  # one that was never begun
             for file in study.report(args.output):
                 console.print(f"written to {file}")
     return 0
 
 
 def _run_missing(study: Study, args: argparse.Namespace, console: Console) -> None:
-    plan = study.plan(Request(args.size, args.task, args.scheme, args.device))
+    plan = study.plan(Request(args.size, args.task, args.scheme, args.ranking, args.device))
+    jobs = 1 if study.alone else args.jobs
     args.output.mkdir(parents=True, exist_ok=True)
     with alone_in(args.output):
         cells = CellFile(args.output / study.cells, study.kinds, plan.recipes)
         cells.begin(describe(torch.device(args.device)))
         # Forks of a process whose libraries have threads may hang.
-        workers = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"))
+        workers = ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        )
         with workers, _Progress(console, plan) as progress:
-            run_cells(plan, cells, workers, args.jobs, progress.on_cell)
+            run_cells(plan, cells, workers, jobs, progress.on_cell)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on, for nobody."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Progress:

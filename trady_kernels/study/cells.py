@@ -17,6 +17,10 @@ _FORMAT = "trady-study-cells"
 _VERSION = 2
 
 
+class NothingFinished(ValueError):
+    """A file has no cell that a report could be made of."""
+
+
 class Cell(Protocol):
     """What names one training run: a frozen dataclass of plain values.
 
@@ -117,6 +121,7 @@ class CellFile(Generic[CellT, OutcomeT]):
     def add(self, cell: CellT, outcome: OutcomeT) -> None:
         """Keep an outcome; the file is the old one or the new one, whenever the process dies."""
         self._outcomes[cell] = dataclasses.replace(outcome, provenance=len(self.provenance) - 1)
+        # Where a value has no number it is null: NaN is none of JSON's.
         head = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -126,7 +131,8 @@ class CellFile(Generic[CellT, OutcomeT]):
         # A line a cell: some hold thousands of numbers.
         rows = ",\n".join(
             json.dumps(
-                {"cell": dataclasses.asdict(cell), "outcome": dataclasses.asdict(self._outcomes[cell])}
+                {"cell": dataclasses.asdict(cell), "outcome": dataclasses.asdict(self._outcomes[cell])},
+                allow_nan=False,
             )
             for cell in self._sorted()
         )
@@ -156,7 +162,7 @@ def made_with(cells: CellFile[Any, Any]) -> list[str]:
     commits = dict.fromkeys(_short(cells.provenance[index]["commit"]) for index in used)
     versions = cells.provenance[used[-1]]["versions"]
     return [
-        "Generated from its JSON; no figure was typed. Made and made again with:",
+        "Generated from its JSON, beside the rankings that ship and what scipy computes; no figure was typed. Made and made again with:",
         "",
         *(f"    {command}" for command in commands),
         "",
@@ -245,7 +251,8 @@ def run_cells(
 
     Raises:
         OSError: the file could not be written; it is whole, without the last cell.
-        ValueError, FileNotFoundError, ModuleNotFoundError: a task's data or network is not to be had.
+        ValueError, FileNotFoundError, ModuleNotFoundError: a task's data or network is not to be had. Cells that ran beside
+            the one that failed are kept.
     """
     told: set[CellT] = set()
     running: dict[Future[OutcomeT], CellT] = {}
@@ -255,22 +262,26 @@ def run_cells(
             told.add(cell)
             on_cell(cell, cells[cell], fresh)
 
+    def keep(future: Future[OutcomeT]) -> None:
+        cell = running.pop(future)
+        cells.add(cell, future.result())
+        tell(cell, fresh=True)
+
     try:
         while True:
             for cell in plan.ready(cells):
                 if cell in cells:
                     tell(cell, fresh=False)
-                elif len(running) == workers:
-                    break
-                elif cell not in running.values():
+                elif len(running) < workers and cell not in running.values():
                     running[executor.submit(plan.train, cell, plan.recipes[cell.task])] = cell
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                cells.add(cell, future.result())
-                tell(cell, fresh=True)
-    except BaseException:
-        for future in running:
-            future.cancel()
+                keep(future)
+    except BaseException as error:
+        waiting = [future for future in running if not future.cancel()]
+        if isinstance(error, Exception):  # not where somebody waits for the end
+            for future in wait(waiting).done:
+                if future.exception() is None:
+                    keep(future)
         raise

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 
 
+class NoOverlap(ValueError):
+    """No two draws have a channel with a gradient in common, so that nothing is known of their mean."""
+
+
 @dataclass(frozen=True)
 class Expectation:
     """The mean and the scatter of an update that has the gradient of the drawn channels and zeros elsewhere.
@@ -39,7 +43,8 @@ def expected_update(
         selections: ``{layer name: (k,)}`` of at least two draws.
 
     Raises:
-        ValueError: fewer than two draws, or none of a channel that has a gradient.
+        NoOverlap: more draws are needed.
+        ValueError: fewer than two draws.
     """
     counts = {name: torch.zeros(len(found), dtype=torch.float64) for name, found in norms.items()}
     draws = 0
@@ -55,7 +60,7 @@ def expected_update(
     # Of the update: mean squared length, squared length of its mean, product of its mean with the gradient.
     mean_square, square_of_mean = float((share * squares).sum()), float((share_squared * squares).sum())
     if not mean_square > 0 or not square_of_mean > 0:
-        raise ValueError(
+        raise NoOverlap(
             f"selections: got {draws} draws that share no channel with a gradient, expected more draws"
         )
     cosine_squared = mean_square**2 / (square_of_mean * float(squares.sum()))

@@ -13,12 +13,12 @@ from torch import nn
 
 from trady_kernels.models.loading import classifier_name
 from trady_kernels.selection.channel_norms import by_channel, layers_of
-from trady_kernels.study.cells import CellFile, Listed
-from trady_kernels.study.results import RECIPES, Size, study_recipes
+from trady_kernels.study.cells import CellFile, Listed, NothingFinished
+from trady_kernels.study.results import RECIPES, Request, Size, study_recipes
 from trady_kernels.study.statistics import significant
 from trady_kernels.study.tail_index import TailIndex
 from trady_kernels.study.trainings import load_samples
-from trady_kernels.training.loop import train_scheme
+from trady_kernels.training.loop import Diverged, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
@@ -43,7 +43,8 @@ class Look:
 
     def words(self, outcome: Gradients) -> str:
         """The run and its outcome in a line."""
-        return f"{self.task}, seed {self.seed}: test {outcome.top1:.1%}"
+        result = "diverged" if outcome.diverged else f"test {outcome.top1:.1%}"
+        return f"{self.task}, seed {self.seed}: {result}"
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Gradients:
         steps: those after which norms were noted: powers of two, and the last one of every epoch.
         layer_norms: by layer, after each of them: the norms of its gradients so far, added up.
         channel_norms: by layer, of every input channel: the norms of its gradients, added up over the run.
-        histograms: by layer, how many elements of its gradients are in each bin of ``OCTAVES``.
-        deviations: by layer, root of the mean square of its gradients' elements.
+        histograms: by layer, how many elements of its gradients are in each bin of ``OCTAVES``; zeros are in none.
+        elements: by layer, how many there were, zeros too.
+        deviations: by layer, root of their mean square.
+        diverged: whether the loss became infinite or NaN; everything else is empty then.
         provenance: index of what it was made with in the file's list.
     """
 
@@ -70,11 +73,25 @@ class Gradients:
     layer_norms: Mapping[str, list[float]] = field(default_factory=dict)
     channel_norms: Mapping[str, list[float]] = field(default_factory=dict)
     histograms: Mapping[str, list[int]] = field(default_factory=dict)
+    elements: Mapping[str, int] = field(default_factory=dict)
     deviations: Mapping[str, float] = field(default_factory=dict)
+    diverged: bool = False
     provenance: int = 0
 
 
 Looks = CellFile[Look, Gradients]
+
+
+def finished(looks: Looks) -> dict[Look, Gradients]:
+    """The runs that did not diverge.
+
+    Raises:
+        NothingFinished: there is none.
+    """
+    found = {cell: looks[cell] for cell in looks if not looks[cell].diverged}
+    if not found:
+        raise NothingFinished(f"cells: {looks.path} has no finished run, expected some")
+    return found
 
 
 _SIZES: Mapping[str, Size] = {
@@ -84,20 +101,15 @@ _SIZES: Mapping[str, Size] = {
 }
 
 
-def gradient_plan(size: str, tasks: tuple[str, ...] = (), device: str = "cpu") -> Listed[Look, Gradients]:
+def gradient_plan(request: Request) -> Listed[Look, Gradients]:
     """The runs of full fine-tuning that the studies of gradients look at.
-
-    Args:
-        size: "quick", "usual" or "full".
-        tasks: some of those of the results table; all by default, those on images where it has to be quick.
-        device: where to run.
 
     Raises:
         ValueError: no such size or task.
     """
-    usual = ("fashion-mnist", "digits") if size == "quick" else RECIPES
-    recipes = study_recipes(size, tasks, usual, _SIZES, device)
-    return plan_of(recipes, _SIZES[size].seeds)
+    usual = ("fashion-mnist", "digits") if request.size == "quick" else RECIPES
+    recipes = study_recipes(request, usual, _SIZES)
+    return plan_of(recipes, _SIZES[request.size].seeds)
 
 
 def plan_of(recipes: Mapping[str, Settings], seeds: int) -> Listed[Look, Gradients]:
@@ -107,10 +119,9 @@ def plan_of(recipes: Mapping[str, Settings], seeds: int) -> Listed[Look, Gradien
 
 
 def look(cell: Look, recipe: Settings) -> Gradients:
-    """Fine-tune the whole network and look at every step's gradients.
+    """Fine-tune the whole network and look at every step's gradients; a run that diverges has an outcome too.
 
     Raises:
-        Diverged: the loss became infinite or NaN.
         ValueError, FileNotFoundError, ModuleNotFoundError: the task's data or network is not to be had.
     """
     settings = replace(recipe, schemes=("full",), seed=cell.seed)
@@ -118,7 +129,10 @@ def look(cell: Look, recipe: Settings) -> Gradients:
     data = load_samples(cell.task, recipe, held_out=False)
     looking = _Looking(len(data.classes), cell.seed)
     with tempfile.TemporaryDirectory() as folder:
-        result = train_scheme("full", settings, data, Path(folder, "checkpoint.pt"), looking)
+        try:
+            result = train_scheme("full", settings, data, Path(folder, "checkpoint.pt"), looking)
+        except Diverged:
+            return Gradients(0.0, diverged=True)
     return looking.found(result.top1)
 
 
@@ -200,6 +214,7 @@ class _Looking(Observer):
             {name: [significant(norm, 5) for norm in norms] for name, norms in self._layer_norms.items()},
             {name: [significant(norm, 3) for norm in norms.tolist()] for name, norms in self._sums.items()},
             {name: counts.tolist() for name, counts in self._bins.items()},
+            self._elements,
             {
                 name: significant(math.sqrt(total / self._elements[name]), 5)
                 for name, total in self._squares.items()

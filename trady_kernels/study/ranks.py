@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from trady_kernels.selection import LayerRanking
-from trady_kernels.study.gradients import Gradients, Look, Looks
+from trady_kernels.study.gradients import Gradients, Look, Looks, finished
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import heat_maps, write_figure
 from trady_kernels.study.statistics import paired_test
@@ -24,7 +27,7 @@ Pair = tuple[Look, Look]
 
 def _by_network(looks: Looks) -> dict[str, list[Look]]:
     networks: dict[str, list[Look]] = {}
-    for cell in looks:
+    for cell in finished(looks):
         networks.setdefault(looks.recipes[cell.task].model, []).append(cell)
     return networks
 
@@ -36,6 +39,22 @@ def layer_agreement(first: Gradients, second: Gradients, place: int = -1, other:
         for run, at in ((first, place), (second, other))
     ]
     return LayerRanking(scores[0]).agreement(scores[1])
+
+
+def epoch_agreements(run: Gradients, epochs: int) -> list[float]:
+    """Spearman's correlation of the layer norms of any two epochs of a run, each added up over its own steps alone."""
+    steps = run.steps[-1] // epochs
+    ends = [run.steps.index(steps * epoch) for epoch in range(1, 1 + epochs)]
+    rankings = [
+        LayerRanking(
+            {
+                name: max(norms[end] - (norms[before] if before is not None else 0.0), 0.0)
+                for name, norms in run.layer_norms.items()
+            }
+        )
+        for before, end in zip([None, *ends[:-1]], ends, strict=True)
+    ]
+    return [a.agreement(b) for a, b in combinations(rankings, 2)]
 
 
 def channel_agreement(first: Gradients, second: Gradients) -> float:
@@ -57,6 +76,8 @@ def channel_agreement(first: Gradients, second: Gradients) -> float:
 def channel_p(first: Gradients, second: Gradients) -> float:
     """The p of a paired t-test of two runs' cumulated channel norms, over all channels of all layers.
 
+    It tells whether one run's gradients are larger in all, not whether other channels have them.
+
     Raises:
         ModuleNotFoundError: scipy is not installed.
     """
@@ -71,10 +92,82 @@ def channel_p(first: Gradients, second: Gradients) -> float:
     return paired_test(norms[0], norms[1]).p
 
 
+def topology(run: Gradients) -> torch.Tensor:
+    """Channels' norms over the mean of their layer's, all layers in a row: which channels have it, whatever its size."""
+    parts = [torch.tensor(norms, dtype=torch.float64) for norms in run.channel_norms.values()]
+    return torch.cat([norms / norms.mean() if norms.any() else norms for norms in parts])
+
+
+def share_apart(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> float:
+    """Share of channels that Welch's t-test tells apart at 5% between two groups of runs, of at least two topologies each.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
+    from scipy.stats import ttest_ind
+
+    groups = [torch.stack(list(group)) for group in (first, second)]
+    moving = torch.cat(groups).std(0) > 0
+    test = ttest_ind(*(group[:, moving].numpy() for group in groups), equal_var=False)
+    return float((torch.from_numpy(test.pvalue) < 0.05).double().sum() / len(moving))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """How far the channels of two tasks differ.
+
+    Attributes:
+        share: of channels that a t-test tells apart between the seeds of one task and those of the other.
+        mixed: the same between every other two groups of these runs, in which tasks are mixed: what chance makes of it.
+    """
+
+    share: float
+    mixed: list[float]
+
+    @property
+    def differ(self) -> bool:
+        """Whether tasks differ more than any groups in which they are mixed."""
+        return self.share > max(self.mixed)
+
+
+def tasks_apart(first: Sequence[Gradients], second: Sequence[Gradients]) -> Apart | None:
+    """Compare two tasks by the topologies of their runs; None with fewer than two runs of each.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
+    count = min(len(first), len(second))
+    if count < 2:
+        return None
+    runs = [topology(run) for run in (*first[:count], *second[:count])]
+    tasks = set(range(count))
+    mixed = []
+    for others in combinations(range(1, 2 * count), count - 1):
+        group = {0, *others}  # with the first run, so that no division counts twice
+        if group != tasks:
+            rest = [runs[at] for at in range(2 * count) if at not in group]
+            mixed.append(share_apart([runs[at] for at in sorted(group)], rest))
+    return Apart(share_apart(runs[:count], runs[count:]), mixed)
+
+
 def _compare(
     looks: Looks, cells: list[Look], measure: Callable[[Gradients, Gradients], float]
 ) -> dict[Pair, float]:
     return {(a, b): measure(looks[a], looks[b]) for a, b in combinations(cells, 2)}
+
+
+def _of_task(looks: Looks, cells: list[Look], task: str) -> list[Gradients]:
+    return [looks[cell] for cell in cells if cell.task == task]
+
+
+def _all_apart(looks: Looks, cells: list[Look]) -> dict[tuple[str, str], Apart]:
+    """Every two tasks that have two runs each."""
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    found = {
+        (a, b): tasks_apart(_of_task(looks, cells, a), _of_task(looks, cells, b))
+        for a, b in combinations(tasks, 2)
+    }
+    return {pair: apart for pair, apart in found.items() if apart is not None}
 
 
 def _kinds(values: dict[Pair, float]) -> tuple[list[float], list[float]]:
@@ -92,7 +185,7 @@ def _range(values: list[float]) -> str:
 
 
 def ranks_section(looks: Looks) -> list[str]:
-    """Whether tasks and seeds agree on the layers with the most gradient, and after how many steps."""
+    """Whether tasks, seeds and epochs agree on the layers with the most gradient, and after how many steps."""
     rows, sentences = [], []
     for network, cells in _by_network(looks).items():
         agreements = _compare(looks, cells, layer_agreement)
@@ -100,24 +193,46 @@ def ranks_section(looks: Looks) -> list[str]:
             continue
         seeds, tasks = _kinds(agreements)
         worst = min(agreements, key=agreements.__getitem__)
+        epochs = [
+            agreement
+            for cell in cells
+            for agreement in epoch_agreements(looks[cell], looks.recipes[cell.task].epochs)
+        ]
         stable = [stable_from(looks[cell]) for cell in cells]
+        first_epochs = [looks[cell].steps[-1] // looks.recipes[cell.task].epochs for cell in cells]
         rows.append(
-            [network, str(len(cells)), _range(seeds), _range(tasks), f"{min(stable)} to {max(stable)}"]
+            [
+                network,
+                str(len(cells)),
+                *(_range(found) for found in (seeds, tasks, epochs)),
+                f"{min(stable)} to {max(stable)}",
+            ]
         )
-        verdict = "holds" if agreements[worst] >= PUBLISHED_AGREEMENT else "does not hold"
+        early = sum(found <= steps for found, steps in zip(stable, first_epochs, strict=True))
         sentences += [
             "",
-            f"*Ranks agree across tasks and seeds, at least {PUBLISHED_AGREEMENT} (TraDy)*, {network}: {verdict}, worst is "
-            f"{agreements[worst]:.2f}, of {_words(worst)}.",
+            f"*Ranks agree across tasks and seeds, at least {PUBLISHED_AGREEMENT} (TraDy)*, {network}: "
+            f"{_holds(agreements[worst] >= PUBLISHED_AGREEMENT)}, worst is {agreements[worst]:.2f}, of {_words(worst)}.",
+            "",
+            f"*A few epochs suffice for a ranking (TraDy)*, {network}: {_holds(early == len(cells))}, in {early} of {len(cells)} runs "
+            f"the ranking after the first epoch, or one before, agrees with the last by {STABLE} or more.",
         ]
-    heads = ["network", "runs", "between seeds", "between tasks", f"steps to {STABLE} with the end"]
+    heads = [
+        *("network", "runs", "between seeds", "between tasks", "between epochs"),
+        f"steps to {STABLE} with the end",
+    ]
     return [
-        "Spearman's correlation of the layers' gradient norms, added up over a run: mean and standard deviation over pairs of "
-        "runs, and range.",
+        "Spearman's correlation of the layers' gradient norms: between runs, added up over a run; between epochs of a run, each "
+        "epoch's own. Mean and standard deviation over pairs, and range. The steps are those after which the norms so far rank "
+        "layers as those of the whole run do.",
         "",
         *markdown(heads, rows),
         *sentences,
     ]
+
+
+def _holds(claim: bool) -> str:
+    return "holds" if claim else "does not hold"
 
 
 def stable_from(run: Gradients) -> int:
@@ -137,21 +252,32 @@ def channels_section(looks: Looks) -> list[str]:
         if len(cells) < 2:
             continue
         within = _kinds(_compare(looks, cells, channel_agreement))
-        tests = _kinds(_compare(looks, cells, channel_p))
-        differ = [f"{sum(p < 0.05 for p in group)} of {len(group)}" if group else "" for group in tests]
-        rows.append([network, *(_range(group) for group in within), *differ])
-        if tests[1]:
-            count = sum(p < 0.05 for p in tests[1])
-            verdict = "holds" if count == len(tests[1]) else "holds in part" if count else "does not hold"
+        paired = _kinds(_compare(looks, cells, channel_p))
+        larger = [f"{sum(p < 0.05 for p in group)} of {len(group)}" if group else "" for group in paired]
+        apart = _all_apart(looks, cells)
+        shares = [100 * found.share for found in apart.values()]
+        mixed = [100 * share for found in apart.values() for share in found.mixed]
+        rows.append([network, *map(_range, within), spread(shares), spread(mixed), *larger])
+        if apart:
+            differ = sum(found.differ for found in apart.values())
+            verdict = "holds" if differ == len(apart) else "holds in part" if differ else "does not hold"
             sentences += [
                 "",
-                f"*Channels differ between tasks (TraDy)*, {network}: {verdict}, the paired test tells {differ[1]} pairs of "
-                f"tasks apart at 5%, and {differ[0] or 'none'} pairs of seeds of a task.",
+                f"*Channels differ between tasks (TraDy)*, {network}: {verdict}; {differ} of {len(apart)} pairs of tasks have more "
+                f"channels apart than any groups that mix them, {statistics.fmean(shares):.1f}% of channels against "
+                f"{statistics.fmean(mixed):.1f}%.",
             ]
-    heads = ["network", "ranks, seeds", "ranks, tasks", "differ, seeds", "differ, tasks"]
+    heads = [
+        *("network", "ranks, seeds", "ranks, tasks", "apart, tasks (%)", "apart, mixed (%)"),
+        *("larger, seeds", "larger, tasks"),
+    ]
     return [
         "Norms of the channels' gradients, added up over a run. Ranks: Spearman's correlation inside a layer, the mean over "
-        "layers; differ: pairs of runs that a paired t-test over all channels tells apart at 5%.",
+        "layers, between two runs of a task and of different ones. Apart: share of channels whose norms, over the mean of their "
+        "layer, Welch's t-test tells apart at 5% between the seeds of one task and those of another; mixed: between groups of "
+        "the same runs that have both tasks in them, which is what chance makes of so few seeds. Larger: pairs of runs that a "
+        "paired t-test over all channels tells apart at 5%, which it does where one run's gradients are larger in all, so that it "
+        "says nothing of which channels have them.",
         "",
         *markdown(heads, rows),
         *sentences,
@@ -164,19 +290,43 @@ def _matrix(values: dict[Pair, float], cells: list[Look], diagonal: float) -> li
     ]
 
 
-def _plot(path: Path, looks: Looks, measure: Callable[[Gradients, Gradients], float], **options: Any) -> None:
+def _plot_runs(
+    path: Path, looks: Looks, measure: Callable[[Gradients, Gradients], float], words: str
+) -> None:
     matrices = {}
     for network, cells in _by_network(looks).items():
         names = [f"{cell.task} {cell.seed}" for cell in cells]
         matrices[network] = (_matrix(_compare(looks, cells, measure), cells, 1.0), names, names)
-    write_figure(path, heat_maps(matrices, **options))
+    write_figure(path, heat_maps(matrices, words=words, low=0.0, high=1.0, axes_words=("task, seed",) * 2))
 
 
 def plot_ranks(path: Path, looks: Looks) -> None:
     """Draw the matrix of rank correlations of layers, a panel a network."""
-    _plot(path, looks, layer_agreement, words="Spearman's correlation of layers", low=0.0, high=1.0)
+    _plot_runs(path, looks, layer_agreement, "Spearman's correlation of layers")
 
 
 def plot_channels(path: Path, looks: Looks) -> None:
-    """Draw the matrix of p-values between the channels of runs, a panel a network."""
-    _plot(path, looks, channel_p, words="p of a paired t-test of channels", low=0.0, high=1.0)
+    """Draw the matrix of rank correlations of channels, a panel a network, and the share that tells two tasks apart."""
+    matrices: dict[str, tuple[list[list[float]], list[str], list[str]]] = {}
+    for network, cells in _by_network(looks).items():
+        names = [f"{cell.task} {cell.seed}" for cell in cells]
+        matrices[f"{network}, ranks"] = (
+            _matrix(_compare(looks, cells, channel_agreement), cells, 1.0),
+            names,
+            names,
+        )
+        tasks = list(dict.fromkeys(cell.task for cell in cells))
+        apart = _all_apart(looks, cells)
+        matrices[f"{network}, apart"] = (
+            [
+                [
+                    apart[pair].share if (pair := (a, b)) in apart or (pair := (b, a)) in apart else math.nan
+                    for b in tasks
+                ]
+                for a in tasks
+            ],
+            tasks,
+            tasks,
+        )
+    words = "ranks: Spearman's correlation; apart: share of channels"
+    write_figure(path, heat_maps(matrices, words=words, low=0.0, high=1.0, axes_words=("task, seed",) * 2))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
+from trady_kernels.data import kind_of
+from trady_kernels.selection import SCHEMES as CHOOSE_CHANNELS
 from trady_kernels.study.matrix import Matrix
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
+
+T = TypeVar("T")
 
 #: One thread a run, so that as many runs as there are cores go side by side.
 IMAGES = Settings(
@@ -23,6 +27,7 @@ RECIPES: Mapping[str, Settings] = {
     "tweets": replace(SENTENCES, data="tweets"),
     "editorials": replace(SENTENCES, data="editorials"),
 }
+_BY_KIND = {"images": IMAGES, "sentences": SENTENCES}
 #: Middle one of the learning rates tried. Lower than what ``trady finetune`` takes by default, for fewer channels and more
 #: images: with 1,000 images at 2.2%, seeds of every sampler diverged at 0.2 and some at 0.1.
 RATES: Mapping[str, Mapping[str, float]] = {
@@ -118,63 +123,106 @@ SIZES: Mapping[str, Size] = {
 }
 
 
-def check_names(size: str, tasks: tuple[str, ...]) -> None:
-    """Check what a user asks of a study.
+@dataclass(frozen=True)
+class Request:
+    """What a user asks of a study.
+
+    Attributes:
+        size: "quick", "usual" or "full".
+        tasks: as :func:`recipe_of` takes them; the study's own by default.
+        schemes: of a study that compares or takes some; its own by default.
+        ranking: file of a layer ranking for all tasks; None takes those that ship.
+        device: where to run.
+    """
+
+    size: str = "usual"
+    tasks: tuple[str, ...] = ()
+    schemes: tuple[str, ...] = ()
+    ranking: str | None = None
+    device: str = "cpu"
+
+
+def recipe_of(task: str) -> Settings:
+    """Settings of a task: one of ``RECIPES`` by its name, or any network on any data, as in "mobilenet_v2 on digits".
 
     Raises:
-        ValueError: no such size or task.
+        ValueError: it reads as neither.
     """
-    if size not in SIZES:
-        raise ValueError(f"size: got {size!r}, expected one of {', '.join(SIZES)}")
-    if unknown := [task for task in tasks if task not in RECIPES]:
-        raise ValueError(f"task: got {unknown[0]!r}, expected one of {', '.join(RECIPES)}")
+    if task in RECIPES:
+        return RECIPES[task]
+    model, _, data = task.partition(" on ")
+    if not model or not data:
+        raise ValueError(
+            f"task: got {task!r}, expected one of {', '.join(RECIPES)}, or a network and data: 'mobilenet_v2 on digits'"
+        )
+    return replace(_BY_KIND[kind_of(data)], model=model, data=data)
 
 
-def study_recipes(
-    size: str, tasks: tuple[str, ...], usual: Iterable[str], sizes: Mapping[str, Size], device: str
-) -> dict[str, Settings]:
+def _of_network(table: Mapping[str, T], recipe: Settings) -> T:
+    """A network's entry; of another one that of ours for the same kind of samples."""
+    return table.get(recipe.model, table[_BY_KIND[kind_of(recipe.data)].model])
+
+
+def middle_rate(recipe: Settings, scheme: str = "") -> float:
+    """The middle one of the learning rates tried; "" for a sampler's."""
+    rates = _of_network(RATES, recipe)
+    return rates.get(scheme, rates[""])
+
+
+def choosing_channels(schemes: tuple[str, ...]) -> tuple[str, ...]:
+    """The schemes of a study of channels that are drawn.
+
+    Raises:
+        ValueError: one is no scheme that chooses channels within a budget.
+    """
+    for scheme in schemes:
+        if scheme not in CHOOSE_CHANNELS or not CHOOSE_CHANNELS[scheme].budgeted:
+            able = ", ".join(name for name, kind in CHOOSE_CHANNELS.items() if kind.budgeted)
+            raise ValueError(f"scheme: got {scheme!r}, expected one of {able}")
+    return schemes
+
+
+def rows_of(recipe: Settings) -> dict[str, tuple[str, ...]]:
+    """Rows of the results table by budget, those that a network has what they need for."""
+    shipped = recipe.model in RATES or recipe.layer_fractions is not None
+    return {
+        budget: tuple(scheme for scheme in schemes if shipped or scheme != "sparse-update")
+        for budget, schemes in _of_network(SCHEMES, recipe).items()
+    }
+
+
+def study_recipes(request: Request, usual: Iterable[str], sizes: Mapping[str, Size]) -> dict[str, Settings]:
     """Settings of a study's tasks: the recipes of the results table, but for what differs.
 
     Args:
-        size: one of ``SIZES``.
-        tasks: those that a user asks for, names of ``RECIPES``.
-        usual: those where a user asks for none.
-        sizes: what differs in each.
-        device: where to run.
+        request: what a user asks for.
+        usual: tasks where a user asks for none.
+        sizes: what differs in each size.
 
     Raises:
         ValueError: no such size or task.
     """
-    check_names(size, tasks)
-    return {task: replace(RECIPES[task], device=device, **sizes[size].settings) for task in tasks or usual}
+    if request.size not in SIZES:
+        raise ValueError(f"size: got {request.size!r}, expected one of {', '.join(SIZES)}")
+    own = {"device": request.device, "ranking": request.ranking, **sizes[request.size].settings}
+    return {task: replace(recipe_of(task), **own) for task in request.tasks or usual}
 
 
-def results_matrix(
-    size: str, tasks: tuple[str, ...] = (), schemes: tuple[str, ...] = (), device: str = "cpu"
-) -> Matrix:
-    """The results table's matrix.
-
-    Args:
-        size: one of ``SIZES``.
-        tasks: some of ``RECIPES``; all by default.
-        schemes: the rows; all by default.
-        device: where to run.
+def results_matrix(request: Request) -> Matrix:
+    """The results table's matrix: all tasks of ``RECIPES`` and the rows of each network by default.
 
     Raises:
         ValueError: no such size, task or scheme.
     """
-    check_names(size, tasks)
-    for scheme in schemes:
+    for scheme in request.schemes:
         Spec.parse(scheme)
-    chosen = SIZES[size]
-    recipes = {
-        task: replace(recipe, device=device, **chosen.settings)
-        for task, recipe in RECIPES.items()
-        if not tasks or task in tasks
-    }
+    recipes = study_recipes(request, RECIPES, SIZES)
+    size = SIZES[request.size]
     rows = {
-        model: {budget: schemes or own for budget, own in list(budgets.items())[: chosen.budgets]}
-        for model, budgets in SCHEMES.items()
-        if any(recipe.model == model for recipe in recipes.values())
+        recipe.model: {
+            budget: request.schemes or own for budget, own in list(rows_of(recipe).items())[: size.budgets]
+        }
+        for recipe in recipes.values()
     }
-    return Matrix(recipes, rows, RATES, chosen.seeds)
+    rates = {recipe.model: _of_network(RATES, recipe) for recipe in recipes.values()}
+    return Matrix(recipes, rows, rates, size.seeds)

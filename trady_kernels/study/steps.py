@@ -13,7 +13,7 @@ import torch
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import Matrix
-from trady_kernels.study.plot import panels, style, write_figure
+from trady_kernels.study.plot import LETTERS, panels, style, write_figure
 from trady_kernels.study.trainings import Trainings, load_samples
 from trady_kernels.training.loop import Prepared, prepare
 from trady_kernels.training.settings import Settings
@@ -142,9 +142,12 @@ class StepTime:
 
 
 def step_times(timings: Timings) -> dict[tuple[str, str], StepTime]:
-    """By network and row."""
+    """By network and row, of each network's latest run: times of two runs are not to be compared."""
+    latest: dict[str, Timing] = {}
+    for cell in sorted(timings, key=lambda cell: timings[cell].provenance):
+        latest[timings.recipes[cell.task].model] = cell
     found = {}
-    for cell in timings:
+    for cell in latest.values():
         rounds = timings[cell].milliseconds
         for row, values in rounds.items():
             ratios = [v / whole for v, whole in zip(values, rounds.get(WHOLE, []), strict=False)]
@@ -195,15 +198,14 @@ def plot_steps(path: Path, timings: Timings) -> None:
     """Draw the ratios to full fine-tuning's step, a panel a network."""
     times = step_times(timings)
     networks = list(dict.fromkeys(network for network, _ in times))
-    figure, axes_of = panels(len(networks))
+    figure, axes_of = panels(len(networks), 3.0)
     for axes, network in zip(axes_of, networks, strict=True):
         rows = [(row, t) for (of, row), t in times.items() if of == network and t.of_full is not None]
         rows.sort(key=lambda item: -(item[1].of_full or 0))
         axes.barh([row for row, _ in rows], [t.of_full for _, t in rows], color=style(0)["color"])
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.tick_params(axis="y", labelsize=6)
-        axes.set_title(network, fontsize=10)
+        axes.tick_params(axis="y", labelsize=LETTERS["many ticks"])
+        axes.set_title(network)
         axes.set_xlabel("step time, of full fine-tuning's")
         axes.grid(alpha=0.3, axis="x")
-    figure.set_size_inches(4.6 * len(networks), 4.4)
     write_figure(path, figure)

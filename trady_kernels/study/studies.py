@@ -15,7 +15,7 @@ from trady_kernels.study.budgets import (
     plot_budget,
     plot_efficiency,
 )
-from trady_kernels.study.cells import CellFile, Plan, made_with
+from trady_kernels.study.cells import CellFile, NothingFinished, Plan, made_with
 from trady_kernels.study.draws import (
     plot_resampling,
     plot_sensitivity,
@@ -42,7 +42,7 @@ from trady_kernels.study.layers import (
 )
 from trady_kernels.study.ranks import channels_section, plot_channels, plot_ranks, ranks_section
 from trady_kernels.study.report import write_report
-from trady_kernels.study.results import results_matrix
+from trady_kernels.study.results import Request, results_matrix
 from trady_kernels.study.steps import (
     STEPS,
     StepTimes,
@@ -62,23 +62,6 @@ _ROUNDS = {"quick": 3, "usual": 9, "full": 21}
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a user asks of a study.
-
-    Attributes:
-        size: "quick", "usual" or "full".
-        tasks: names of some; all by default.
-        schemes: rows of a table of schemes; all by default.
-        device: where to run.
-    """
-
-    size: str = "usual"
-    tasks: tuple[str, ...] = ()
-    schemes: tuple[str, ...] = ()
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
 class Study:
     """One study.
 
@@ -91,6 +74,8 @@ class Study:
         section: lines of its part of the document.
         plot: draws it into a file; the studies with a section have one.
         write: makes the files of its report, where that is not a section of the document.
+        takes_schemes: whether a user may name schemes.
+        alone: whether its cells are timed, so that only one may run at a time.
     """
 
     name: str
@@ -101,6 +86,8 @@ class Study:
     section: Callable[[CellFile[Any, Any]], list[str]] | None = None
     plot: Callable[[Path, CellFile[Any, Any]], None] | None = None
     write: Callable[[CellFile[Any, Any], Path], list[Path]] | None = None
+    takes_schemes: bool = False
+    alone: bool = False
 
     def load(self, folder: Path) -> CellFile[Any, Any]:
         """The cells in a folder, of whatever tasks.
@@ -139,7 +126,7 @@ def _gradient_study(name: str, words: str, section: Any, plot: Any) -> Study:
         words,
         "gradients.json",
         (Look, Gradients),
-        lambda request: gradient_plan(request.size, request.tasks, request.device),
+        gradient_plan,
         section,
         plot,
     )
@@ -154,8 +141,9 @@ STUDIES: Mapping[str, Study] = {
             "accuracy beside measured bytes, with paired tests",
             "results.json",
             (Training, TrainingOutcome),
-            lambda request: results_matrix(request.size, request.tasks, request.schemes, request.device),
+            results_matrix,
             write=write_report,
+            takes_schemes=True,
         ),
         _gradient_study(
             "tails",
@@ -186,7 +174,7 @@ STUDIES: Mapping[str, Study] = {
             "accuracy by how many top layers channels are drawn from, and how much of the gradient these have",
             "pool.json",
             (Training, TrainingOutcome),
-            lambda request: pool_plan(request.size, request.tasks, request.device),
+            pool_plan,
             pool_section,
             plot_pool,
         ),
@@ -195,7 +183,7 @@ STUDIES: Mapping[str, Study] = {
             "what training one layer alone brings, and what freezing it costs, beside its score in the rankings",
             "ablation.json",
             (Training, TrainingOutcome),
-            lambda request: ablation_plan(request.size, request.tasks, request.device),
+            ablation_plan,
             ablation_section,
             plot_ablation,
         ),
@@ -204,36 +192,37 @@ STUDIES: Mapping[str, Study] = {
             "whether channels with much gradient go on having it, and how much of the whole gradient selections have",
             "importance.json",
             (Watch, Importance),
-            lambda request: importance_plan(request.size, request.tasks, request.device),
+            importance_plan,
             importance_section,
             plot_importance,
+            takes_schemes=True,
         ),
         Study(
             "resampling",
             "accuracy and loss by when channels are drawn again: once, every few epochs, epoch or steps, or by a criterion",
             "resampling.json",
             (Training, TrainingOutcome),
-            lambda request: resampling_plan(request.size, request.tasks, request.device),
+            resampling_plan,
             resampling_section,
             plot_resampling,
+            takes_schemes=True,
         ),
         Study(
             "steps",
             "how long a training step of every row of results takes, all of them turn by turn; nothing else should run",
             STEPS,
             (Timing, StepTimes),
-            lambda request: step_plan(
-                budgets_plan(request.size, request.tasks, request.device), _ROUNDS[request.size]
-            ),
+            lambda request: step_plan(budgets_plan(request), _ROUNDS[request.size]),
             steps_section,
             plot_steps,
+            alone=True,
         ),
         Study(
             "budget",
             "accuracy against measured bytes, from the runs of results",
             "results.json",
             (Training, TrainingOutcome),
-            lambda request: budgets_plan(request.size, request.tasks, request.device),
+            budgets_plan,
             budget_section,
             plot_budget,
         ),
@@ -242,7 +231,7 @@ STUDIES: Mapping[str, Study] = {
             "sparsity, FLOPs, bytes and step time of every scheme, epoch by epoch, from the runs of results",
             "results.json",
             (Training, TrainingOutcome),
-            lambda request: budgets_plan(request.size, request.tasks, request.device),
+            budgets_plan,
             efficiency_section,
             plot_efficiency,
         ),
@@ -251,16 +240,17 @@ STUDIES: Mapping[str, Study] = {
             "how much learning rate, budget and frequency matter together",
             "sensitivity.json",
             (Training, TrainingOutcome),
-            lambda request: sensitivity_plan(request.size, request.tasks, request.device),
+            sensitivity_plan,
             sensitivity_section,
             plot_sensitivity,
+            takes_schemes=True,
         ),
     )
 }
 
 
 def document(folder: Path) -> str:
-    """The document of all studies that a folder has cells of, a function of its JSON files alone.
+    """The document of all studies that a folder has finished cells of, made from its JSON files.
 
     Raises:
         ValueError: a file is damaged or of another version.
@@ -272,6 +262,10 @@ def document(folder: Path) -> str:
         if study.section is None or not (folder / study.cells).exists():
             continue
         cells = study.load(folder)
+        try:
+            section = study.section(cells)
+        except NothingFinished:
+            continue
         if study.cells not in made:
             lines += [f"## Cells in {study.cells}", "", *made_with(cells), ""]
             made.add(study.cells)
@@ -282,7 +276,7 @@ def document(folder: Path) -> str:
             "",
             f"{sentence}.",
             "",
-            *study.section(cells),
+            *section,
             "",
             picture,
             "",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from trady_kernels.data import DataSet
 from trady_kernels.study.cells import CellFile, Listed
+from trady_kernels.study.markdown import spread
 from trady_kernels.training.loop import Diverged, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.results import SchemeResult
@@ -128,6 +129,12 @@ class TrainingOutcome:
             curves={name: [round(getattr(e, name), 6) for e in result.epochs] for name in _CURVES},
             notes=list(result.notes),
         )
+
+
+def top1_words(outcomes: Sequence[TrainingOutcome]) -> str:
+    """Mean and standard deviation of the accuracies in percent, and how many runs diverged, which count as 0."""
+    diverged = sum(outcome.diverged for outcome in outcomes)
+    return spread([100 * o.top1 for o in outcomes]) + (f" ({diverged} diverged)" if diverged else "")
 
 
 def train(cell: Training, recipe: Settings) -> TrainingOutcome:

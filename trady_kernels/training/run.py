@@ -180,7 +180,7 @@ def _check(settings: Settings) -> tuple[DataSet, Front]:
     Resampling.parse(settings.resampling)
     for scheme in settings.schemes:
         check_spec(Spec.parse(scheme), settings)
-    _check_device(settings.device)
+    check_device(settings.device)
     data = load_task(settings)
     loaded = load_model(
         settings.model,
@@ -192,7 +192,12 @@ def _check(settings: Settings) -> tuple[DataSet, Front]:
     return loaded.prepare(data), loaded.front
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
+    """Check where a user wants to train.
+
+    Raises:
+        ValueError: no such device, or not here.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:
