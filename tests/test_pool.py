@@ -11,8 +11,9 @@ from test_sampler import X, ranking_of, sampler, sparse_net
 
 import trady_kernels as tk
 from trady_kernels.cli import main
+from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import Budget, Cost, LayerCost
-from trady_kernels.selection import SCHEMES, Pool
+from trady_kernels.selection import SCHEMES, LayerFractions, Pool, SparseUpdate
 from trady_kernels.selection.pool import FirstLayers, NamedLayers, ShareOfCost, ShareOfScore
 from trady_kernels.training.settings import Settings
 
@@ -80,6 +81,10 @@ def test_every_scheme_draws_from_the_pool_alone(scheme: str) -> None:
         assert chosen and chosen <= set(drawn.pool) and drawn.cost.elements <= 2_000
 
 
+def ranking_by_the_stem() -> tk.LayerRanking:
+    return tk.LayerRanking(dict.fromkeys(sparse_layers(sparse_net()), 0.0) | {"stem": 1.0})
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -99,6 +104,18 @@ def test_every_scheme_draws_from_the_pool_alone(scheme: str) -> None:
             lambda: sampler(pool="97%", scheme="head-only", budget=None),
             "pool: got '97%' for the scheme head-only, which chooses its layers itself, expected None",
         ),
+        (
+            lambda: sampler(pool="only stem", scheme="late"),
+            "pool: got 'only stem', in which the scheme late has no layer to draw from, expected .* or neck",
+        ),
+        (
+            lambda: sampler(pool=f"without {', '.join(sparse_layers(sparse_net()))}"),
+            "pool: got 'without stem, .*', in which the scheme trady has no layer to draw from, expected",
+        ),
+        (
+            lambda: sampler(scheme="late", ranking=ranking_by_the_stem()),
+            "pool: got None, in which the scheme late has no layer to draw from, expected",
+        ),
         (lambda: sampler(pool="most"), "pool: got 'most', expected"),
         (lambda: Settings(pool="most"), "pool: got 'most', expected"),
     ],
@@ -106,6 +123,12 @@ def test_every_scheme_draws_from_the_pool_alone(scheme: str) -> None:
 def test_bad_pools(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_fractions_that_select_nothing_are_no_bad_pool() -> None:
+    """So are schemes without channels, see test_schemes_pools_and_when_they_draw."""
+    drawn = sampler(scheme=SparseUpdate(LayerFractions("small", 1, {})))
+    assert not drawn.pool and drawn.cost == Cost()
 
 
 def test_a_bad_pool_selects_nothing() -> None:

@@ -44,7 +44,7 @@ class GradientNorms:
                 )
 
     def means(self) -> dict[str, torch.Tensor]:
-        """``{layer: (k,)}`` on the CPU, the mean over ranks and the passes that reached the layer; the same on each."""
+        """``{layer: (k,)}`` on the CPU, the mean over passes that reached the layer and over ranks; alike on each."""
         found = {}
         for name in self._layers:
             if name in self._sums:

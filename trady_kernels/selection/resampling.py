@@ -89,7 +89,12 @@ class SinceDraw:
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {"epochs": self.epochs, "steps": self.steps, "first": list(self.first), "last": list(self.last)}
+        return {
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "first": list(self.first),
+            "last": list(self.last),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave."""

@@ -67,13 +67,15 @@ class ChannelSampler:
         ranking: of the model's layers, for the schemes whose pool are the top layers; None makes the pool
             every sparse layer.
         pool: other layers than the scheme's own choice: "97%", "20 layers", "alpha 20%", "only blocks.3, blocks.4" or
-            "without blocks.3", as :meth:`trady_kernels.selection.Pool.parse` has it. Of them, those that the scheme reaches.
+            "without blocks.3", as :meth:`trady_kernels.selection.Pool.parse` has it. Of them, those that the scheme
+            reaches, at least one.
         counts: "free" draws anew how many channels each layer trains; "fixed" keeps every layer's number
             from the first draw and changes only which channels, so that nothing that depends on shapes is
             rebuilt.
-        resampling: when to draw again: "epoch" or "2 epochs", where the loop calls :meth:`resample` at the start of every
-            epoch but the first: each time, or every second time; "50 steps" or "norm 60%", where it calls :meth:`step` after every step: every 50 of them, or once the norm of the selected channels'
-            gradient has fallen under 60% of its first value (each the mean of five steps).
+        resampling: when to draw again: "epoch" or "2 epochs", where the loop calls :meth:`resample` at the start of
+            every epoch but the first: each time, or every second time; "50 steps" or "norm 60%", where it calls
+            :meth:`step` after every step: every 50 of them, or once the norm of the selected channels' gradient has
+            fallen under 60% of its first value (each the mean of five steps).
         seed: of the draws.
         gradients: for the schemes that order channels by their gradient, "d-det-rgn" and "s-det-rgn": called before
             each draw, the first one included, and returns what :func:`trady_kernels.channel_norms` does, such as
@@ -148,6 +150,12 @@ class ChannelSampler:
         self.pool: list[str] = self._scheme.pool(self.layers, ranking, self.budget)
         if pool is not None:
             self.pool = self._pool_asked_for(pool, ranking)
+        if not self.pool and self._scheme.takes_pool:
+            reached = " or ".join(self._scheme.reach(self.layers)[-2:])
+            raise ValueError(
+                f"pool: got {pool!r}, in which the scheme {self._scheme.name} has no layer to draw from, expected "
+                f"layers that it reaches, such as {reached}"
+            )
         self.full_cost: Cost = total(cost.full for cost in self.layers.values())
         self._modules = modules
         self._network = network

@@ -28,4 +28,4 @@ class LastLayers(Scheme):
 
     def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
         channels = torch.arange(sum(sizes.values())).split(list(sizes.values()))
-        return torch.cat([*reversed(channels), torch.empty(0, dtype=torch.int64)])
+        return torch.cat(channels[::-1])

@@ -43,9 +43,8 @@ class Medyate(Scheme):
                 self._norms[name] if name in self._norms else unseen.expand(size)
                 for name, size in sizes.items()
             ]
-            or [unseen[None][:0]]
         )
-        largest = norms.nan_to_num(0.0).max() if len(norms) else unseen
+        largest = norms.nan_to_num(0.0).max()
         weights = norms.where(~norms.isnan(), largest)
         if not largest > 0:
             return super().order(sizes, generator)

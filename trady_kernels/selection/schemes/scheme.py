@@ -66,7 +66,7 @@ class Scheme(ABC):
     def pool(
         self, layers: Mapping[str, LayerCost], ranking: LayerRanking | None, budget: Budget | None
     ) -> list[str]:
-        """Names of the layers whose channels take part, in the order of ``layers``.
+        """Names of the layers whose channels take part, in the order of ``layers``; at least one if ``takes_pool``.
 
         Args:
             layers: every sparse layer.
