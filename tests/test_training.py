@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from image_folders import write_images
 
 from trady_kernels.atomic_write import alone_in, write_atomically
+from trady_kernels.convert import sparse_layers
 from trady_kernels.data import DataSet, load_data, to_network_input
 from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
-from trady_kernels.selection import SCHEMES, Pool, channel_norms
+from trady_kernels.selection import SCHEMES, Pool, Resampling, channel_norms
+from trady_kernels.selection.resampling import SinceDraw
 from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
 from trady_kernels.training.observer import Observer
@@ -182,6 +185,18 @@ def test_interrupted_write_leaves_the_old_file(tmp_path: Path, error: BaseExcept
     ],
 )
 def test_resumed_run_has_the_same_numbers(tmp_path: Path, settings: Settings, scheme: str) -> None:
+    check_resumption(tmp_path, settings, scheme)
+
+
+@pytest.mark.parametrize("scheme", ["trady", "medyate"])
+@pytest.mark.parametrize("resampling", ["2 steps", "norm 90%", "2 epochs"])
+def test_resumed_run_draws_at_the_same_steps(
+    tmp_path: Path, settings: Settings, scheme: str, resampling: str
+) -> None:
+    check_resumption(tmp_path, dataclasses.replace(settings, resampling=resampling), scheme)
+
+
+def check_resumption(tmp_path: Path, settings: Settings, scheme: str) -> None:
     data = data_of(settings)
     if scheme == "lora":  # the cheapest adapter keeps a whole input
         settings = dataclasses.replace(settings, budget=3000)
@@ -618,6 +633,76 @@ def test_gradients_count_where_every_step_draws_anew(tmp_path: Path, settings: S
         for resampling in ("epoch", "1 step")
     )
     assert once.gradient_bytes == often.gradient_bytes
+
+
+@dataclass
+class Drawing(Observer):
+    """Takes down what trains in each step, as its gradients see it."""
+
+    selections: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    costs: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    epochs: list[EpochFigures] = field(default_factory=list)
+
+    def on_selection(self, regime: Regime, batches: Batches) -> None:
+        self.regime = regime
+
+    def on_gradients(self, model: torch.nn.Module) -> None:
+        layers = sparse_layers(model)
+        self.selections.append({name: layer.channels.clone() for name, layer in layers.items()})
+        self.costs.append(self.regime.selection_cost().elements)
+        rows = [layer.channel_weight.grad for layer in layers.values() if len(layer.channels)]
+        self.norms.append(float(torch.cat([row.flatten() for row in rows]).norm()))
+
+    def on_epoch(self, figures: EpochFigures) -> None:
+        self.epochs.append(figures)
+
+    @property
+    def drawn_after(self) -> list[bool]:
+        """Of every step but the last, whether others train in the next one."""
+        return [
+            any(not torch.equal(before[name], after[name]) for name in before)
+            for before, after in pairwise(self.selections)
+        ]
+
+
+def trained_with(resampling: str, tmp_path: Path, settings: Settings, **changes: Any) -> Drawing:
+    drawing = Drawing()
+    settings = dataclasses.replace(settings, resampling=resampling, **changes)
+    train_scheme("trady", settings, data_of(settings), tmp_path / "c.pt", drawing)
+    return drawing
+
+
+STEPS = 7  # in an epoch of 32 samples
+
+
+@pytest.mark.parametrize(
+    ("resampling", "expected"),
+    [
+        ("1 step", [True] * (4 * STEPS - 1)),
+        ("3 steps", [step % 3 == 0 for step in range(1, 4 * STEPS)]),
+        ("epoch", [step % STEPS == 0 for step in range(1, 4 * STEPS)]),
+        ("2 epochs", [step == 2 * STEPS for step in range(1, 4 * STEPS)]),
+    ],
+)
+def test_channels_are_drawn_when_the_rule_says(
+    tmp_path: Path, settings: Settings, resampling: str, expected: list[bool]
+) -> None:
+    drawing = trained_with(resampling, tmp_path, settings, epochs=4)
+    assert drawing.drawn_after == expected
+    for epoch, figures in enumerate(drawing.epochs):
+        assert figures.cost == max(drawing.costs[epoch * STEPS : (epoch + 1) * STEPS])
+
+
+def test_channels_are_drawn_when_their_gradient_has_shrunk(tmp_path: Path, settings: Settings) -> None:
+    drawing = trained_with("norm 60%", tmp_path, settings, epochs=8)
+    rule, since, expected = Resampling.parse("norm 60%"), SinceDraw(), []
+    for norm in drawing.norms:
+        since.count()
+        since.note(norm)
+        expected.append(since.is_due(rule))
+        since = SinceDraw() if expected[-1] else since
+    assert drawing.drawn_after == expected[:-1] and any(expected)
 
 
 def test_momentum_moves_no_neuron_that_is_not_chosen_now(tmp_path: Path, settings: Settings) -> None:

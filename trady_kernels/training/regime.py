@@ -23,7 +23,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class SelectionCost:
-    """What the channels of the current epoch take.
+    """What the selected channels take.
 
     Args:
         elements: weights and activations of one sample.
@@ -74,7 +74,7 @@ class Regime(Protocol):
         """Put the network into training mode, norm statistics frozen."""
 
     def selection_cost(self) -> SelectionCost:
-        """What the epoch's channels take."""
+        """What the channels of now take."""
 
     def weights(self) -> dict[str, torch.Tensor]:
         """State dict of the plain network."""

@@ -17,10 +17,11 @@ class EpochFigures:
         train_accuracy: share of the training samples classified right, while the weights moved.
         test_loss: mean cross entropy over the test samples, after the epoch; None where they were not looked at.
         top1: share of the test samples classified right, after the epoch; None where they were not looked at.
-        cost: elements of one sample that the epoch's channels took of the budget.
-        weight_share, activation_share: elements of weight gradients, and of stored inputs, over those of all channels.
+        cost: elements of one sample that the epoch's channels took of the budget; of several draws the dearest.
+        weight_share, activation_share: elements of weight gradients, and of stored inputs, over those of all channels;
+            of that draw.
         gradient_share: multiply-accumulates of the computed weight gradients over those of all of them, the
-            classifier's apart.
+            classifier's apart; of that draw.
         saved_bytes: bytes that a training step kept for its backward pass, measured on the first batch.
         gradient_bytes: bytes of the gradients of a step, the epoch's dearest.
         optimizer_bytes: bytes of the optimiser's state after the epoch.
