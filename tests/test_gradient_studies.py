@@ -63,6 +63,7 @@ PROVENANCE = {
     "command": "trady study tails",
     "commit": "0123456789abcdef",
     "versions": {"python": "3.11", "torch": "2.13"},
+    "machine": {"device": "cpu", "name": "a CPU", "threads": 2, "instruction_set": "avx2"},
 }
 ON_GRADIENTS = [name for name, study in STUDIES.items() if study.cells == "gradients.json"]
 

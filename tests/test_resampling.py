@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_sampler import X, equal, sampler, sparse_net
+from test_sampler import X, check_that_state_follows, equal, sampler, sparse_net
 from torch import nn
 
-from trady_kernels.convert import sparse_layers, trainable_parameters
+from trady_kernels.convert import sparse_layers
 from trady_kernels.selection.resampling import Resampling, SinceDraw
 
 
@@ -31,10 +31,26 @@ def test_rules_read_as_they_print(text: str, rule: Resampling) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0 epochs", "epochs", "steps", "0 steps", "-3 steps", "2.5 steps", "norm", "norm 0%", "norm 100%", None, 5]
+    "text",
+    [
+        "",
+        "0 epochs",
+        "epochs",
+        "steps",
+        "0 steps",
+        "-3 steps",
+        "2.5 steps",
+        "norm",
+        "norm 0%",
+        "norm 100%",
+        None,
+        5,
+    ],
 )
 def test_other_words_are_refused(text: object) -> None:
-    with pytest.raises(ValueError, match=r'resampling: got .*, expected "epoch", "2 epochs", "50 steps" or "norm 60%"'):
+    with pytest.raises(
+        ValueError, match=r'resampling: got .*, expected "epoch", "2 epochs", "50 steps" or "norm 60%"'
+    ):
         sampler(resampling=text)
 
 
@@ -124,13 +140,4 @@ def test_an_interrupted_run_draws_at_the_same_step() -> None:
 
 def test_the_optimizers_state_follows() -> None:
     model = sparse_net()
-    drawn = sampler(model, resampling="1 step")
-    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.01, momentum=0.9)
-    for _ in range(3):
-        scaled_step(model, 1.0)
-        optimizer.step()
-        assert drawn.step(optimizer)
-        for layer in sparse_layers(model).values():
-            state = optimizer.state.get(layer.channel_weight, {})
-            momentum = state.get("momentum_buffer")
-            assert momentum is None or momentum.shape == layer.channel_weight.shape
+    check_that_state_follows(model, sampler(model, resampling="1 step").step)

@@ -65,12 +65,19 @@ BUDGETS = (1, 17, 60, 61, 500, "3%", "31.4%", "99.9%", "300 B", "2KiB", "10 kB")
 
 
 @pytest.mark.parametrize("counts", ["free", "fixed"])
-@pytest.mark.parametrize("scheme", ["trady", "d-full-random"])
+@pytest.mark.parametrize("scheme", [name for name, s in SCHEMES.items() if s.budgeted and not s.given])
 def test_cost_never_exceeds_the_budget_and_the_rest_buys_nothing(scheme: str, counts: str) -> None:
     model = sparse_net()
+    norms = {name: torch.rand(layer.channel_count) for name, layer in sparse_layers(model).items()}
     for seed, budget in enumerate(BUDGETS):
         drawn = sampler(
-            model, budget=budget, scheme=scheme, counts=counts, ranking=ranking_of(model), seed=seed
+            model,
+            budget=budget,
+            scheme=scheme,
+            counts=counts,
+            ranking=ranking_of(model),
+            seed=seed,
+            gradients=lambda: norms,
         )
         assert drawn.budget is not None
         counted, limit = drawn.budget.of, drawn.budget.limit(drawn.full_cost)
@@ -85,7 +92,18 @@ def test_cost_never_exceeds_the_budget_and_the_rest_buys_nothing(scheme: str, co
             if unselected:
                 assert limit - counted(drawn.cost) < min(unselected)
             assert all(len(drawn.selection[name]) == 0 for name in drawn.layers if name not in drawn.pool)
+            model(X).square().sum().backward()  # for what observes gradients
             drawn.resample()
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_chosen_fractions_never_exceed_the_budget(budget: int | str) -> None:
+    gains = {name: {0.125: 1.0, 0.5: 2.0, 1.0: 3.0} for name in sparse_layers(sparse_net())}
+    scheme = SparseUpdate(LayerFractions("small", "50%", contributions=gains))
+    drawn = sampler(budget=budget, scheme=scheme)
+    assert drawn.budget is not None and drawn.cost == cost_of(drawn)
+    assert drawn.budget.of(drawn.cost) <= drawn.budget.limit(drawn.full_cost)
+    assert drawn.cost.elements or budget in (1, 17)
 
 
 def test_kinds_of_budget_count_what_they_say() -> None:
@@ -238,18 +256,39 @@ def test_what_is_selected_is_what_the_layers_train() -> None:
         drawn.resample()
 
 
-def test_resampling_trains_on_with_the_optimizers_state() -> None:
-    model = sparse_net()
-    drawn = sampler(model)
-    optimizer = torch.optim.SGD(tk.trainable_parameters(model), 0.1, momentum=0.9)
+def momentum_by_channel(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[tuple[str, int], torch.Tensor]:
+    """Of every selected channel; zero where its layer has none yet."""
+    found = {}
+    for name, layer in sparse_layers(model).items():
+        rows = layer.channel_weight
+        momentum = optimizer.state.get(rows, {}).get("momentum_buffer", torch.zeros_like(rows))
+        for channel, row in zip(layer.channels.tolist(), momentum, strict=True):
+            found[name, channel] = row.detach().clone()
+    return found
+
+
+def check_that_state_follows(model: nn.Module, redraw: Callable[[torch.optim.Optimizer], object]) -> None:
+    """Channels that stay keep their momentum, those that enter have none."""
+    optimizer = torch.optim.SGD(tk.trainable_parameters(model), 0.01, momentum=0.9)
+    stayed = entered = 0
     for _ in range(3):
+        optimizer.zero_grad()
         model(X).square().sum().backward()
         optimizer.step()
-        optimizer.zero_grad()
-        drawn.resample(optimizer)
-    for name, layer in sparse_layers(model).items():
-        buffer = optimizer.state[layer.channel_weight].get("momentum_buffer")
-        assert buffer is None or buffer.shape == layer.channel_weight.shape, name
+        before = momentum_by_channel(model, optimizer)
+        redraw(optimizer)
+        for channel, row in momentum_by_channel(model, optimizer).items():
+            stayed += channel in before and bool(row.any())
+            entered += channel not in before
+            torch.testing.assert_close(row, before.get(channel, torch.zeros_like(row)), rtol=0, atol=0)
+    assert stayed and entered
+
+
+def test_resampling_trains_on_with_the_optimizers_state() -> None:
+    model = sparse_net()
+    check_that_state_follows(model, sampler(model).resample)
 
 
 def test_a_draw_over_a_real_networks_channels_takes_milliseconds() -> None:

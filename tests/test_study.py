@@ -38,6 +38,7 @@ PROVENANCE = {
     "command": "trady study results",
     "commit": "0123456789abcdef",
     "versions": {"python": "3.11", "torch": "2.13"},
+    "machine": {"device": "cpu", "name": "a CPU", "threads": 2, "instruction_set": "avx2"},
 }
 #: Peaks of the accuracy over the learning rate of the fake training below.
 BEST = {"trady": 0.9, "medyate": 0.3, "head-only": 0.02, "full": 0.03}
@@ -283,7 +284,7 @@ def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
         cells.begin({**PROVENANCE, "commit": commit})
         cell = Training("digits", "full", "", 0.1, seed, False)
         cells.add(cell, TrainingOutcome(0.5, dense_saved_bytes=1, saved_bytes=1, provenance=seed))
-    assert "Commits unknown, 0123456789+;" in report(cells)
+    assert "commits unknown, 0123456789+;" in report(cells)
 
 
 def test_report_of_nothing(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ PROVENANCE = {
     "command": "trady study all",
     "commit": "0123456789abcdef",
     "versions": {"python": "3.11", "torch": "2.13"},
+    "machine": {"device": "cpu", "name": "a CPU", "threads": 2, "instruction_set": "avx2"},
 }
 TASKS = ("mnist", "digits")
 KINDS = (Training, TrainingOutcome)
@@ -187,7 +188,7 @@ def test_reports_and_plots(name: str, folder: Path) -> None:
     )
     written, png, svg = STUDIES[name].report(folder)
     assert written.read_text() == document(folder)
-    assert document(folder).count("## Cells in results.json") == 1, "studies of the same cells stand together"
+    assert document(folder).count("## From results.json") == 1, "studies of the same cells stand together"
     drawn = image.imread(png)
     assert 0.005 < (drawn[..., :3] < 0.9).any(-1).mean() < 0.8, "ink, on paper"
     assert svg.read_bytes().count(b"<path") > 10

@@ -44,8 +44,9 @@ def _description() -> str:
         "Experiments over many training runs. Every run is kept as it ends: the same command goes on after an interruption.",
         "",
     ]
+    width = 2 + max(map(len, STUDIES))
     for study in STUDIES.values():
-        lines += textwrap.wrap(f"{study.name:11}{study.words}", 118, subsequent_indent=" " * 11)
+        lines += textwrap.wrap(f"{study.name:{width}}{study.words}", 118, subsequent_indent=" " * width)
     return "\n".join(lines)
 
 
@@ -56,14 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where its files are, or will be"
     )
-    parser.add_argument(
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument(
         "--size",
         choices=list(SIZES),
         default="usual",
         help="how many samples, epochs and seeds (%(default)s)",
     )
     for size in ("quick", "full"):
-        parser.add_argument(
+        sizes.add_argument(
             f"--{size}", action="store_const", const=size, dest="size", help=f"short for --size {size}"
         )
     parser.add_argument(

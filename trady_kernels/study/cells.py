@@ -160,14 +160,22 @@ def made_with(cells: CellFile[Any, Any]) -> list[str]:
     used = sorted({cells[cell].provenance for cell in cells})
     commands = dict.fromkeys(cells.provenance[index]["command"] for index in used)
     commits = dict.fromkeys(_short(cells.provenance[index]["commit"]) for index in used)
-    versions = cells.provenance[used[-1]]["versions"]
+    made = dict.fromkeys(_environment(cells.provenance[index]) for index in used)
+    runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
     return [
         "Generated from its JSON, beside the rankings that ship and what scipy computes; no figure was typed. Made and made again with:",
         "",
         *(f"    {command}" for command in commands),
         "",
-        f"Commits {', '.join(commits)}; Python {versions['python']}, torch {versions['torch']}. {len(cells)} training runs.",
+        f"{runs}; commits {', '.join(commits)}; {'; '.join(made)}.",
     ]
+
+
+def _environment(provenance: Mapping[str, Any]) -> str:
+    """Machine and versions."""
+    versions, machine = provenance["versions"], provenance["machine"]
+    kind = f"{machine['name']}, {machine.get('instruction_set', machine['device'])}"
+    return f"{kind}, Python {versions['python']}, torch {versions['torch']}"
 
 
 def _short(commit: str | None) -> str:

@@ -69,6 +69,12 @@ def row_of(scheme: str, budget: str) -> str:
     return f"{scheme} at {budget}" if budget else scheme
 
 
+def _label(row: str) -> str:
+    """A row as it is printed: the table's budget is not that of a scheme which has its own."""
+    scheme, _, budget = row.partition(" at ")
+    return scheme if "@" in scheme else row_of(scheme, budget)
+
+
 def step_plan(matrix: Matrix, rounds: int) -> Listed[Timing, StepTimes]:
     """The rows of a results table, on the first task of each network."""
     first: dict[str, str] = {}
@@ -172,7 +178,7 @@ def steps_section(timings: Timings) -> list[str]:
     rows = [
         [
             network,
-            row,
+            _label(row),
             f"{found.milliseconds:.0f}",
             "" if found.of_full is None else f"{found.of_full:.2f}",
         ]
@@ -202,7 +208,7 @@ def plot_steps(path: Path, timings: Timings) -> None:
     for axes, network in zip(axes_of, networks, strict=True):
         rows = [(row, t) for (of, row), t in times.items() if of == network and t.of_full is not None]
         rows.sort(key=lambda item: -(item[1].of_full or 0))
-        axes.barh([row for row, _ in rows], [t.of_full for _, t in rows], color=style(0)["color"])
+        axes.barh([_label(row) for row, _ in rows], [t.of_full for _, t in rows], color=style(0)["color"])
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
         axes.tick_params(axis="y", labelsize=LETTERS["many ticks"])
         axes.set_title(network)

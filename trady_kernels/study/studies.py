@@ -267,7 +267,7 @@ def document(folder: Path) -> str:
         except NothingFinished:
             continue
         if study.cells not in made:
-            lines += [f"## Cells in {study.cells}", "", *made_with(cells), ""]
+            lines += [f"## From {study.cells}", "", *made_with(cells), ""]
             made.add(study.cells)
         picture = f"![{study.name}](study-{study.name}.png)"
         sentence = study.words[0].upper() + study.words[1:]
