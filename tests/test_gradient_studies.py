@@ -238,7 +238,6 @@ def looks(tmp_path: Path) -> Looks:
     return CellFile(tmp_path / "gradients.json", (Look, Gradients))
 
 
-@pytest.mark.filterwarnings("ignore:Precision loss")  # seeds are equal here
 def test_sections(looks: Looks) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     tails = "\n".join(tails_section(looks))

@@ -178,7 +178,8 @@ def _pool_verdicts(task: str, rankings: Mapping[str, LayerRanking], found: Poole
             _by_seed({"": random[first].get(whole, [])}),
         ),
         (
-            "Inside a pool random channels beat those of the largest gradient (TraDy)",
+            "Inside a pool random channels beat those of the largest gradient (TraDy), both at the rate for random ones, which may be "
+            "too high for the others; results.md has each at its own",
             _by_seed({(m, k): runs for m, by_count in random.items() for k, runs in by_count.items()}),
             _by_seed({(m, k): runs for m, by_count in picked.items() for k, runs in by_count.items()}),
         ),

@@ -238,7 +238,7 @@ def heat_maps(
         ModuleNotFoundError: matplotlib is not installed.
     """
     large = max(len(columns) for _, _, columns in matrices.values()) > 5
-    figure, axes_of = panels(len(matrices), 3.0 if large else _HEIGHT)
+    figure, axes_of = panels(len(matrices), 2.7 if large else _HEIGHT)
     for axes, (title, (matrix, rows, columns)) in zip(axes_of, matrices.items(), strict=True):
         image = axes.imshow(matrix, cmap="cividis", vmin=low, vmax=high)
         axes.tick_params(labelsize=LETTERS["many ticks" if large else "ticks"])
