@@ -12,6 +12,13 @@ from trady_kernels.cli import main
 from trady_kernels.selection import LayerRanking
 
 
+@pytest.mark.parametrize("command", ["rank", "search"])
+def test_bad_devices(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "gpu", "--output", str(tmp_path / "made.json")]
+    assert main([command, *arguments, *(["--budget", "1000"] if command == "search" else [])]) == 2
+    assert "device: got 'gpu', expected 'cpu' or 'cuda'" in capsys.readouterr().err
+
+
 def test_rank_writes_a_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pets = write_images(tmp_path / "pets", {"cat": 6, "dog": 6})
     file = tmp_path / "ranking.json"

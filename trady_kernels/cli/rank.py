@@ -16,6 +16,7 @@ from trady_kernels.provenance import describe
 from trady_kernels.selection import LayerRanking
 from trady_kernels.training.ranking import rank_model
 from trady_kernels.training.regimes import find_ranking
+from trady_kernels.training.run import check_device
 
 _EPILOG = """\
 examples:
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Rank, show the ranks, write the file."""
     console = make_console()
     check_writable("output", args.output)
+    with usage_errors():
+        check_device(args.device)
     provenance = describe(torch.device(args.device))
     with usage_errors(), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("ranking", total=args.steps)

@@ -14,6 +14,7 @@ from trady_kernels.cli.network import DEFAULT_BUDGET
 from trady_kernels.cli.short_training import add_training_arguments, sizes_of
 from trady_kernels.data import load_data
 from trady_kernels.provenance import describe
+from trady_kernels.training.run import check_device
 from trady_kernels.training.search import Found, search_fractions
 
 _DESCRIPTION = """\
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     """Search, show what each layer contributes, write the file."""
     console = make_console()
     check_writable("output", args.output)
+    with usage_errors():
+        check_device(args.device)
     provenance = describe(torch.device(args.device))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
