@@ -26,6 +26,7 @@ from trady_kernels.cli.network import (
     make_batch,
     make_network,
     make_sampler,
+    make_selection,
 )
 from trady_kernels.convert import conversion_report, sparse_layers
 from trady_kernels.memory import KINDS, MemoryReport, measure_memory
@@ -143,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
     if args.modules > 0:
         console.print(_modules(dense.counted, sparse.counted, args.modules))
     if args.plot is not None:
-        title = f"{args.model}, {batch}" + ("" if sampler.budget is None else f", budget {args.budget}")
-        plot_memory(args.plot, dense.counted, sparse.counted, title)
+        given = "" if sampler.budget is None else f", budget {make_selection(args).budget}"
+        plot_memory(args.plot, dense.counted, sparse.counted, f"{args.model}, {batch}{given}")
         console.print(f"drawn in {args.plot}")
     if args.json is not None:
         settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot")}

@@ -13,15 +13,19 @@ from trady_kernels.batch import Example
 from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
+from trady_kernels.cost import measure_layers
 from trady_kernels.functional.stored import STORED
 from trady_kernels.models.front import Front
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
-from trady_kernels.training.regimes import find_ranking, metric_of
+from trady_kernels.training.ingredients import PRESETS, Spec
+from trady_kernels.training.regimes import find_ranking, metric_of, sparsify_options
 
 DEFAULT_BUDGET = "28000"
 AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 LEAN: dict[str, Lean] = {"on": True, "off": False, "8bit": "8bit"}
+#: Of the arguments that ingredients may set too.
+_DEFAULTS = {"lean": "on", "stored": "exact", "biases": None}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -82,7 +86,8 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         "--scheme",
         default="trady",
         metavar="NAME",
-        help=f"{', '.join(_without_data())} (default: %(default)s)",
+        help=f"{', '.join([*_without_data(), *PRESETS])}, with ingredients and a budget as in trady finetune: "
+        "late+bias+8bit@5%% (default: %(default)s)",
     )
     parser.add_argument(
         "--pool",
@@ -101,41 +106,62 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lean",
         choices=LEAN,
-        default="on",
+        default=_DEFAULTS["lean"],
         help="what stands between the layers keeps bits (on), its tensors (off), or bits and everything else in one "
         "byte an element, which is not exact (8bit) (default: %(default)s)",
     )
     parser.add_argument(
         "--stored",
         choices=STORED,
-        default="exact",
+        default=_DEFAULTS["stored"],
         help="selected channels are kept as they are, or in one byte an element (8bit), which is not exact, so that a budget "
         "in bytes holds more of them (default: %(default)s)",
     )
     parser.add_argument(
         "--biases",
+        default=_DEFAULTS["biases"],
         metavar="N|all",
         help="train the biases of the last N sparse layers too, and of the norms behind them, or all of them",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
 
 
-def make_scheme(args: argparse.Namespace) -> Scheme:
-    """The scheme that the arguments name.
+@dataclass(frozen=True)
+class Selection:
+    """The scheme that the arguments name, for their network, what it is combined with, and its budget."""
+
+    spec: Spec
+    scheme: Scheme
+    budget: str
+
+
+def make_selection(args: argparse.Namespace) -> Selection:
+    """The scheme and the ingredients that the arguments name.
 
     Raises:
-        BadUsage: there is none of that name, or it needs data, or a file that cannot be read.
+        BadUsage: there is none of that name, or one that is for a training alone, or it needs data, or a file that
+            cannot be read; or another argument sets what an ingredient sets.
     """
     known = _without_data()
     with usage_errors():
-        if args.scheme in SCHEMES and args.scheme not in known:
+        spec = Spec.parse(args.scheme)
+        if spec.scheme not in known:
+            draws = "draws by the gradients of a data set that this command does not read"
+            why = draws if spec.scheme in SCHEMES else "trains a dense network"
             raise ValueError(
-                f"scheme: got {args.scheme!r}, which draws by the gradients of a data set that this command does not read, "
-                f"expected one of {', '.join(known)}"
+                f"scheme: got {args.scheme!r}, which {why}, expected one of {', '.join([*known, *PRESETS])}"
             )
-        if args.scheme not in known:
-            raise ValueError(f"scheme: got {args.scheme!r}, expected one of {', '.join(known)}")
-        return SCHEMES[args.scheme].for_network(args.model, args.layer_fractions)
+        if part := next((part for part in spec.ingredients if part.dense or part.at_once), None):
+            raise ValueError(
+                f"scheme: got {args.scheme!r}, expected it without {part.name}, which is for trady finetune"
+            )
+        for name, default in _DEFAULTS.items():
+            if name in spec.sparsify and (given := getattr(args, name)) != default:
+                raise ValueError(
+                    f"{name}: got {given!r} beside {args.scheme}, which sets it, expected one of the two"
+                )
+        scheme = SCHEMES[spec.scheme].for_network(args.model, args.layer_fractions)
+    return Selection(spec, scheme, args.budget if spec.budget is None else spec.budget)
 
 
 def _without_data() -> list[str]:
@@ -177,18 +203,21 @@ def in_autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager[o
 
 
 def make_sparse(
-    model: nn.Module, batch: Batch, args: argparse.Namespace, scheme: Scheme
+    model: nn.Module, batch: Batch, args: argparse.Namespace, selection: Selection
 ) -> LayerRanking | None:
-    """Convert ``model`` in place as the arguments and the scheme say; returns its layers' ranking.
+    """Convert ``model`` in place as the arguments and the selection say; returns its layers' ranking.
 
     Raises:
         BadUsage: a bad ranking or number of biases, or a network that the batch does not fit.
     """
-    biases = scheme.biases if args.biases is None else _biases(args.biases)
+    given = {} if args.biases is None else {"biases": _biases(args.biases)}
     with usage_errors():
-        ranking = find_ranking(args.ranking, args.model, metric_of(type(scheme), args.pool))
-        head = classifier_name(model, args.classes) or "auto"
-        sparsify(model, batch.input, head=head, lean=LEAN[args.lean], biases=biases, stored=args.stored)
+        ranking = find_ranking(args.ranking, args.model, metric_of(type(selection.scheme), args.pool))
+        head = classifier_name(model, args.classes)
+        layers = {name: cost for name, cost in measure_layers(model, batch.input).items() if name != head}
+        own = sparsify_options(selection.spec, selection.scheme, layers)
+        options = {"lean": LEAN[args.lean], "stored": args.stored, **own, **given}
+        sparsify(model, batch.input, head=head or "auto", **options)
     return ranking
 
 
@@ -206,14 +235,14 @@ def make_sampler(model: nn.Module, batch: Batch, args: argparse.Namespace) -> Ch
     Raises:
         BadUsage: a bad budget, scheme or ranking, or a network that the batch does not fit.
     """
-    scheme = make_scheme(args)
-    ranking = make_sparse(model, batch, args, scheme)
+    selection = make_selection(args)
+    ranking = make_sparse(model, batch, args, selection)
     with usage_errors(), in_autocast(args):
         return ChannelSampler(
             model,
             batch.input,
-            budget=args.budget,
-            scheme=scheme,
+            budget=selection.budget,
+            scheme=selection.scheme,
             ranking=ranking,
             pool=args.pool,
             seed=args.seed,

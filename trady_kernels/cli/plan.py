@@ -19,13 +19,14 @@ from trady_kernels.cli import BadUsage, usage_errors
 from trady_kernels.cli.console import check_writable, in_bytes, make_console
 from trady_kernels.cli.network import (
     DEFAULT_BUDGET,
+    Selection,
     add_network_arguments,
     add_selection_arguments,
     in_autocast,
     make_batch,
     make_network,
     make_sampler,
-    make_scheme,
+    make_selection,
     make_sparse,
 )
 from trady_kernels.cost import Budget
@@ -52,6 +53,7 @@ examples:
   trady plan --model efficientnet_lite0 --budget 28000
   trady plan --budget 256KiB --batch-size 8 --image-size 224
   trady plan --model torchvision:resnet18 --budget 5% --scheme d-full-random --json plan.json
+  trady plan --scheme frugal@5% --image-size 64
   trady plan --total 64MiB --optimizer adam --image-size 64 --batch-size 16"""
 
 
@@ -68,8 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
-        default="sgd",
-        help="whose state is in the total (default: %(default)s)",
+        help="whose state is in the total (default: sgd, with momentum where the scheme has it)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
 
@@ -115,13 +116,15 @@ def _plan_budget(args: argparse.Namespace) -> int:
 
 
 def _plan_total(args: argparse.Namespace) -> int:
-    total = _total(args)
+    selection = make_selection(args)
+    total = _total(args, selection)
+    scheme = selection.spec.scheme
     with usage_errors():
-        check_scheme(args.scheme)
-    scheme = make_scheme(args)
+        check_scheme(scheme)
+    optimizer = args.optimizer or ("sgd-momentum" if selection.spec.momentum else "sgd")
     loaded = make_network(args)
     kind = loaded.front.kind
-    ranking = make_sparse(loaded.model, make_batch(loaded, args, 1), args, scheme)
+    ranking = make_sparse(loaded.model, make_batch(loaded, args, 1), args, selection)
 
     def batch_of(size: int) -> tuple[Example, torch.Tensor]:
         batch = make_batch(loaded, args, size)
@@ -144,8 +147,8 @@ def _plan_total(args: argparse.Namespace) -> int:
             loaded.model,
             batch_of,
             F.cross_entropy,
-            args.optimizer,
-            args.scheme,
+            optimizer,
+            scheme,
             ranking,
             args.pool,
             args.seed,
@@ -153,7 +156,7 @@ def _plan_total(args: argparse.Namespace) -> int:
         steps = fit_total(meter, total, args.batch_size, on_measure)
 
     console.print(
-        f"{args.model}, {kind} of {loaded.front.size}, {args.optimizer}, {args.scheme}: what fits in "
+        f"{args.model}, {kind} of {loaded.front.size}, {optimizer}, {args.scheme}: what fits in "
         f"{in_bytes(total)}\n"
     )
     console.print(_steps(steps, kind))
@@ -167,7 +170,7 @@ def _plan_total(args: argparse.Namespace) -> int:
         write_json(
             args.json,
             {
-                "settings": _settings(args),
+                "settings": _settings(args) | {"optimizer": optimizer},
                 "total_bytes": total,
                 "steps": [step.to_dict() for step in steps],
             },
@@ -175,11 +178,11 @@ def _plan_total(args: argparse.Namespace) -> int:
     return 0
 
 
-def _total(args: argparse.Namespace) -> int:
+def _total(args: argparse.Namespace, selection: Selection) -> int:
     expected = "expected a size in bytes such as 256MiB"
-    if args.budget != DEFAULT_BUDGET:
+    if selection.budget != DEFAULT_BUDGET:
         raise BadUsage(
-            "--budget: got one beside --total, expected one of the two: with a total it is the answer"
+            "--budget: got one, or an @ in --scheme, beside --total, expected one of the two: the total decides it"
         )
     try:
         total = Budget.parse(args.total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.convert import conversion_report, sparsify, trainable_parameters
+from trady_kernels.cost import LayerCost
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Pool, Scheme, channel_norms
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.lora import Lora
@@ -42,6 +43,21 @@ def check_spec(spec: Spec, settings: Settings) -> None:
         kind.for_network(settings.model, settings.layer_fractions)
 
 
+def sparsify_options(spec: Spec, scheme: Scheme, layers: Mapping[str, LayerCost]) -> dict[str, Any]:
+    """Arguments of ``sparsify`` that a scheme and its ingredients set.
+
+    Args:
+        spec: with the ingredients.
+        scheme: of the network.
+        layers: of the plain network, the head left out.
+    """
+    options = {"biases": scheme.biases, **spec.sparsify}
+    reached = len(scheme.reach(layers))
+    if options["biases"] is True and reached < len(layers):
+        options["biases"] = reached  # those below would take the backward pass further down
+    return options
+
+
 class _Sparse:
     """Trains the channels that a sampler chooses, and keeps those alone."""
 
@@ -51,10 +67,7 @@ class _Sparse:
         scheme = kind.for_network(settings.model, settings.layer_fractions)
         pool = settings.pool if scheme.takes_pool else None
         ranking = find_ranking(settings.ranking, settings.model, metric_of(kind, pool))
-        options = {"biases": scheme.biases, **start.spec.sparsify}
-        reached = len(scheme.reach(start.layers))
-        if options["biases"] is True and reached < len(start.layers):
-            options["biases"] = reached  # those below would take the backward pass further down
+        options = sparsify_options(start.spec, scheme, start.layers)
         self.model = sparsify(model, start.example_input, head=start.head or "auto", **options)
         self._sampler = ChannelSampler(
             model,
