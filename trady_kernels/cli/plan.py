@@ -39,6 +39,7 @@ from trady_kernels.training.fit import (
     check_scheme,
     fit_total,
 )
+from trady_kernels.training.ingredients import Spec
 
 _DESCRIPTION = """\
 Show, for every layer, its input channels, what training one of them costs, its place in the layer ranking, and how
@@ -116,11 +117,10 @@ def _plan_budget(args: argparse.Namespace) -> int:
 
 
 def _plan_total(args: argparse.Namespace) -> int:
+    with usage_errors():
+        check_scheme(Spec.parse(args.scheme).scheme)
     selection = make_selection(args)
     total = _total(args, selection)
-    scheme = selection.spec.scheme
-    with usage_errors():
-        check_scheme(scheme)
     optimizer = args.optimizer or ("sgd-momentum" if selection.spec.momentum else "sgd")
     loaded = make_network(args)
     kind = loaded.front.kind
@@ -148,7 +148,7 @@ def _plan_total(args: argparse.Namespace) -> int:
             batch_of,
             F.cross_entropy,
             optimizer,
-            scheme,
+            selection.spec.scheme,
             ranking,
             args.pool,
             args.seed,
