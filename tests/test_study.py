@@ -262,6 +262,17 @@ def table_of(cells: Trainings, head: str) -> dict[str, list[str]]:
     return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
 
 
+def test_rows_with_fewer_runs_say_so(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = opened(tmp_path / "cells.json")
+    for task, seed in (("digits", 0), ("digits", 1), ("clothes", 0), ("clothes", 1)):
+        cells.add(Training(task, "trady", "2.2%", 0.1, seed, False), outcome(0.8))
+        if (task, seed) != ("clothes", 1):
+            cells.add(Training(task, "full", "", 0.1, seed, False), outcome(0.9))
+    assert list(table_of(cells, "Budget 2.2%")) == ["full (3 of 4 runs)", "trady"]
+    assert "2 seeds; a row with fewer runs says" in report(cells)
+
+
 def test_runs_that_diverged_count_as_0_and_have_no_bytes(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = opened(tmp_path / "cells.json")
@@ -272,9 +283,10 @@ def test_runs_that_diverged_count_as_0_and_have_no_bytes(tmp_path: Path) -> None
         )
         cells.add(Training("digits", "medyate", "2.2%", 0.1, seed, False), diverged)
     rows = table_of(cells, "Budget 2.2%")
-    assert rows["trady"][0] == "40.0 ± 56.6 (1 diverged)"
-    assert rows["trady"][4:7] == ["+40.00 (p 0.500)", "4.0", "4.0 + 0.0 + 0.0"]
-    assert rows["medyate"][0] == "0.0 ± 0.0 (2 diverged)" and rows["medyate"][5:9] == [""] * 4
+    trady, medyate = rows["trady (2 of 4 runs)"], rows["medyate (2 of 4 runs)"]
+    assert trady[0] == "40.0 ± 56.6 (1 diverged)"
+    assert trady[4:7] == ["+40.00 (p 0.500)", "4.0", "4.0 + 0.0 + 0.0"]
+    assert medyate[0] == "0.0 ± 0.0 (2 diverged)" and medyate[5:9] == [""] * 4
 
 
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:

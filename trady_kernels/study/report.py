@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import kind_of
 from trady_kernels.study.budgets import finals_of
 from trady_kernels.study.cells import made_with
-from trady_kernels.study.markdown import markdown, spread
+from trady_kernels.study.markdown import markdown
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, row_of, times_beside
-from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
+from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
@@ -112,12 +112,6 @@ def report(cells: Trainings, name: str = "results") -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def accuracy(outcomes: Collection[TrainingOutcome]) -> str:
-    """Top-1 in percent, mean and sample standard deviation, in which a run that diverged counts as 0; how many did."""
-    diverged = sum(outcome.diverged for outcome in outcomes)
-    return spread([100 * o.top1 for o in outcomes]) + (f" ({diverged} diverged)" if diverged else "")
-
-
 def _models(cells: Trainings) -> list[str]:
     return list(dict.fromkeys(cells.recipes[cell.task].model for cell in finals_of(cells)))
 
@@ -133,17 +127,22 @@ def _plot_stem(name: str, model: str) -> str:
 
 
 def _making(cells: Trainings) -> list[str]:
-    seeds = sorted({cell.seed for cell in cells if not cell.held_out})
     return [
         *made_with(cells),
-        f"{len(seeds)} seeds. A scheme's learning rate, one for all tasks of a network, is the best of three by the mean accuracy on "
-        "samples held out from those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
-        "epoch counts. Figures are means over seeds with the sample standard deviation; a run that diverged counts as an accuracy of 0 "
-        "and is left out of bytes and shares. Bytes are measured: what a training step saves "
-        "for its backward pass (of full: of what full fine-tuning saves), the gradients that it leaves and the optimiser's state. Tests "
-        "are two-sided paired t-tests over the pairs of task and seed. Steps were timed apart, all rows of a network turn by turn "
+        f"{_seeds(cells)} seeds; a row with fewer runs says how many of them it has. A scheme's learning rate, "
+        "one for all tasks of a network, is the best of three by the mean accuracy on samples held out from "
+        "those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
+        "epoch counts. Figures are means over seeds with the sample standard deviation; a run that diverged "
+        "counts as an accuracy of 0 and is left out of bytes and shares. Bytes are measured: what a training "
+        "step saves for its backward pass (of full: of what full fine-tuning saves), the gradients that it "
+        "leaves and the optimiser's state. Tests are two-sided paired t-tests over the pairs of task and seed. "
+        "Steps were timed apart, all rows of a network turn by turn "
         f"(`trady study steps`, {STEPS}).",
     ]
+
+
+def _seeds(cells: Trainings) -> int:
+    return len({cell.seed for cell in cells if not cell.held_out})
 
 
 def _model(
@@ -171,7 +170,12 @@ def _model(
             scheme: times.get((model, row_of(scheme, budget if scheme in bound else "")))
             for scheme in (*bound, *free)
         }
-        lines += [f"### Budget {budget}", "", *_table(tasks, {**bound, **free}, bound, steps), ""]
+        lines += [
+            f"### Budget {budget}",
+            "",
+            *_table(tasks, {**bound, **free}, bound, steps, _seeds(cells)),
+            "",
+        ]
         if budget == first:
             lines += [*(claims := _claims({**bound, **free})), *([""] if claims else [])]
     savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
@@ -218,7 +222,9 @@ def _table(
     schemes: dict[str, Series],
     bound: dict[str, Series],
     steps: Mapping[str, StepTime | None],
+    seeds: int,
 ) -> list[str]:
+    runs = len(tasks) * seeds
     references = [name for name in REFERENCES if name in bound]
     heads = [
         "scheme",
@@ -242,8 +248,8 @@ def _table(
         complete = set(_tasks(series)) == set(tasks)
         rows.append(
             [
-                name,
-                *(accuracy(_of_task(series, task).values()) for task in tasks),
+                name if len(series) == runs else f"{name} ({len(series)} of {runs} runs)",
+                *(top1_words(list(_of_task(series, task).values())) for task in tasks),
                 f"{mean(series):.1f}" if complete else "",
                 *(
                     "" if name == other or (test := _against(series, bound[other])) is None else test.words
