@@ -19,7 +19,7 @@ from trady_kernels.study import trainings
 from trady_kernels.study.cells import CellFile, run_cells
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import FACTORS, Matrix, Row
-from trady_kernels.study.report import report, write_report
+from trady_kernels.study.report import CLAIMS, report, write_report
 from trady_kernels.study.results import SCHEMES, Request, results_matrix
 from trady_kernels.study.statistics import Spread, paired_test
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
@@ -254,12 +254,34 @@ def outcome(top1: float, mebibytes: int = 3, **more: Any) -> TrainingOutcome:
     return TrainingOutcome(top1, saved_bytes=mebibytes << 20, dense_saved_bytes=2**25, **more)
 
 
-def table_of(cells: Trainings, head: str) -> dict[str, list[str]]:
-    """Rows of the first table behind a heading, by their first column."""
+def table_of(cells: Trainings, head: str, first: str = "scheme") -> dict[str, list[str]]:
+    """Rows of the table behind a heading whose first column has that name, by what is in this column."""
     blocks = report(cells).split(f"### {head}\n\n")[1].split("\n\n")
-    lines = next(block for block in blocks if block.startswith("|")).splitlines()
+    lines = next(block for block in blocks if block.startswith(f"| {first} ")).splitlines()
     assert len({len(line) for line in lines}) == 1, "columns align"
     return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
+
+
+def verdicts(folder: Path, mebibytes: int) -> dict[str, list[str]]:
+    """Of the claims on a frugal that is more accurate than trady, whose steps need 3 MiB."""
+    cells = opened(folder / f"{mebibytes}.json")
+    for seed in range(3):
+        for task in RECIPES:
+            cells.add(Training(task, "trady", "2.2%", 0.1, seed, False), outcome(0.8))
+            cells.add(
+                Training(task, "frugal@5.2%", "2.2%", 0.1, seed, False), outcome(0.9 + seed / 100, mebibytes)
+            )
+    return table_of(cells, "Budget 2.2%", "claim")
+
+
+def test_claims_of_bytes_are_checked(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    claim = "frugal beats trady in no more measured bytes (ours)"
+    for mebibytes, verdict in ((2, "holds"), (3, "holds"), (4, "in more bytes")):
+        difference, said = verdicts(tmp_path, mebibytes)[claim]
+        assert difference == "frugal@5.2% - trady: +11.00 (p < 0.001), 6 of 6 won" and said == verdict
+    for claimed in CLAIMS:
+        assert claimed.no_more_bytes == ("in no more measured bytes" in claimed.sentence)
 
 
 def test_rows_with_fewer_runs_say_so(tmp_path: Path) -> None:
