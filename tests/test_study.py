@@ -262,8 +262,8 @@ def table_of(cells: Trainings, head: str, first: str = "scheme") -> dict[str, li
     return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
 
 
-def verdicts(folder: Path, mebibytes: int) -> dict[str, list[str]]:
-    """Of the claims on a frugal that is more accurate than trady, whose steps need 3 MiB."""
+def frugal_ahead(folder: Path, mebibytes: int) -> Trainings:
+    """Runs of a frugal that is more accurate than trady, whose steps need 3 MiB."""
     cells = opened(folder / f"{mebibytes}.json")
     for seed in range(3):
         for task in RECIPES:
@@ -271,17 +271,48 @@ def verdicts(folder: Path, mebibytes: int) -> dict[str, list[str]]:
             cells.add(
                 Training(task, "frugal@5.2%", "2.2%", 0.1, seed, False), outcome(0.9 + seed / 100, mebibytes)
             )
-    return table_of(cells, "Budget 2.2%", "claim")
+    return cells
 
 
 def test_claims_of_bytes_are_checked(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     claim = "frugal beats trady in no more measured bytes (ours)"
     for mebibytes, verdict in ((2, "holds"), (3, "holds"), (4, "in more bytes")):
-        difference, said = verdicts(tmp_path, mebibytes)[claim]
+        difference, interval, said = table_of(frugal_ahead(tmp_path, mebibytes), "Budget 2.2%", "claim")[
+            claim
+        ]
         assert difference == "frugal@5.2% - trady: +11.00 (p < 0.001), 6 of 6 won" and said == verdict
+        assert interval == "+10.06 to +11.94"  # half of it: 2.571 of Student's t times sqrt(0.8 / 6)
     for claimed in CLAIMS:
         assert claimed.no_more_bytes == ("in no more measured bytes" in claimed.sentence)
+
+
+def test_whether_frugal_wins(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = frugal_ahead(tmp_path, 2)
+    for seed in range(3):
+        cells.add(
+            Training("digits", "medyate", "2.2%", 0.1, seed, False), outcome(0.9 + 0.02 * (seed == 0), 8)
+        )
+    rows = table_of(cells, "Does frugal win?", "rows")
+    assert rows["frugal@5.2% - trady"] == [
+        *("2.2%", "2.0 of 3.0", "+11.00 (p 0.003)", "+11.00 (p 0.003)", "2 of 2", "2 of 2"),
+        *("+11.00 (p < 0.001)", "+10.06 to +11.94"),
+    ]
+    assert rows["frugal@5.2% - medyate"] == [
+        *(
+            "2.2%",
+            "2.0 of 8.0",
+            "+0.33 (p 0.808)",
+            "",
+            "1 of 1",
+            "0 of 1",
+            "+0.33 (p 0.808)",
+            "-4.84 to +5.50",
+        )
+    ]
+    assert "A test over 3 seeds has little power" in report(cells)
+    assert "Does frugal win?" not in report(frugal_ahead(tmp_path, 4))
 
 
 def test_rows_with_fewer_runs_say_so(tmp_path: Path) -> None:
