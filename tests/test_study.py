@@ -342,6 +342,30 @@ def test_runs_that_diverged_count_as_0_and_have_no_bytes(tmp_path: Path) -> None
     assert medyate[0] == "0.0 ± 0.0 (2 diverged)" and medyate[5:9] == [""] * 4
 
 
+def test_notes_come_once_with_the_schemes_that_have_them(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = opened(tmp_path / "cells.json")
+    notes = {
+        "d-det-rgn": ["norms are frozen", "an oracle"],
+        "s-det-rgn": ["an oracle", "norms are frozen"],
+        "full+checkpoint": [],
+    }
+    for scheme, own in notes.items():
+        for seed in range(2):
+            budget = "" if scheme.startswith("full") else "2.2%"
+            cells.add(Training("digits", scheme, budget, 0.1, seed, False), outcome(0.8, notes=own))
+    failed = TrainingOutcome(0.0, diverged=True, notes=["learning_rate: too high"])
+    cells.add(Training("clothes", "d-det-rgn", "2.2%", 0.1, 0, False), failed)
+    cells.add(Training("digits", "d-det-rgn", "7%", 0.1, 0, False), outcome(0.8, notes=["all is selected"]))
+    listed = [line for line in report(cells).splitlines() if line.startswith("* ")]
+    assert listed == [
+        "* d-det-rgn, s-det-rgn: norms are frozen",
+        "* d-det-rgn, s-det-rgn: an oracle",
+        "* full+checkpoint: the block that the backward pass computes again is not among the saved bytes",
+        "* d-det-rgn: all is selected",
+    ]
+
+
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = CellFile(tmp_path / "cells.json", MATRIX.kinds, RECIPES)

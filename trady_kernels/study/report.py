@@ -18,6 +18,7 @@ from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
+from trady_kernels.training.ingredients import Spec
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
@@ -25,6 +26,8 @@ _SAVINGS = "-savings"
 _SIZES = {"images": "{0.image_size}x{0.image_size}", "sentences": "{0.max_length} tokens"}
 #: What a training step needs beside the weights.
 _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
+#: What is to be known of the figures of an ingredient, beside the notes of its runs.
+_OF_FIGURES = {"checkpoint": "the block that the backward pass computes again is not among the saved bytes"}
 #: Schemes that every other one is set beside.
 REFERENCES = ("trady", "medyate")
 #: How the names of our rows begin.
@@ -211,6 +214,7 @@ def _model(
         ]
         if budget == first:
             lines += [*(claims := _claims({**bound, **free})), *([""] if claims else [])]
+        lines += _notes({**bound, **free} if budget == first else bound)
         ours += _ours(budget, tasks, bound)
     savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
     lines += _ours_section(tasks, _seeds(cells), ours)
@@ -296,6 +300,18 @@ def _table(
             ]
         )
     return markdown(heads, rows)
+
+
+def _notes(schemes: dict[str, Series]) -> list[str]:
+    """What a reader must know of the rows: each note once, with the schemes that have it."""
+    having: dict[str, dict[str, None]] = defaultdict(dict)
+    for name, series in schemes.items():
+        of_runs = [note for o in series.values() if not o.diverged for note in o.notes]
+        parts = [part.name for part in Spec.parse(name).ingredients]
+        for note in (*of_runs, *(_OF_FIGURES[part] for part in parts if part in _OF_FIGURES)):
+            having[note][name] = None
+    lines = [f"* {', '.join(names)}: {note}" for note, names in having.items()]
+    return ["Of these rows:", "", *lines, ""] if lines else []
 
 
 def _tasks(series: Series) -> list[str]:
