@@ -246,7 +246,10 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
     assert "not decided" in text and "    trady study results" in text
     rates = text.split("### Learning rates chosen")[1]
-    assert re.search(r"\| trady +\|  0.9 \|", rates)
+    assert re.search(r"\| trady +\|  0.9 \| highest +\|", rates)
+    assert re.search(r"\| head-only +\| 0.02 \| lowest +\|", rates)
+    assert re.search(r"\| full\+checkpoint +\| 0.03 \| +\|", rates)
+    assert "2 of 5 are the lowest or the highest of those tried" in rates
     assert "| clothes |               40 | all          |      2 |    32 | 64x64 |" in text
 
 
@@ -364,6 +367,21 @@ def test_notes_come_once_with_the_schemes_that_have_them(tmp_path: Path) -> None
         "* full+checkpoint: the block that the backward pass computes again is not among the saved bytes",
         "* d-det-rgn: all is selected",
     ]
+
+
+def test_rates_of_a_budget_are_those_of_its_scheme(tmp_path: Path) -> None:
+    """The trials of another budget serve, those of another network do not."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    text = dataclasses.replace(RECIPE, data="tweets", model="minilm")
+    cells: Trainings = CellFile(tmp_path / "cells.json", MATRIX.kinds, {**RECIPES, "tweets": text})
+    cells.begin(PROVENANCE)
+    for rate in (0.1, 0.3, 0.9):
+        cells.add(Training("digits", "frugal@5.2%", "2.2%", rate, 0, True), outcome(0.8))
+    for task in ("digits", "tweets"):
+        cells.add(Training(task, "frugal@2%", "1%", 0.9, 0, False), outcome(0.8))
+    images, texts = report(cells).split("### Learning rates chosen")[1:]
+    assert "| frugal@2% |  0.9 | highest        |" in images and "1 of 1 are" in images
+    assert "| frugal@2% |  0.9 |                |" in texts and "0 of 1 are" in texts
 
 
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
-from trady_kernels.training.ingredients import Spec
+from trady_kernels.training.ingredients import Spec, tuned_as
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
@@ -218,7 +218,15 @@ def _model(
         ours += _ours(budget, tasks, bound)
     savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
     lines += _ours_section(tasks, _seeds(cells), ours)
-    return [*lines, "### What is left out, epoch by epoch", "", savings, "", *_rates(finals), ""]
+    return [
+        *lines,
+        "### What is left out, epoch by epoch",
+        "",
+        savings,
+        "",
+        *_rates(tasks, cells, finals),
+        "",
+    ]
 
 
 def _recipes(tasks: list[str], cells: Trainings) -> list[str]:
@@ -424,7 +432,25 @@ def _ours_section(tasks: list[str], seeds: int, rows: list[list[str]]) -> list[s
     ]
 
 
-def _rates(finals: dict[Training, TrainingOutcome]) -> list[str]:
-    chosen = sorted({(cell.scheme, cell.learning_rate) for cell in finals})
-    rows = [[scheme, f"{rate:g}"] for scheme, rate in chosen]
-    return ["### Learning rates chosen", "", *markdown(["scheme", "rate"], rows)]
+def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> list[str]:
+    tried: dict[str, set[float]] = defaultdict(set)
+    for cell in cells:
+        if cell.held_out and cell.task in tasks:
+            tried[_tried_as(cell.scheme)].add(cell.learning_rate)
+    rows = []
+    for scheme, rate in sorted({(cell.scheme, cell.learning_rate) for cell in finals}):
+        rates = tried[_tried_as(scheme)] or {math.nan}
+        rows.append([scheme, f"{rate:g}", {min(rates): "lowest", max(rates): "highest"}.get(rate, "")])
+    ends = sum(bool(end) for *_, end in rows)
+    return [
+        "### Learning rates chosen",
+        "",
+        f"{ends} of {len(rows)} are the lowest or the highest of those tried: a still better one may lie outside.",
+        "",
+        *markdown(["scheme", "rate", "of those tried"], rows),
+    ]
+
+
+def _tried_as(scheme: str) -> str:
+    """Schemes that differ in budgets of their own have the same rates to choose from."""
+    return tuned_as(scheme).partition("@")[0]
