@@ -384,6 +384,23 @@ def test_rates_of_a_budget_are_those_of_its_scheme(tmp_path: Path) -> None:
     assert "| frugal@2% |  0.9 |                |" in texts and "0 of 1 are" in texts
 
 
+def test_rows_without_a_run_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    text = dataclasses.replace(RECIPE, data="tweets", model="minilm")
+    cells: Trainings = CellFile(tmp_path / "cells.json", MATRIX.kinds, {**RECIPES, "tweets": text})
+    cells.begin(PROVENANCE)
+    everything = [row for row in results_matrix(Request()).rows() if row.task == "mnist"]
+    for row in everything[2:]:
+        cells.add(Training("digits", row.scheme, row.budget, 0.1, 0, False), outcome(0.8))
+    cells.add(Training("tweets", "trady", "2.2%", 0.1, 0, False), outcome(0.8))
+    images, texts = (line for line in report(cells).splitlines() if line.startswith("Not run yet"))
+    assert images == "Not run yet: trady at 2.2%, medyate at 2.2%."
+    assert "head-only, full, " in texts and "frugal@14% at 7%." in texts and "sparse-update" not in texts
+    for row in everything:
+        cells.add(Training("digits", row.scheme, row.budget, 0.1, 0, False), outcome(0.8))
+    assert report(cells).count("Not run yet") == 1
+
+
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = CellFile(tmp_path / "cells.json", MATRIX.kinds, RECIPES)

@@ -15,10 +15,12 @@ from trady_kernels.study.budgets import finals_of
 from trady_kernels.study.cells import made_with
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.plot import plot_budgets, plot_savings
+from trady_kernels.study.results import rows_of
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
 from trady_kernels.training.ingredients import Spec, tuned_as
+from trady_kernels.training.settings import Settings
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
@@ -132,7 +134,7 @@ def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[
 
 
 def report(cells: Trainings, name: str = "results") -> str:
-    """The whole document, a function of the file alone.
+    """The whole document, a function of the file, of the step times beside it and of the rows that a table has.
 
     Raises:
         ValueError: the file has no finished run on test samples.
@@ -195,6 +197,7 @@ def _model(
         "",
         f"![Accuracy against measured bytes]({plot}.png)",
         "",
+        *_not_run(cells.recipes[tasks[0]], finals),
     ]
     budgets = {cell.budget for cell in finals if cell.budget}
     first = _first_budget(finals)
@@ -244,6 +247,18 @@ def _recipes(tasks: list[str], cells: Trainings) -> list[str]:
             ]
         )
     return markdown(["task", "training samples", "test samples", "epochs", "batch", "input"], rows)
+
+
+def _not_run(recipe: Settings, finals: dict[Training, TrainingOutcome]) -> list[str]:
+    """Rows of the results table that a network has no run of."""
+    done = {row_of(cell.scheme, cell.budget) for cell in finals}
+    rows = (
+        row_of(scheme, budget if Spec.parse(scheme).budgeted else "")
+        for budget, schemes in rows_of(recipe).items()
+        for scheme in schemes
+    )
+    missing = [row for row in dict.fromkeys(rows) if row not in done]
+    return [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
 
 
 Series = dict[tuple[str, int], TrainingOutcome]  # of one scheme, by task and seed
