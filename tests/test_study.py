@@ -22,6 +22,7 @@ from trady_kernels.study.matrix import FACTORS, Matrix, Row
 from trady_kernels.study.report import CLAIMS, report, write_report
 from trady_kernels.study.results import SCHEMES, Request, results_matrix
 from trady_kernels.study.statistics import Spread, paired_test
+from trady_kernels.study.steps import STEPS, StepTimes, Timing, Timings
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.loop import Diverged
@@ -399,6 +400,21 @@ def test_rows_without_a_run_are_named(tmp_path: Path) -> None:
     for row in everything:
         cells.add(Training("digits", row.scheme, row.budget, 0.1, 0, False), outcome(0.8))
     assert report(cells).count("Not run yet") == 1
+
+
+def test_machines_and_threads_are_named(tmp_path: Path) -> None:
+    """Those of each file; a run has the threads of its recipe."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = opened(tmp_path / "cells.json")
+    cells.add(Training("digits", "trady", "2.2%", 0.1, 0, False), outcome(0.8))
+    assert "; a CPU, avx2, Python 3.11, torch 2.13.\nA run has 1 thread(s).\n" in report(cells)
+    assert f"(`trady study steps`, {STEPS}).\n" in report(cells)
+    recipe = dataclasses.replace(RECIPE, threads=4)
+    timings: Timings = CellFile(tmp_path / STEPS, (Timing, StepTimes), {"digits": recipe})
+    timings.begin({**PROVENANCE, "machine": {"device": "cuda", "name": "a GPU", "threads": 2}})
+    timings.add(Timing("digits", ("full",), 1), StepTimes({"full": [1.0]}))
+    said = "with 4 thread(s): 1 run; commits 0123456789; a GPU, cuda, Python 3.11, torch 2.13.\n"
+    assert f"(`trady study steps`, {STEPS}), {said}" in report(cells)
 
 
 def test_a_copy_outside_git_has_no_commit(tmp_path: Path) -> None:

@@ -8,16 +8,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import kind_of
 from trady_kernels.study.budgets import finals_of
-from trady_kernels.study.cells import made_with
+from trady_kernels.study.cells import CellFile, made_with
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.results import rows_of
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
-from trady_kernels.study.steps import STEPS, StepTime, row_of, times_beside
+from trady_kernels.study.steps import STEPS, StepTime, StepTimes, Timing, Timings, row_of, step_times
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
 from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.settings import Settings
@@ -140,8 +141,9 @@ def report(cells: Trainings, name: str = "results") -> str:
         ValueError: the file has no finished run on test samples.
         ModuleNotFoundError: scipy is not installed.
     """
-    finals, times = finals_of(cells), times_beside(cells)
-    parts = ["# Results", "", *_making(cells), ""]
+    finals, timings = finals_of(cells), _timings_beside(cells)
+    times = {} if timings is None else step_times(timings)
+    parts = ["# Results", "", *_making(cells, timings), ""]
     for model in _models(cells):
         tasks = [task for task, recipe in cells.recipes.items() if recipe.model == model]
         here = {cell: outcome for cell, outcome in finals.items() if cell.task in tasks}
@@ -163,9 +165,21 @@ def _plot_stem(name: str, model: str) -> str:
     return f"{name}-{model.replace(':', '-')}"
 
 
-def _making(cells: Trainings) -> list[str]:
+def _timings_beside(cells: Trainings) -> Timings | None:
+    path = cells.path.parent / STEPS
+    return CellFile(path, (Timing, StepTimes)) if path.exists() else None
+
+
+def _threads(cells: CellFile[Any, Any]) -> str:
+    """Of a run: those in a provenance are of the process that began it."""
+    return f"{', '.join(map(str, sorted({recipe.threads for recipe in cells.recipes.values()})))} thread(s)"
+
+
+def _making(cells: Trainings, timings: Timings | None) -> list[str]:
+    timed = "." if timings is None else f", with {_threads(timings)}: {made_with(timings)[-1]}"
     return [
         *made_with(cells),
+        f"A run has {_threads(cells)}.",
         f"{_seeds(cells)} seeds; a row with fewer runs says how many of them it has. A scheme's learning rate, "
         "one for all tasks of a network, is the best of three by the mean accuracy on samples held out from "
         "those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
@@ -174,7 +188,7 @@ def _making(cells: Trainings) -> list[str]:
         "step saves for its backward pass (of full: of what full fine-tuning saves), the gradients that it "
         "leaves and the optimiser's state. Tests are two-sided paired t-tests over the pairs of task and seed. "
         "Steps were timed apart, all rows of a network turn by turn "
-        f"(`trady study steps`, {STEPS}).",
+        f"(`trady study steps`, {STEPS}){timed}",
     ]
 
 
