@@ -478,6 +478,24 @@ def test_every_row_of_a_network_can_be_prepared() -> None:
     assert {row.scheme for row in chosen.rows()} == {"trady", "full+checkpoint"}
 
 
+def test_all_schemes_of_the_papers_and_baselines_are_rows() -> None:
+    """At whatever budget of their own."""
+    rows = {
+        model: {
+            budget: {scheme.partition("@")[0] for scheme in schemes} for budget, schemes in budgets.items()
+        }
+        for model, budgets in results_matrix(Request()).schemes.items()
+    }
+    first = {
+        *("trady", "s-topk-random", "d-full-random", "s-full-random", "d-det-rgn", "s-det-rgn", "medyate"),
+        *("velocity", "head-only", "bias-only", "full", "last-layers", "lora", "frugal"),
+        *("full+checkpoint", "full+accumulate"),
+    }
+    for model, also in (("efficientnet_lite0", {"sparse-update"}), ("minilm", set())):
+        assert rows[model]["2.2%"] >= first | also
+        assert all(rows[model][budget] >= {"trady", "medyate", "frugal"} for budget in ("1%", "7%"))
+
+
 @pytest.mark.parametrize(
     ("scheme", "tuned"),
     [
