@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -193,6 +194,17 @@ def test_it_leaves_no_trace(budget: str | None, fails: bool) -> None:
     assert str(optimizer.state_dict()) == str(moments)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     loss.backward()
+
+
+@pytest.mark.parametrize("budget", [None, "20%"])
+def test_a_forward_that_somebody_put_on_a_layer_stays(budget: str | None) -> None:
+    model = sparse_net()
+    expected = tk.channel_norms(model, batches(9), F.cross_entropy, budget=budget)
+    layer = next(iter(sparse_layers(model).values()))
+    wrapper = functools.partial(type(layer).forward, layer)
+    layer.forward = wrapper  # type: ignore[method-assign]
+    assert_equal(tk.channel_norms(model, batches(9), F.cross_entropy, budget=budget), expected)
+    assert vars(layer)["forward"] is wrapper
 
 
 @pytest.mark.parametrize("metric", ["rgn", "lara"])

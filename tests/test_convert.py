@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import pickle
 from collections.abc import Callable, Mapping
@@ -310,6 +311,13 @@ def with_norm(norm: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 6), norm, nn.Linear(6, 2))
 
 
+def wrapped(module: nn.Module) -> nn.Module:
+    """With a forward on the instance that calls the one it had, as hooks of accelerate set it."""
+    own = module.forward
+    module.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))  # type: ignore[method-assign]
+    return module
+
+
 @dataclass(frozen=True)
 class Dense:
     name: str
@@ -328,6 +336,12 @@ DENSE = (
         "own forward",
         lambda: nn.Sequential(nn.Linear(6, 6), Scaled(6, 6), nn.Linear(6, 2)),
         {"1": "Scaled has a forward of its own"},
+        ("0",),
+    ),
+    Dense(
+        "own forward on the instance",
+        lambda: nn.Sequential(nn.Linear(6, 6), wrapped(nn.Linear(6, 6)), wrapped(nn.ReLU()), nn.Linear(6, 2)),
+        {"1": "Linear has a forward of its own"},
         ("0",),
     ),
     Dense("tied", Tied, {"decoder": "its weight is shared with 'embedding'"}, ("body",)),
@@ -364,6 +378,12 @@ DENSE = (
     ),
     Dense(
         "norm with its own forward", lambda: with_norm(OwnNorm(6)), {"1": "OwnNorm cannot be frozen"}, ("0",)
+    ),
+    Dense(
+        "norm with its own forward on the instance",
+        lambda: with_norm(wrapped(nn.BatchNorm1d(6))),
+        {"1": "BatchNorm1d cannot be frozen"},
+        ("0",),
     ),
 )
 
@@ -777,6 +797,18 @@ def test_bad_input_gets_one_sentence_and_changes_nothing(case: Bad) -> None:
     assert case.message in str(caught.value) and "\n" not in str(caught.value)
     assert (kinds(model), flags(model)) == before
     assert not any(name.startswith("_before") for module in model.modules() for name in vars(module))
+
+
+@pytest.mark.parametrize("name", ["neck", "neck_norm"])
+def test_densify_refuses_a_forward_that_calls_the_class_it_undoes(name: str) -> None:
+    model = tk.sparsify(trained_net(), example())
+    module = wrapped(model.get_submodule(name))
+    before = (kinds(model), flags(model))
+    with pytest.raises(ValueError, match=f"model: got a forward of the instance's own in '{name}'"):
+        tk.densify(model)
+    assert (kinds(model), flags(model)) == before
+    del module.forward
+    assert kinds(tk.densify(model)) == kinds(trained_net())
 
 
 def test_a_sparse_layer_cannot_become_the_head() -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -156,6 +157,21 @@ def test_what_is_watched_is_not_folded(watch: Callable[[Net], object]) -> None:
     tk.select_fraction(sparse, 0.5)
     check(sparse(x), dense(x))
     check_gradients(sparse, dense, x)
+
+
+@pytest.mark.parametrize("name", ["conv", "norm"])
+def test_a_second_call_folds_nothing_with_a_forward_put_on_it(name: str) -> None:
+    model = trained_net().double().eval()
+    handle = model.norm.register_forward_hook(lambda *_: None)
+    x = example(torch.float64)
+    tk.sparsify(model, x)
+    handle.remove()
+    module = model.get_submodule(name)
+    module.forward = partial(type(module).forward, module)  # type: ignore[method-assign]
+    expected = model(x)
+    tk.sparsify(model, x)
+    assert "norm" not in tk.conversion_report(model).folded
+    assert torch.equal(model(x), expected)
 
 
 def test_hooks_registered_later_see_values_and_gradients() -> None:

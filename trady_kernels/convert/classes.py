@@ -85,7 +85,7 @@ def base_in(table: Mapping[type[nn.Module], Any], module: nn.Module) -> type[nn.
     kind = type(module)
     for base in table:
         if isinstance(module, base) and all(
-            getattr(kind, method, None) is getattr(base, method, None)
+            method not in module.__dict__ and getattr(kind, method, None) is getattr(base, method, None)
             for method in ("forward", "_conv_forward")
         ):
             return base
@@ -96,7 +96,8 @@ def frozen_class(module: _BatchNorm) -> type[nn.Module] | None:
     """The class of a batch norm once it is frozen; None where it cannot be."""
     if isinstance(module, (*FROZEN.values(), FrozenBatchNormAct2d)):
         return type(module)
-    if module.running_mean is None or module.running_var is None:
+    # A hook around a module's forward (accelerate's) keeps calling that of the class it had then.
+    if module.running_mean is None or module.running_var is None or "forward" in module.__dict__:
         return None
     # timm's norm and activation in one module; timm itself need not be installed.
     if type(module).__name__ == "BatchNormAct2d" and {name for name, _ in module.named_children()} == {

@@ -42,9 +42,10 @@ def trace(
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what goes in or comes out."""
+    """Whether hooks, or a forward of the instance's own, see what goes in or comes out."""
     return any(
         (
+            "forward" in module.__dict__,
             module._forward_hooks,
             module._forward_pre_hooks,
             module._backward_hooks,

@@ -203,27 +203,33 @@ def densify(model: Model) -> Model:
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: a module that would change its class was given a forward of its own. Nothing has changed then.
     """
     _check_model(model)
+    for name, module in model.named_modules():
+        if "forward" in module.__dict__ and _dense_class(module) is not type(module):
+            raise ValueError(
+                f"model: got a forward of the instance's own in {name!r}, put on a {type(module).__name__}, expected "
+                "that of its class: take hooks and wrappers off again before densify(model)"
+            )
     keep_in_full(model)
     for module in list(model.modules()):
+        dense = _dense_class(module)
+        changes = dense is not type(module)
         before = module.__dict__.pop(_RECORD, None)
         module.__dict__.pop(report.ATTRIBUTE, None)
         module.__dict__.pop("overwrites_input", None)
         keep_attention(module)
-        dense = before.kind if before else DENSE.get(type(module), type(module))
         if isinstance(module, SparseChannels):
             module.hand_back(dense)
-        elif type(module) is not dense:
+        elif changes:
             module.__class__ = dense
-        else:
-            dense = None
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if before is not None:
                 parameter.requires_grad_(before.requires_grad.get(name, parameter.requires_grad))
-            elif dense is not None:
+            elif changes:
                 parameter.requires_grad_(True)
     return model
 
@@ -290,6 +296,12 @@ def _record(module: nn.Module) -> None:
         if kind in DENSE:  # built by hand, so it is frozen by nature
             kind, flags = DENSE[kind], dict.fromkeys(flags, True)
         module.__dict__[_RECORD] = _Before(kind, flags)
+
+
+def _dense_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``densify`` gives a module."""
+    before = module.__dict__.get(_RECORD)
+    return before.kind if before else DENSE.get(type(module), type(module))
 
 
 def _modules_of_head(modules: Mapping[str, nn.Module], head: str | None) -> set[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -307,6 +307,19 @@ def by_channel(gradient: torch.Tensor, layer: Any) -> torch.Tensor:
 
 
 @contextmanager
+def _computing(layer: SparseChannels, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Let ``forward`` hide the layer's own, which may be a wrapper that somebody put on the instance."""
+    own = layer.__dict__.get("forward")
+    layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
 def _whole_gradient(layer: Any, reduce: _Reduce) -> Iterator[None]:
     """Let the layer's whole weight get its gradient, sparse or not, and hand it to ``reduce``."""
     weight = layer.weight
@@ -315,23 +328,22 @@ def _whole_gradient(layer: Any, reduce: _Reduce) -> Iterator[None]:
         if parameter.grad is not None:
             reduce(parameter, by_channel(parameter.grad, layer))
 
+    computing: AbstractContextManager[None] = nullcontext()
     if isinstance(layer, SparseChannels):
         layer.synchronize()
         dense: Callable[..., torch.Tensor] = (
             _convolve if isinstance(layer, SparseConv2d) else nn.Linear.forward
         )
-        # The instance's own attribute hides the sparse forward; rows and their gradient are not touched.
-        layer.forward = partial(dense, layer)  # type: ignore[method-assign]
+        computing = _computing(layer, partial(dense, layer))  # rows and their gradient are not touched
     flag = weight.requires_grad
     weight.requires_grad_(True)
     handle = weight.register_post_accumulate_grad_hook(complete)
     try:
-        yield
+        with computing:
+            yield
     finally:
         handle.remove()
         weight.requires_grad_(flag)
-        if isinstance(layer, SparseChannels):
-            del layer.forward
 
 
 @contextmanager
@@ -356,11 +368,8 @@ def _rows_gradient(layer: SparseChannels, channels: torch.Tensor, reduce: _Reduc
     def forward(input: torch.Tensor) -> torch.Tensor:
         return layer.compute(input, layer.weight, rows, there)
 
-    layer.forward = forward  # type: ignore[method-assign]
-    try:
+    with _computing(layer, forward):
         yield
         if rows._version != version:
             with torch.no_grad():
                 layer.write_rows(layer.weight, there, rows)
-    finally:
-        del layer.forward
