@@ -157,6 +157,16 @@ def test_select_while_an_earlier_graph_is_alive(make: Any, channels: list[int]) 
     assert alive.requires_grad
 
 
+@pytest.mark.parametrize("channels", ([0, 2, 3], [5], [0, 2], []), ids=("more", "fewer", "as many", "none"))
+def test_a_gradient_of_the_old_channels_never_becomes_that_of_the_new(make: Any, channels: list[int]) -> None:
+    layer = make([1, 4])
+    loss = layer(input_of(layer)).sum()
+    layer.select(channels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert layer.channel_weight.grad is None
+
+
 def test_as_many_channels_keep_addresses_and_hooks(make: Any) -> None:
     layer = make([1, 4])
     rows, channels = layer.channel_weight, layer.channels

@@ -354,6 +354,8 @@ class SparseChannels(nn.Module):
                 other = torch.float64 if rows.dtype != torch.float64 else torch.float32
                 rows.data = torch.empty(0, dtype=other, device=rows.device)
                 rows.data = selected
+                # Such a graph has saved the old indices, and its backward has to notice.
+                torch.autograd.graph.increment_version(self.channels)
                 self.channels = indices
                 if not len(indices) or not previous:  # otherwise as the user set it
                     rows.requires_grad_(len(indices) > 0)
