@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -367,6 +368,19 @@ def test_meta_and_to_empty_keep_the_channels(dense: Any) -> None:
     assert_agree(layer)
     layer(input_of(layer)).sum().backward()
     assert layer.channel_weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    ((None, [0, 1, 2, 3, 4, 5]), (6, [0, 1, 2, 3, 4, 5]), ([4, 1], [1, 4]), (np.array([4, 1]), [1, 4])),
+    ids=str,
+)
+def test_the_default_device_may_be_meta(channels: Any, expected: list[int]) -> None:
+    with torch.device("meta"):
+        layers = SparseConv2d(6, 4, 3, channels=channels), SparseLinear(6, 4, channels=channels)
+    for layer in layers:
+        assert layer.weight.is_meta and layer.channels.tolist() == expected
+        assert layer.channel_weight.is_meta and len(layer.channel_weight) == len(expected)
 
 
 def test_swapped_parameters(dense: Any) -> None:

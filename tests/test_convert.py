@@ -811,6 +811,16 @@ def test_densify_refuses_a_forward_that_calls_the_class_it_undoes(name: str) -> 
     assert kinds(tk.densify(model)) == kinds(trained_net())
 
 
+def test_the_default_device_may_be_meta() -> None:
+    x = example()
+    model = trained_net().eval()
+    expected = model(x)
+    with torch.device("meta"):
+        tk.sparsify(model, x)
+        tk.select_fraction(model, 0.5)
+    check_output(model(x), expected)
+
+
 def test_a_sparse_layer_cannot_become_the_head() -> None:
     model = tk.sparsify(trained_net(), example())
     with pytest.raises(ValueError, match=r"head: got 'neck', which is sparse already.*densify"):

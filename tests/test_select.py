@@ -167,6 +167,23 @@ def test_a_gradient_of_the_old_channels_never_becomes_that_of_the_new(make: Any,
     assert layer.channel_weight.grad is None
 
 
+@pytest.mark.parametrize("channels", ([0, 2, 4], [5], [2, 4]), ids=("more", "fewer", "as many"))
+def test_channels_selected_in_inference_mode_train(make: Any, channels: list[int]) -> None:
+    layer = make([1, 4])
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(input_of(layer)).sum().backward()
+    optimizer.step()
+    with torch.inference_mode():
+        layer.select(torch.tensor(channels), optimizer)
+        born_inside = make([1, 4])
+        born_inside.select(channels)
+    layer(input_of(layer)).sum().backward()
+    before = layer.channel_weight.detach().clone()
+    optimizer.step()
+    assert layer.channels.tolist() == born_inside.channels.tolist() == channels
+    assert (layer.channel_weight != before).any() and not layer.channels.is_inference()
+
+
 def test_as_many_channels_keep_addresses_and_hooks(make: Any) -> None:
     layer = make([1, 4])
     rows, channels = layer.channel_weight, layer.channels

@@ -64,6 +64,7 @@ def select_fraction(model: nn.Module, fraction: float, seed: int = 0) -> dict[st
     selection = {}
     for name, layer in sparse_layers(model).items():
         count = max(math.floor(fraction * layer.channel_count + 0.5), 1 if fraction else 0)
-        selection[name] = torch.randperm(layer.channel_count, generator=generator)[:count].sort().values
+        drawn = torch.randperm(layer.channel_count, generator=generator, device="cpu")[:count]
+        selection[name] = drawn.sort().values
         layer.select(selection[name])
     return selection

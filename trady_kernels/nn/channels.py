@@ -37,26 +37,27 @@ def as_channels(channels: Channels, count: int) -> torch.Tensor:
         IndexError: an index out of range.
     """
     expected = f"None, an int from 0 to {count}, or a 1-D tensor or sequence of indices below {count}"
+    # On the CPU under `torch.device("meta")` too, where indices would be without values.
     if channels is None:
-        return torch.arange(count)
+        return torch.arange(count, device="cpu")
     if isinstance(channels, bool | str):
         raise TypeError(f"channels: got {channels!r}, expected {expected}")
     if isinstance(channels, Integral):
         number = int(channels)
         if not 0 <= number <= count:
             raise ValueError(f"channels: got {number}, expected {expected}")
-        return torch.randperm(count)[:number].sort().values
+        return torch.randperm(count, device="cpu")[:number].sort().values
     if isinstance(channels, Sequence):
         for index in channels:
             if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
                 continue
             if not isinstance(index, Integral) or isinstance(index, bool):
                 raise TypeError(f"channels: got {index!r} among the indices, expected {expected}")
-        channels = torch.tensor([int(index) for index in channels], dtype=torch.int64)
+        channels = torch.tensor([int(index) for index in channels], dtype=torch.int64, device="cpu")
     elif not isinstance(channels, torch.Tensor):
         if not hasattr(channels, "__array__"):
             raise TypeError(f"channels: got {type(channels).__name__}, expected {expected}")
-        channels = torch.as_tensor(channels)
+        channels = torch.as_tensor(channels, device="cpu")
     if channels.dtype == torch.bool or channels.is_floating_point() or channels.is_complex():
         raise TypeError(f"channels: got a tensor of {channels.dtype}, expected {expected}")
     if channels.dim() != 1:
@@ -331,6 +332,11 @@ class SparseChannels(nn.Module):
             TypeError, ValueError, IndexError: bad ``channels``; nothing has changed then.
             NotImplementedError: ``optimizer`` keeps state that cannot be rearranged; nothing has changed.
         """
+        # Inference mode may write to rows of its own making alone: all others are to be saved for backward.
+        with torch.inference_mode(self.channel_weight.is_inference()), torch.no_grad():
+            self._select(channels, optimizer)
+
+    def _select(self, channels: Channels, optimizer: Optimizer | None) -> None:
         device = torch.device("cpu") if self.weight.is_meta else self.weight.device
         given = as_channels(channels, self.channel_count)
         indices = to_device(given, device)
@@ -344,21 +350,20 @@ class SparseChannels(nn.Module):
         rows, previous = self.channel_weight, len(self.channels)
         selected = self.read_rows(self.weight.detach(), indices)
         rows.grad = None
-        with torch.no_grad():
-            if selected.shape == rows.shape:
-                # In place: addresses, DDP's hooks and compiled graphs stay valid.
-                rows.copy_(selected)
-                self.channels.copy_(indices)
-            else:
-                # A live graph keeps a gradient accumulator with the old shape; a change of dtype renews it.
-                other = torch.float64 if rows.dtype != torch.float64 else torch.float32
-                rows.data = torch.empty(0, dtype=other, device=rows.device)
-                rows.data = selected
-                # Such a graph has saved the old indices, and its backward has to notice.
-                torch.autograd.graph.increment_version(self.channels)
-                self.channels = indices
-                if not len(indices) or not previous:  # otherwise as the user set it
-                    rows.requires_grad_(len(indices) > 0)
+        if selected.shape == rows.shape:
+            # In place: addresses, DDP's hooks and compiled graphs stay valid.
+            rows.copy_(selected)
+            self.channels.copy_(indices)
+        else:
+            # A live graph keeps a gradient accumulator with the old shape; a change of dtype renews it.
+            other = torch.float64 if rows.dtype != torch.float64 else torch.float32
+            rows.data = torch.empty(0, dtype=other, device=rows.device)
+            rows.data = selected
+            # Such a graph has saved the old indices, and its backward has to notice.
+            torch.autograd.graph.increment_version(self.channels)
+            self.channels = indices
+            if not len(indices) or not previous:  # otherwise as the user set it
+                rows.requires_grad_(len(indices) > 0)
         # What came from the host need not be read back from a GPU.
         on_host = given.device.type == "cpu"
         self._selection = (_stamp(self.channels)[0], tuple(given.tolist())) if on_host else None
