@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
@@ -498,6 +499,40 @@ def test_assigned_rows_are_taken(dense: Any) -> None:
         with pytest.raises(ValueError, match=rf"{name}: got shape \(3,\), expected"):
             setattr(layer, name, nn.Parameter(torch.zeros(3)))
     assert layer.channel_weight is rows
+
+
+class Negative(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return -weight
+
+
+COMPUTED: dict[str, Callable[[Layer, str], object]] = {
+    "parametrised": lambda layer, name: parametrize.register_parametrization(layer, name, Negative()),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "spectral norm by hook": nn.utils.spectral_norm,
+    "pruned": lambda layer, name: prune.random_unstructured(layer, name, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ("weight", "channel_weight"))
+@pytest.mark.parametrize("way", COMPUTED)
+def test_computed_parameters_are_refused(dense: Any, way: str, name: str) -> None:
+    layer = sparse_of(dense)
+    COMPUTED[way](layer, name)
+    with pytest.raises(RuntimeError, match=rf"^{name}: got a tensor that is computed from others, expected"):
+        layer(input_of(layer))
+
+
+def test_copies_for_data_parallel_give_gradients(dense: Any) -> None:
+    layer = sparse_of(dense)
+    replica: Any = layer._replicate_for_data_parallel()
+    rows = layer.channel_weight.clone()
+    replica.weight, replica.bias, replica.channel_weight = layer.weight.clone(), layer.bias, rows
+    x = input_of(layer)
+    (found,) = torch.autograd.grad(replica(x).square().sum(), rows)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(found, layer.channel_weight.grad)
 
 
 def test_symbolic_trace_keeps_the_gradient(dense: Any) -> None:

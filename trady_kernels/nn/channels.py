@@ -302,9 +302,14 @@ class SparseChannels(nn.Module):
 
         A channel_weight that is not the layer's own (``torch.func.functional_call``) is written into a copy
         of the weight, for this call.
+
+        Raises:
+            RuntimeError: one of the two is computed from something else.
         """
         weight, rows = self.weight, self.channel_weight
         own_weight, own_rows = self._own
+        if weight is not own_weight or rows is not own_rows:
+            self._refuse_computed()
         if rows is own_rows or isinstance(rows, torch.fx.Proxy):
             if weight is own_weight and not torch.compiler.is_compiling():
                 self.synchronize()
@@ -312,6 +317,16 @@ class SparseChannels(nn.Module):
         merged = weight.detach().clone()
         self.write_rows(merged, self.channels, rows.detach())
         return merged, rows
+
+    def _refuse_computed(self) -> None:
+        if getattr(self, "_is_replica", False):  # nn.DataParallel's copies have no parameters at all
+            return
+        for name in ("weight", "channel_weight"):
+            if name not in self._parameters:
+                raise RuntimeError(
+                    f"{name}: got a tensor that is computed from others, expected a plain parameter: parametrise, "
+                    "normalise or prune the dense layer (.to_dense()) instead"
+                )
 
     # -- selection ---------------------------------------------------------------------------------
 
