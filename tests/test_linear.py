@@ -174,3 +174,23 @@ def test_function_without_module() -> None:
     nn.functional.linear(x, dense).backward(grad_output)
     torch.testing.assert_close(rows.grad, dense.grad.t()[channels])  # type: ignore[union-attr]
     assert not sparse_linear(x, weight, None, None, channels).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("channels", "error", "words"),
+    (
+        ([0, 2], TypeError, r"^channels: got list, expected a tensor \(k,\) of int64"),
+        (
+            torch.tensor([0, 1, 2]),
+            ValueError,
+            r"^channel_weight: got shape .* beside channels of shape \(3,\)",
+        ),
+        (torch.tensor([[0, 2]]), ValueError, r"^channel_weight: .* expected \(k, ...\) beside \(k,\)"),
+        (torch.tensor(2), ValueError, r"^channel_weight: .* beside channels of shape \(\)"),
+    ),
+    ids=("list", "too many", "2-D", "0-D"),
+)
+def test_bad_channels_of_the_function(channels: Any, error: type[Exception], words: str) -> None:
+    rows = torch.randn(2, 4, requires_grad=True)
+    with pytest.raises(error, match=words):
+        sparse_linear(torch.randn(2, 3), torch.randn(4, 3), None, rows, channels)

@@ -19,6 +19,7 @@ from trady_kernels.functional.norm import (
     normalize,
     sum_to_bias,
 )
+from trady_kernels.functional.rows import check_rows
 from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
 from trady_kernels.ops import (
     conv2d_channel_grad,
@@ -371,9 +372,10 @@ def sparse_conv2d(
         ``(N, C', H', W')`` or ``(C', H', W')``, without ``norm`` bit-equal to ``nn.Conv2d``'s.
 
     Raises:
-        TypeError: ``input`` is not a tensor.
-        ValueError: ``input`` does not have the weight's number of channels, or not 3 or 4 dimensions; ``stored``
-            is none of ``Stored``.
+        TypeError: ``input`` or ``channels`` is not a tensor.
+        ValueError: ``input`` does not have the weight's number of channels, or not 3 or 4 dimensions;
+            ``channel_weight`` has another number of rows than there are ``channels``; ``stored`` is none of
+            ``Stored``.
         RuntimeError: when a gradient of the gradient is asked for.
         NotImplementedError: under ``torch.vmap`` while something requires grad.
     """
@@ -408,8 +410,10 @@ def sparse_conv2d(
         )
         output = normalize(output, norm)
         return output if dim == 4 else output.squeeze(0)
-    if channel_weight is not None and not channel_weight.requires_grad:
-        channel_weight = None
+    if channel_weight is not None:
+        check_rows(channel_weight, channels)
+        if not channel_weight.requires_grad:
+            channel_weight = None
     if not torch.is_grad_enabled() or not (
         channel_weight is not None
         or input.requires_grad

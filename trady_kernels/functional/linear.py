@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
+from trady_kernels.functional.rows import check_rows
 from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
 from trady_kernels.ops import gather_channels, linear_channel_grad
 
@@ -126,8 +127,9 @@ def sparse_linear(
         ``(..., O)``, bit-equal to ``nn.Linear``'s.
 
     Raises:
-        TypeError: ``input`` is not a tensor.
-        ValueError: the last dimension of ``input`` is not the weight's, or ``stored`` is none of ``Stored``.
+        TypeError: ``input`` or ``channels`` is not a tensor.
+        ValueError: the last dimension of ``input`` is not the weight's, ``channel_weight`` has another number of
+            rows than there are ``channels``, or ``stored`` is none of ``Stored``.
         RuntimeError: when a gradient of the gradient is asked for.
         NotImplementedError: under ``torch.vmap`` while something requires grad.
     """
@@ -139,8 +141,10 @@ def sparse_linear(
             f"{weight.shape[1]} input features"
         )
     check_stored(stored)
-    if channel_weight is not None and not channel_weight.requires_grad:
-        channel_weight = None
+    if channel_weight is not None:
+        check_rows(channel_weight, channels)
+        if not channel_weight.requires_grad:
+            channel_weight = None
     if not torch.is_grad_enabled() or not (
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
