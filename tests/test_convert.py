@@ -728,6 +728,27 @@ BAD = (
         TypeError,
         "model: got str, expected an nn.Module",
     ),
+    Bad(
+        "input and target",
+        lambda m: tk.sparsify(m, (example(), torch.zeros(4))),
+        TypeError,
+        "example_input: got a tuple of 2, which the forward of ResidualNet does not take, expected its arguments: "
+        "give the network's input alone, not (input, target) or a shape",
+    ),
+    Bad("shape", lambda m: tk.sparsify(m, (1, 3, 8, 8)), TypeError, "example_input: got a tuple of 4, which"),
+    Bad("shape in a list", lambda m: tk.sparsify(m, [1, 3, 8, 8]), TypeError, "got a list of 4, which"),
+    Bad(
+        "keywords",
+        lambda m: tk.sparsify(m, {"input": example(), "labels": torch.zeros(4)}),
+        TypeError,
+        "example_input: got a dict of input, labels, which",
+    ),
+    Bad(
+        "freeze_norm",
+        lambda m: tk.sparsify(m, example(), freeze_norm="no"),
+        ValueError,
+        "freeze_norm: got 'no', expected True or False",
+    ),
     Bad("example", lambda m: tk.sparsify(m, 3), TypeError, "example_input: got int, expected a tensor"),
     Bad(
         "head",
@@ -797,6 +818,17 @@ def test_bad_input_gets_one_sentence_and_changes_nothing(case: Bad) -> None:
     assert case.message in str(caught.value) and "\n" not in str(caught.value)
     assert (kinds(model), flags(model)) == before
     assert not any(name.startswith("_before") for module in model.modules() for name in vars(module))
+
+
+def test_an_error_inside_the_example_run_is_the_networks_own() -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("of the head")
+
+    model = trained_net()
+    model.head.register_forward_pre_hook(fail)
+    for given in (example(), (example(),), {"input": example()}):
+        with pytest.raises(TypeError, match=r"^of the head$"):
+            tk.sparsify(model, given)
 
 
 @pytest.mark.parametrize("name", ["neck", "neck_norm"])

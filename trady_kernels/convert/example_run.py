@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +71,24 @@ def all_calls(names: Mapping[nn.Module, str]) -> Calls:
     return Calls(layers, head=layers[-1] if layers else None, before_norm=before_norm)
 
 
+def _fits(forward: Callable[..., Any], example_input: Example) -> bool:
+    """Whether a forward's signature takes as many arguments, or arguments of these names."""
+    try:
+        if isinstance(example_input, Mapping):
+            inspect.signature(forward).bind(**example_input)
+        elif isinstance(example_input, tuple | list):
+            inspect.signature(forward).bind(*example_input)
+    except TypeError:
+        return False
+    return True
+
+
 def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_input: Example) -> Calls:
-    """Run the network once, in eval mode, and note what it calls."""
+    """Run the network once, in eval mode, and note what it calls.
+
+    Raises:
+        TypeError: the network's forward takes no such arguments.
+    """
     layers: list[str] = []
     outputs: list[tuple[str, weakref.ref[torch.Tensor]]] = []
     counts: Counter[nn.Module] = Counter()
@@ -101,6 +118,15 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     try:
         with without_trace(model, training=False), torch.no_grad(), _Attending(running) as attending:
             output = call(model, example_input)
+    except TypeError as error:
+        if _fits(model.forward, example_input):
+            raise  # from inside the network
+        given = ", ".join(example_input) if isinstance(example_input, Mapping) else len(example_input)
+        raise TypeError(
+            f"example_input: got a {type(example_input).__name__} of {given}, which the forward of "
+            f"{type(model).__name__} does not take, expected its arguments: give the network's input alone, not "
+            "(input, target) or a shape"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

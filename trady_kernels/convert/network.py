@@ -110,9 +110,9 @@ def sparsify(
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``example_input`` is of another type.
-        ValueError: ``head`` names no module, or one that is sparse already; ``lean``, ``biases`` or ``stored`` is
-            none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
+        TypeError: ``model`` is not a module, or ``example_input`` is of another type or not what its forward takes.
+        ValueError: ``head`` names no module, or one that is sparse already; ``freeze_norm``, ``lean``, ``biases`` or
+            ``stored`` is none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
             changed then.
     """
     _check_model(model)
@@ -121,6 +121,8 @@ def sparsify(
             f"model: got a single {type(model).__name__}, expected a network that contains layers, such as "
             "nn.Sequential(layer)"
         )
+    if not isinstance(freeze_norm, bool):
+        raise ValueError(f"freeze_norm: got {freeze_norm!r}, expected True or False")
     if not isinstance(lean, bool) and lean != "8bit":
         raise ValueError(f'lean: got {lean!r}, expected True, False or "8bit"')
     check_biases(biases)
