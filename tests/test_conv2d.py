@@ -305,6 +305,20 @@ def test_double_backward_is_refused() -> None:
             grad.square().sum().backward()
 
 
+def test_second_derivatives_are_no_zeros() -> None:
+    sparse = SparseConv2d(4, 4, 3, channels=2)
+    x = torch.randn(1, 4, 5, 5)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return sparse(x).square().sum()
+
+    with pytest.raises(RuntimeError, match="sparse_conv2d has no double backward"):
+        torch.autograd.functional.hessian(loss, x)
+    (grad,) = torch.autograd.grad(loss(x), sparse.channel_weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="sparse_conv2d has no double backward"):
+        torch.autograd.grad(grad.sum(), sparse.channel_weight)
+
+
 def test_vmap_is_refused() -> None:
     sparse = SparseConv2d(4, 4, 3, channels=2)
     with pytest.raises(NotImplementedError, match=r"sparse_conv2d cannot run under torch.vmap"):

@@ -151,6 +151,20 @@ def test_double_backward_and_vmap_are_refused() -> None:
         torch.vmap(sparse)(x)
 
 
+def test_second_derivatives_are_no_zeros() -> None:
+    sparse = SparseLinear(4, 3, channels=2)
+    x = torch.randn(2, 4)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return sparse(x).square().sum()
+
+    with pytest.raises(RuntimeError, match="sparse_linear has no double backward"):
+        torch.autograd.functional.hessian(loss, x)
+    (grad,) = torch.autograd.grad(loss(x), sparse.channel_weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="sparse_linear has no double backward"):
+        torch.autograd.grad(grad.sum(), sparse.channel_weight)
+
+
 @pytest.mark.parametrize(
     ("input", "error", "words"),
     (

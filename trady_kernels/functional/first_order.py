@@ -36,7 +36,7 @@ def first_order_only(name: str) -> Callable[[Callable[..., _Gradients]], Callabl
                 return gradients
             transforms = retrieve_all_functorch_interpreters()
             if not transforms:
-                return _refusing(gradients, sentence)
+                return _refusing(gradients, sentence, grad_outputs)
             if len(transforms) > 1:
                 raise RuntimeError(sentence)
             # torch.func.grad always asks for a graph; what counts is whether the tensors it wraps have one.
@@ -55,13 +55,18 @@ def first_order_only(name: str) -> Callable[[Callable[..., _Gradients]], Callabl
     return decorate
 
 
-def _refusing(gradients: _Gradients, sentence: str) -> _Gradients:
-    """The same values, raising ``sentence`` when somebody differentiates them."""
+def _refusing(gradients: _Gradients, sentence: str, grad_outputs: _Gradients = ()) -> _Gradients:
+    """The same values, raising ``sentence`` when somebody differentiates them.
+
+    Without the edges to ``grad_outputs``, a derivative with respect to what the output was computed from would
+    not come by here: ``torch.autograd.functional.hessian`` takes that for zero.
+    """
     present = [i for i, grad in enumerate(gradients) if grad is not None]
-    refuse = torch._C._functions.DelayedError(sentence.encode(), len(present))
-    refused = refuse(*(gradients[i].detach().requires_grad_() for i in present))  # type: ignore[union-attr]
+    edges = [grad for grad in grad_outputs if grad is not None and grad.requires_grad]
+    refuse = torch._C._functions.DelayedError(sentence.encode(), len(present) + len(edges))
+    refused = refuse(*(gradients[i].detach().requires_grad_() for i in present), *edges)  # type: ignore[union-attr]
     result = list(gradients)
-    for i, grad in zip(present, refused if isinstance(refused, tuple) else (refused,), strict=True):
+    for i, grad in zip(present, refused if isinstance(refused, tuple) else (refused,), strict=False):
         result[i] = grad
     return tuple(result)
 
