@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bad_rows import bad_channels_of_two_rows
 from saved import saved_bytes
 from tolerances import ROUNDING
 from torch import nn
@@ -353,20 +354,7 @@ def test_function_without_module() -> None:
     assert not sparse_conv2d(x, weight, None, None, channels, padding=1).requires_grad
 
 
-@pytest.mark.parametrize(
-    ("channels", "error", "words"),
-    (
-        ([0, 2], TypeError, r"^channels: got list, expected a tensor \(k,\) of int64"),
-        (
-            torch.tensor([0, 1, 2]),
-            ValueError,
-            r"^channel_weight: got shape .* beside channels of shape \(3,\)",
-        ),
-        (torch.tensor([[0, 2]]), ValueError, r"^channel_weight: .* expected \(k, ...\) beside \(k,\)"),
-        (torch.tensor(2), ValueError, r"^channel_weight: .* beside channels of shape \(\)"),
-    ),
-    ids=("list", "too many", "2-D", "0-D"),
-)
+@bad_channels_of_two_rows
 def test_bad_channels_of_the_function(channels: Any, error: type[Exception], words: str) -> None:
     rows = torch.randn(2, 4, 3, 3, requires_grad=True)
     with pytest.raises(error, match=words):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from image_folders import write_images
+from provenance import PROVENANCE
 from torch import nn
 
 from trady_kernels.cli import main
@@ -59,12 +60,6 @@ from trady_kernels.study.tails import (
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.settings import Settings
 
-PROVENANCE = {
-    "command": "trady study tails",
-    "commit": "0123456789abcdef",
-    "versions": {"python": "3.11", "torch": "2.13"},
-    "machine": {"device": "cpu", "name": "a CPU", "threads": 2, "instruction_set": "avx2"},
-}
 ON_GRADIENTS = [name for name, study in STUDIES.items() if study.cells == "gradients.json"]
 
 
@@ -284,7 +279,7 @@ def test_reports_and_plots(name: str, looks: Looks) -> None:
     folder = looks.path.parent
     written, *plots = STUDIES[name].report(folder)
     assert written.read_text() == document(folder) and f"](study-{name}.png)" in document(folder)
-    assert "    trady study tails" in document(folder)
+    assert "    trady study all" in document(folder)
     drawn = image.imread(plots[0])
     assert 0.005 < (drawn[..., :3] < 0.9).any(-1).mean() < 0.7, "ink, on paper"
     before = plots[1].read_bytes()

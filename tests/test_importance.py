@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from image_folders import write_images
-from test_gradient_studies import PROVENANCE
+from provenance import PROVENANCE
 from test_sampler import X, sampler, sparse_net
 
 import trady_kernels as tk

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_training_studies import PROVENANCE, outcome_of
+from provenance import PROVENANCE
+from test_training_studies import outcome_of
 
 from trady_kernels.selection import LayerRanking, Pool
 from trady_kernels.study.cells import CellFile
@@ -47,6 +48,23 @@ def test_pools_have_these_sizes() -> None:
     for make in (pool_plan, ablation_plan):
         with pytest.raises(ValueError, match="size: got 'tiny'"):
             make(Request("tiny"))
+
+
+def test_a_ranking_of_ones_own(tmp_path: Path) -> None:
+    """Pools and places are by it alone, and trainings are told of it."""
+    LayerRanking(dict.fromkeys(RANKING[:9], 1.0), "lara").save(tmp_path / "mine.json")
+    request = Request("usual", ("mnist",), ranking=str(tmp_path / "mine.json"))
+    plan = pool_plan(request)
+    assert {cell.pool.rpartition(" by ")[2] for cell in plan.cells} == {"lara"}
+    for cell in plan.cells:
+        assert cell.settings(plan.recipes["mnist"]).ranking == str(tmp_path / "mine.json")
+    assert {cell.pool.rpartition(" ")[2] for cell in ablation_plan(request).cells} == {
+        "",
+        "100%",
+        *RANKING[:9],
+    }
+    with pytest.raises(ValueError, match="ranking: got none for timm:resnet18, expected a file: trady rank"):
+        pool_plan(Request("usual", ("timm:resnet18 on digits",)))
 
 
 def test_ablations_name_every_layer() -> None:

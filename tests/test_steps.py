@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from image_folders import write_images
-from test_training_studies import PROVENANCE, outcome_of
+from provenance import PROVENANCE
+from test_training_studies import outcome_of
 
 from trady_kernels.study import steps as steps_module
 from trady_kernels.study.budgets import efficiency_section

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from provenance import PROVENANCE
 
 from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import main
@@ -23,7 +24,7 @@ from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import FACTORS, Matrix, Row
 from trady_kernels.study.report import CLAIMS, report, write_report
 from trady_kernels.study.results import SCHEMES, Request, results_matrix
-from trady_kernels.study.statistics import Spread, paired_test
+from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 from trady_kernels.study.steps import STEPS, StepTimes, Timing, Timings
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 from trady_kernels.training.ingredients import Spec, tuned_as
@@ -37,12 +38,6 @@ RECIPES = {"digits": RECIPE, "clothes": dataclasses.replace(RECIPE, data="fashio
 RATES = {"efficientnet_lite0": {"": 0.3, "head-only": 0.06, "full": 0.03}}
 ROWS = {"2.2%": ("trady", "medyate", "head-only", "full", "full+checkpoint"), "7%": ("trady", "head-only")}
 MATRIX = Matrix(RECIPES, {"efficientnet_lite0": ROWS}, RATES, 2)
-PROVENANCE = {
-    "command": "trady study results",
-    "commit": "0123456789abcdef",
-    "versions": {"python": "3.11", "torch": "2.13"},
-    "machine": {"device": "cpu", "name": "a CPU", "threads": 2, "instruction_set": "avx2"},
-}
 #: Peaks of the accuracy over the learning rate of the fake training below.
 BEST = {"trady": 0.9, "medyate": 0.3, "head-only": 0.02, "full": 0.03}
 
@@ -259,7 +254,7 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     assert rows["full"][4] == "+0.00 (p 1.000)"
     assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "", ""]
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
-    assert "not decided" in text and "    trady study results" in text
+    assert "not decided" in text and "    trady study all" in text
     rates = text.split("### Learning rates chosen")[1]
     assert re.search(r"\| trady +\|  0.9 \| highest +\|", rates)
     assert re.search(r"\| head-only +\| 0.02 \| lowest +\|", rates)
@@ -561,6 +556,65 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "results", "--output", str(tmp_path / "none"), "--report-only"]) == 2
     assert "does not exist, expected a file that a study wrote" in capsys.readouterr().err
     assert main([*command[:3], "nothing", "--output", str(tmp_path)]) == 2
+
+
+def test_the_figures_of_the_readme_are_those_of_the_cells() -> None:
+    """Differences in points, p and bytes of frugal's rows beside what they are compared with."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    root = Path(__file__).parent.parent
+    cells = load(root / "docs" / "results.json")
+    readme = " ".join((root / "README.md").read_text("utf-8").split())
+
+    def row(model: str, scheme: str) -> dict[tuple[str, int], TrainingOutcome]:
+        found = {
+            (cell.task, cell.seed): cells[cell]
+            for cell in cells
+            if (cell.scheme, cell.held_out) == (scheme, False)
+            and cell.budget in ("", "2.2%")
+            and cells.recipes[cell.task].model == model
+        }
+        assert len(found) == 9
+        return found
+
+    def test(model: str, first: str, second: str) -> PairedTest:
+        one, other = (
+            {key: 100 * o.top1 for key, o in row(model, scheme).items()} for scheme in (first, second)
+        )
+        return paired_test(one, other)
+
+    def mib(model: str, scheme: str) -> float:
+        return Spread.of([outcome.training_bytes / 2**20 for outcome in row(model, scheme).values()]).mean
+
+    images = {
+        other: test("efficientnet_lite0", "frugal@5.2%", other)
+        for other in ("trady", "medyate", "medyate@0.4%", "full", "full+momentum")
+    }
+    memory = {
+        scheme: mib("efficientnet_lite0", scheme)
+        for scheme in ("frugal@5.2%", "trady", "medyate", "medyate@0.4%", "full", "full+momentum")
+    }
+    assert all(images[other].wins == 9 and images[other].p < 0.001 for other in ("trady", "medyate"))
+    assert (
+        f"`frugal@5.2%` is {images['trady'].difference:.1f} points above `trady` and "
+        f"{images['medyate'].difference:.1f} above `medyate` at 2.2% (9 of 9 runs each, p < 0.001), in "
+        f"{memory['frugal@5.2%']:.1f} MiB of saved tensors, gradients and optimiser state where they need "
+        f"{memory['trady']:.1f} and {memory['medyate']:.1f}, {images['medyate@0.4%'].difference:.1f} above `medyate` in "
+        f"{memory['medyate@0.4%']:.1f} MiB, and {-images['full'].difference:.1f} below full fine-tuning in "
+        f"{memory['full']:.0f} MiB (without momentum; with it {-images['full+momentum'].difference:.1f} below, in "
+        f"{memory['full+momentum']:.0f} MiB"
+    ) in readme
+    few, many = (
+        {other: test("minilm", scheme, other) for other in ("trady", "medyate")}
+        for scheme in ("frugal@5.2%", "frugal@100%")
+    )
+    assert (
+        f"MiniLM, where the two need {mib('minilm', 'trady'):.0f} MiB: `frugal@5.2%`, in "
+        f"{mib('minilm', 'frugal@5.2%'):.1f} MiB, ends with `trady` ({abs(few['trady'].difference):.1f}, p "
+        f"{few['trady'].p:.2f}) and {-few['medyate'].difference:.1f} below `medyate` (p {few['medyate'].p:.2f}); with all "
+        f"channels of its layers, `frugal@100%`, in {mib('minilm', 'frugal@100%'):.1f} MiB, it is "
+        f"{many['trady'].difference:.1f} above `trady` (p {many['trady'].p:.2f}) and {many['medyate'].difference:.1f} above "
+        f"`medyate` (p {many['medyate'].p:.2f}), neither of which is significant."
+    ) in readme
 
 
 def test_the_committed_document_is_what_its_cells_say() -> None:

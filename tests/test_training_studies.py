@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from provenance import PROVENANCE
 from test_gradient_studies import AGREEING
 from test_importance import FOUND
 
@@ -30,12 +31,6 @@ from trady_kernels.study.steps import StepTimes
 from trady_kernels.study.studies import STUDIES, document
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 
-PROVENANCE = {
-    "command": "trady study all",
-    "commit": "0123456789abcdef",
-    "versions": {"python": "3.11", "torch": "2.13"},
-    "machine": {"device": "cpu", "name": "a CPU", "threads": 2, "instruction_set": "avx2"},
-}
 TASKS = ("mnist", "digits")
 KINDS = (Training, TrainingOutcome)
 

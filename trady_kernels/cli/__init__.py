@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command("trady_kernels.cli.doctor", "what is installed, what is missing and how to get it"),
 }
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class BadUsage(Exception):
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(arguments, error, 1)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except SystemExit as exit:  # argparse, after printing its help
         return int(exit.code or 0)
     except BrokenPipeError:  # the reader of our output left

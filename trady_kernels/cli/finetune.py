@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trady_kernels.atomic_write import write_json
-from trady_kernels.cli import _INTERRUPTED, BadUsage, Failed, usage_errors
+from trady_kernels.cli import INTERRUPTED, BadUsage, Failed, usage_errors
 from trady_kernels.cli.console import (
     TrainingProgress,
     budget_argument,
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             results = job.train(progress)
     except KeyboardInterrupt:
         console.print(f"interrupted; go on with: trady finetune --resume {shlex.quote(str(job.folder.path))}")
-        return _INTERRUPTED
+        return INTERRUPTED
     except Diverged as error:
         raise Failed(str(error)) from error
     except ValueError as error:  # a budget or ranking that the network itself shows to be wrong

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from trady_kernels.atomic_write import alone_in
-from trady_kernels.cli import _INTERRUPTED, usage_errors
+from trady_kernels.cli import INTERRUPTED, usage_errors
 from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
 from trady_kernels.study.cells import CellFile, Plan, run_cells
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
                 _run_missing(study, args, console)
             except KeyboardInterrupt:
                 console.print("interrupted; the same command goes on with what is missing")
-                return _INTERRUPTED
+                return INTERRUPTED
         for study in studies:
             if len(studies) > 1 and not (args.output / study.cells).exists():
                 continue  # one that was never begun

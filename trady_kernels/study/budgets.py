@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,15 @@ def finals_of(cells: Trainings) -> dict[Training, TrainingOutcome]:
     if not finals:
         raise NothingFinished(f"cells: {cells.path} has no run on test samples yet, expected some")
     return finals
+
+
+def first_budget(finals: Iterable[Training]) -> str:
+    """The budget with the most schemes; "" without one."""
+    schemes: dict[str, set[str]] = {}
+    for cell in finals:
+        if cell.budget:
+            schemes.setdefault(cell.budget, set()).add(cell.scheme)
+    return max(sorted(schemes), key=lambda budget: len(schemes[budget]), default="")
 
 
 def _rows(cells: Trainings) -> dict[tuple[str, str, str], dict[Training, TrainingOutcome]]:
@@ -166,8 +175,7 @@ def _left_out(runs: list[TrainingOutcome], name: str) -> list[float]:
 def plot_efficiency(path: Path, cells: Trainings) -> None:
     """Draw what is left out by epoch, of the budget that most schemes have, and what step times have of full fine-tuning's."""
     finals = finals_of(cells)
-    budgets = [cell.budget for cell in finals if cell.budget]
-    first = max(sorted(set(budgets)), key=budgets.count, default="")
+    first = first_budget(finals)
     shown: dict[str, dict[Training, TrainingOutcome]] = {}
     ratios: dict[tuple[str, str], float] = {}
     times = times_beside(cells)

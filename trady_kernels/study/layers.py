@@ -15,7 +15,7 @@ from trady_kernels.study.cells import Listed
 from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import draw_means, panels, style, write_figure
 from trady_kernels.study.results import FULL, Request, Size, middle_rate, study_recipes
-from trady_kernels.study.statistics import p_words, paired_test
+from trady_kernels.study.statistics import p_words, paired_test, verdict
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, listed, top1_words
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.settings import Settings
@@ -156,11 +156,11 @@ def pool_section(cells: Trainings) -> list[str]:
     for model, rankings in {r.model: rankings_of(r) for r in cells.recipes.values()}.items():
         shares = held_by(next(iter(rankings.values())))
         half = 1 + next(place for place, share in enumerate(shares) if share >= 0.5)
-        verdict = "holds" if half < len(shares) / 4 else "does not hold"
+        held = "holds" if half < len(shares) / 4 else "does not hold"
         sentences += [
             "",
             f"*Half of the cumulative {next(iter(rankings)).upper()} sits in under a quarter of the layers (TraDy)*, {model}: "
-            f"{verdict}, in {half} of {len(shares)}; {PUBLISHED_POOL:.0%} sit in {published_count(rankings)}.",
+            f"{held}, in {half} of {len(shares)}; {PUBLISHED_POOL:.0%} sit in {published_count(rankings)}.",
         ]
     return [*lines, *sentences]
 
@@ -337,17 +337,11 @@ def ablation_section(cells: Trainings) -> list[str]:
             if found:
                 sentences += [
                     "",
-                    f"*A layer's score tells what it {words} (TraDy)*, {task}: {_told(found[0])}, Spearman's correlation of layers is "
+                    f"*A layer's score tells what it {words} (TraDy)*, {task}: {verdict(found[0].p, found[0].correlation)}, Spearman's correlation of layers is "
                     + ", ".join(f"{a.correlation:.2f} by {a.metric} ({p_words(a.p)})" for a in found)
                     + ".",
                 ]
     return [*lines, *sentences]
-
-
-def _told(agreement: Agreement) -> str:
-    if agreement.p >= 0.05:
-        return "not decided at the level of 5%"
-    return "holds" if agreement.correlation > 0 else "the opposite was found"
 
 
 def plot_ablation(path: Path, cells: Trainings) -> None:

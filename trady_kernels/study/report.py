@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.data import kind_of
-from trady_kernels.study.budgets import finals_of
+from trady_kernels.study.budgets import finals_of, first_budget
 from trady_kernels.study.cells import CellFile, made_with
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.results import rows_of
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
-from trady_kernels.study.steps import STEPS, StepTime, StepTimes, Timing, Timings, row_of, step_times
+from trady_kernels.study.steps import STEPS, StepTime, Timings, row_of, step_times, timings_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
 from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.settings import Settings
@@ -129,7 +129,7 @@ def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[
         for kind in ("png", "svg"):
             plots += [folder / f"{_plot_stem(name, model)}{part}.{kind}" for part in ("", _SAVINGS)]
             plot_budgets(plots[-2], here)
-            shown = {c: o for c, o in here.items() if c.budget in ("", _first_budget(here))}
+            shown = {c: o for c, o in here.items() if c.budget in ("", first_budget(here))}
             plot_savings(plots[-1], {model: shown})
     return [document, *plots]
 
@@ -141,7 +141,7 @@ def report(cells: Trainings, name: str = "results") -> str:
         ValueError: the file has no finished run on test samples.
         ModuleNotFoundError: scipy is not installed.
     """
-    finals, timings = finals_of(cells), _timings_beside(cells)
+    finals, timings = finals_of(cells), timings_beside(cells)
     times = {} if timings is None else step_times(timings)
     parts = ["# Results", "", *_making(cells, timings), ""]
     for model in _models(cells):
@@ -155,19 +155,8 @@ def _models(cells: Trainings) -> list[str]:
     return list(dict.fromkeys(cells.recipes[cell.task].model for cell in finals_of(cells)))
 
 
-def _first_budget(finals: dict[Training, TrainingOutcome]) -> str:
-    """The budget with the most schemes."""
-    budgets = {cell.budget for cell in finals if cell.budget}
-    return max(sorted(budgets), key=lambda budget: len(_schemes(finals, budget)), default="")
-
-
 def _plot_stem(name: str, model: str) -> str:
     return f"{name}-{model.replace(':', '-')}"
-
-
-def _timings_beside(cells: Trainings) -> Timings | None:
-    path = cells.path.parent / STEPS
-    return CellFile(path, (Timing, StepTimes)) if path.exists() else None
 
 
 def _threads(cells: CellFile[Any, Any]) -> str:
@@ -214,7 +203,7 @@ def _model(
         *_not_run(cells.recipes[tasks[0]], finals),
     ]
     budgets = {cell.budget for cell in finals if cell.budget}
-    first = _first_budget(finals)
+    first = first_budget(finals)
     free = _by_scheme({cell: outcome for cell, outcome in finals.items() if not cell.budget})
     ours: list[list[str]] = []
     for budget in sorted(budgets, key=lambda b: (b != first, b)):
@@ -283,10 +272,6 @@ def _by_scheme(finals: dict[Training, TrainingOutcome]) -> dict[str, Series]:
     for cell, outcome in finals.items():
         grouped[cell.scheme][cell.task, cell.seed] = outcome
     return dict(grouped)
-
-
-def _schemes(finals: Iterable[Training], budget: str) -> set[str]:
-    return {cell.scheme for cell in finals if cell.budget == budget}
 
 
 def _accuracies(series: Series) -> dict[object, float]:
@@ -396,23 +381,11 @@ def _claims(schemes: dict[str, Series]) -> list[str]:
                     [
                         claim.sentence,
                         f"{claim.better} - {claim.worse}: {test.words}, {test.wins} of {test.pairs} won",
-                        _interval(better, worse),
+                        test.interval,
                         claim.verdict(test, _bytes(better), _bytes(worse)),
                     ]
                 )
     return markdown(["claim", "here", "95% interval", "verdict"], rows) if rows else []
-
-
-def _interval(first: Series, second: Series) -> str:
-    """95% confidence interval of the mean difference over their pairs, by Student's t; of one pair nothing."""
-    from scipy.stats import t as student
-
-    theirs = _accuracies(second)
-    found = Spread.of([value - theirs[key] for key, value in _accuracies(first).items() if key in theirs])
-    if found.count < 2:
-        return ""
-    half = float(student.ppf(0.975, found.count - 1)) * found.deviation / math.sqrt(found.count)
-    return f"{found.mean - half:+.2f} to {found.mean + half:+.2f}"
 
 
 def _ours(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[list[str]]:
@@ -437,7 +410,7 @@ def _ours(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[lis
                 f"{len(ahead)} of {len(tests)}",
                 f"{sum(test.significant for test in ahead)} of {len(tests)}",
                 pooled.words,
-                _interval(mine, theirs),
+                pooled.interval,
             ]
         )
     return rows

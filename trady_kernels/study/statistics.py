@@ -45,6 +45,7 @@ class PairedTest:
         p: probability of a t at least as far from zero if there were no difference; NaN with fewer than two pairs.
         pairs: how many.
         wins: pairs in which the first is larger.
+        deviation: sample standard deviation of the differences; NaN with fewer than two pairs.
     """
 
     difference: float
@@ -52,6 +53,7 @@ class PairedTest:
     p: float
     pairs: int
     wins: int
+    deviation: float
 
     @property
     def significant(self) -> bool:
@@ -66,9 +68,22 @@ class PairedTest:
     @property
     def verdict(self) -> str:
         """Of the claim that the first series is the larger one."""
-        if not self.significant:
-            return "not decided at the level of 5%"
-        return "holds" if self.difference > 0 else "the opposite was found"
+        return verdict(self.p, self.difference)
+
+    @property
+    def interval(self) -> str:
+        """95% confidence interval of the mean difference, by Student's t; of one pair nothing."""
+        if self.pairs < 2:
+            return ""
+        half = float(_student().ppf(0.975, self.pairs - 1)) * self.deviation / math.sqrt(self.pairs)
+        return f"{self.difference - half:+.2f} to {self.difference + half:+.2f}"
+
+
+def verdict(p: float, effect: float) -> str:
+    """Of the claim that something is above zero."""
+    if not p < 0.05:
+        return "not decided at the level of 5%"
+    return "holds" if effect > 0 else "the opposite was found"
 
 
 def p_words(p: float) -> str:
@@ -90,15 +105,24 @@ def paired_test(first: Mapping[Any, float], second: Mapping[Any, float]) -> Pair
     wins = sum(difference > 0 for difference in differences)
     spread = Spread.of(differences)
     if len(keys) < 2:
-        return PairedTest(spread.mean, math.nan, math.nan, len(keys), wins)
+        return PairedTest(spread.mean, math.nan, math.nan, len(keys), wins, math.nan)
     if spread.deviation == 0:
-        return PairedTest(spread.mean, math.nan, 1.0 if spread.mean == 0 else 0.0, len(keys), wins)
+        return PairedTest(spread.mean, math.nan, 1.0 if spread.mean == 0 else 0.0, len(keys), wins, 0.0)
+    statistic = spread.mean / (spread.deviation / math.sqrt(len(keys)))
+    p = 2 * float(_student().sf(abs(statistic), len(keys) - 1))
+    return PairedTest(spread.mean, statistic, p, len(keys), wins, spread.deviation)
+
+
+def _student() -> Any:
+    """Student's t distribution.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
     try:
         from scipy.stats import t as student
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "paired tests need scipy; install it with: pip install 'trady-kernels[study]'"
         ) from error
-    statistic = spread.mean / (spread.deviation / math.sqrt(len(keys)))
-    p = 2 * float(student.sf(abs(statistic), len(keys) - 1))
-    return PairedTest(spread.mean, statistic, p, len(keys), wins)
+    return student

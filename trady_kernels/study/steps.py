@@ -162,14 +162,24 @@ def step_times(timings: Timings) -> dict[tuple[str, str], StepTime]:
     return found
 
 
+def timings_beside(cells: Trainings) -> Timings | None:
+    """The file of step times in the folder of these cells; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged or of another version.
+    """
+    path = cells.path.parent / STEPS
+    return CellFile(path, (Timing, StepTimes)) if path.exists() else None
+
+
 def times_beside(cells: Trainings) -> dict[tuple[str, str], StepTime]:
     """By network and row, from the file of step times in the folder of these cells; empty where there is none.
 
     Raises:
         ValueError: the file is damaged or of another version.
     """
-    path = cells.path.parent / STEPS
-    return step_times(CellFile(path, (Timing, StepTimes))) if path.exists() else {}
+    timings = timings_beside(cells)
+    return {} if timings is None else step_times(timings)
 
 
 def steps_section(timings: Timings) -> list[str]:

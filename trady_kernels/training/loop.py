@@ -258,9 +258,9 @@ def _train_epoch(
     saved_bytes = measure_memory(regime.model, first_batch, F.cross_entropy).saved_bytes
 
     losses, correct, seen, step_seconds, gradient_bytes = [], 0, 0, [], 0
-    selection = regime.selection_cost()
+    selections = []
     for indices in order.split(settings.batch_size):
-        selection = max(selection, regime.selection_cost(), key=lambda cost: cost.elements)
+        selections.append(regime.selection_cost())
         step_started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         mean_loss, hits = training.gradients(indices)
@@ -285,6 +285,7 @@ def _train_epoch(
     test_loss = top1 = None
     if not settings.test_once or epoch == settings.epochs:
         test_loss, top1 = evaluate(regime.model, data.test, training.to_input)
+    selection = max(selections, key=lambda cost: cost.elements)
     return EpochFigures(
         epoch=epoch,
         train_loss=statistics.fmean(losses),
