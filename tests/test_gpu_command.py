@@ -344,7 +344,9 @@ def test_what_was_not_measured_says_so() -> None:
     assert {goal["verdict"] for goal in goals} == {"not measured"} and not any(
         goal["figure"] for goal in goals
     )
-    assert len(goals) == len(gpu.goals.GOALS["cuda"]) + 2 * 2 * 2
+    assert (
+        len(goals) == len(gpu.goals.GOALS["cuda"]) + 3 * 2 * 2
+    )  # steps: figures, networks, compiled and not
     committed = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())["goals"]
     if {goal["verdict"] for goal in committed} == {"not measured"}:
         assert committed == goals, "write gpu.verdicts({}) into benchmarks/results/gpu.json"
@@ -479,19 +481,50 @@ def test_steps_on_a_gpu_are_timed_between_events(monkeypatch: pytest.MonkeyPatch
     assert {runs[i][0] for i in range(0, 8, 2)} == {"slow", "fast"}
 
 
-def test_shares_of_full() -> None:
+def test_shares_of_full(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {
-        (name, memory_format): training_step.Row(name, memory_format, 1, {}, milliseconds, peak)
-        for name, memory_format, milliseconds, peak in (
-            (training_step.FULL, "contiguous", 4.0, 100),
-            (training_step.FULL, "channels_last", 2.0, 80),
-            (training_step.FIVE_PERCENT, "contiguous", 1.0, 40),
-            (training_step.FIVE_PERCENT, "channels_last", 3.0, 20),
+        (name, memory_format): training_step.Row(name, memory_format, 1, {}, milliseconds, graph, peak)
+        for name, memory_format, milliseconds, graph, peak in (
+            (training_step.FULL, "contiguous", 4.0, 3.0, 100),
+            (training_step.FULL, "channels_last", 2.0, 1.6, 80),
+            (training_step.FIVE_PERCENT, "contiguous", 1.0, 0.9, 40),
+            (training_step.FIVE_PERCENT, "channels_last", 3.0, 0.8, 20),
         )
     }
     figures = training_step.Figures(rows, {})
     times = training_step.of_full(figures.best(lambda row: row.milliseconds))
+    graph_times = training_step.of_full(figures.best(lambda row: row.graph_milliseconds))
     peaks = training_step.of_full(figures.best(lambda row: row.peak_bytes))
     assert times == {training_step.FULL: 1.0, training_step.FIVE_PERCENT: 0.5}
+    assert graph_times == {training_step.FULL: 1.0, training_step.FIVE_PERCENT: 0.5}
     assert peaks == {training_step.FULL: 1.0, training_step.FIVE_PERCENT: 0.25}
     assert training_step.of_full({training_step.FIVE_PERCENT: 1.0}) == {}
+    training_step.print_rows(figures)
+    printed = capsys.readouterr().out.splitlines()
+    assert (
+        printed[0].split("saved MiB")[1].split()
+        == "share ms a step of full in a graph of full peak MiB of full".split()
+    )
+    assert printed[4].split()[5:] == ["0.0", "100.0%", "3.0", "1.50", "0.8", "0.50", "0.0", "0.25"]
+
+
+def test_a_step_that_cannot_be_captured_leaves_the_other_figures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    network = training_step.IMAGE_NETWORKS["MobileNetV2"]
+    if network.missing is not None:
+        pytest.skip(network.missing)
+    monkeypatch.setattr(training_step, "captured", refuses)
+    monkeypatch.setattr(training_step, "between_events", lambda steps, rounds: dict.fromkeys(steps, 1000.0))
+    monkeypatch.setattr(training_step, "held_on_gpu", lambda: 0)
+    monkeypatch.setattr(training_step, "peak_on_gpu", lambda step: 7)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: tensor)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where, **how: module)
+    full = training_step.CONTENDERS[:1]
+    settings = training_step.Settings(network, "cuda", 2, 64, 1, None, False, ("contiguous",), full)
+    (row,) = training_step.measure(settings).rows.values()
+    assert (row.milliseconds, row.graph_milliseconds, row.peak_bytes) == (1.0, None, 7)
+    assert "stream is capturing" in capsys.readouterr().err
