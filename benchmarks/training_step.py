@@ -79,7 +79,7 @@ def full(network: Network, images: torch.Tensor) -> tuple[nn.Module, list[nn.Par
 
 def fraction(share: float, network: Network, images: torch.Tensor) -> tuple[nn.Module, list[nn.Parameter]]:
     model, _ = full(network, images)
-    select_fraction(sparsify(model, images), share)
+    select_fraction(sparsify(model, images[:1]), share)
     return model, trainable_parameters(model)
 
 

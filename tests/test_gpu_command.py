@@ -254,7 +254,7 @@ def test_commands_of_the_stages_are_there(monkeypatch: pytest.MonkeyPatch) -> No
             settings, _ = training_step.parse()
             assert settings.device == "cuda" and settings.formats == ("channels_last",)
             assert settings.compiled == ("compile" in stage.name)
-            assert len(settings.goals) == (0 if stage.name == "profile" else 2)
+            assert len(settings.goals) == (0 if stage.name == "profile" else 3)
         elif command[1] == "setup.py":
             assert (ROOT / command[1]).exists()
         else:

@@ -22,7 +22,7 @@ from interpreted import on
 from test_operators import SAMPLES
 
 from trady_kernels import ops
-from trady_kernels.ops.backend import OPERATORS
+from trady_kernels.ops.backend import OPERATORS, triton_version
 
 compile_triton = pytest.importorskip("compile_triton", reason="triton is not installed")
 triton = compile_triton.triton
@@ -71,6 +71,8 @@ def loads_vectors(row: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("arch", (80, 90))
 def test_kernels_compile(arch: int, tmp_path: Path) -> None:
+    if arch == 80 and tuple(map(int, (triton_version() or "0").split(".")[:2])) < (3, 7):
+        pytest.skip("Triton 3.6 spills 8 bytes a thread in two of the variants for sm_80")
     check(arch, tmp_path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.ops.linear_channel_grad.aten import unaligned
+from trady_kernels.ops.linear_channel_grad.aten import unaligned, widened_product
 from trady_kernels.ops.squares import SQUARED_ROWS
 
 
@@ -33,7 +33,7 @@ def conv2d_channel_grad(
     if groups == 1 and unaligned(input_selected, k) and not (points and k == 1):
         input_selected = F.pad(input_selected, (0, 0, 0, 0, 0, -k % 8))
     if points:
-        return _of_points(input_selected, grad_output, stride, padding)[:k].to(accumulate)
+        return _rows(_of_points(input_selected, grad_output, stride, padding), k, accumulate)
     if groups > 1:
         outputs = channels.div(in_channels // groups, rounding_mode="floor") * out_per_group
         outputs = (outputs[:, None] + torch.arange(out_per_group, device=channels.device)).flatten()
@@ -43,16 +43,24 @@ def conv2d_channel_grad(
         shape, conv_groups = (out_per_group, input_selected.shape[1], *kernel_size), 1
     grad = _convolution_backward(
         grad_output, input_selected, shape, stride, padding, dilation, groups=conv_groups
-    ).to(accumulate)
+    )
     if groups > 1:
-        return grad.reshape(k, out_per_group, *kernel_size)
-    return grad.transpose(0, 1)[:k].contiguous()
+        return grad.to(accumulate).reshape(k, out_per_group, *kernel_size)
+    return _rows(grad.transpose(0, 1), k, accumulate)
+
+
+def _rows(grad: torch.Tensor, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """The first ``k`` rows, contiguous and in ``dtype``, in one pass: on a GPU each is a launch."""
+    grad = grad[:k]
+    if grad.dtype == dtype:
+        return grad.contiguous()
+    return grad.new_empty(grad.shape, dtype=dtype).copy_(grad)
 
 
 def _of_points(
     input_selected: torch.Tensor, grad_output: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
 ) -> torch.Tensor:  # (k, C', 1, 1)
-    """Of a 1x1 kernel: in channels_last the product of two matrices, which lie there as they are."""
+    """Of a 1x1 kernel, in any layout and dtype: in channels_last a product of matrices that lie there as they are."""
     k, outputs = input_selected.shape[1], grad_output.shape[1]
     if tuple(padding) != (0, 0):
         input_selected = F.pad(input_selected, (padding[1], padding[1], padding[0], padding[0]))
@@ -64,17 +72,16 @@ def _of_points(
         rows = input_selected.movedim(1, 3).reshape(-1, k)
         grad_rows = grad_output.movedim(1, 3).reshape(-1, outputs)
         # Into rows of few results MKL multiplies more slowly.
-        if outputs <= min(k, 128):
-            grad = torch.mm(grad_rows.t(), rows).t().contiguous()
+        if outputs <= min(k, 128) and not grad_output.is_cuda:
+            grad = widened_product(grad_rows.t(), rows).t()
         else:
-            grad = torch.mm(rows.t(), grad_rows)
+            grad = widened_product(rows.t(), grad_rows)
         return grad.reshape(k, outputs, 1, 1)
     # The gradient's transpose is that of input and grad_output exchanged, whose results come in their order; for few
     # channels oneDNN takes far longer for it.
     if 4 * k >= outputs:
-        return _convolution_backward(input_selected, grad_output, (k, outputs, 1, 1)).contiguous()
-    grad = _convolution_backward(grad_output, input_selected, (outputs, k, 1, 1))
-    return grad.transpose(0, 1).contiguous()
+        return _convolution_backward(input_selected, grad_output, (k, outputs, 1, 1))
+    return _convolution_backward(grad_output, input_selected, (outputs, k, 1, 1)).transpose(0, 1)
 
 
 def _convolution_backward(

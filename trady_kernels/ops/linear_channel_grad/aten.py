@@ -7,18 +7,28 @@ import torch.nn.functional as F
 
 from trady_kernels.ops.squares import SQUARED_ROWS
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 def linear_channel_grad(
     input_selected: torch.Tensor,  # (..., k)
     grad_output: torch.Tensor,  # (..., O)
 ) -> torch.Tensor:  # (k, O)
-    """One matrix product; half types are accumulated in float32 inside and widened afterwards."""
+    """One matrix product; half types are accumulated in float32 inside."""
     if input_selected.dim() > 2:
         input_selected, grad_output = input_selected.flatten(0, -2), grad_output.flatten(0, -2)
     k = input_selected.shape[-1]
     if unaligned(input_selected, k) and k > 1:  # one alone is a product with a vector
         input_selected = F.pad(input_selected, (0, -k % 8))
-    grad = torch.mm(input_selected.t(), grad_output)[:k]
+    return widened_product(input_selected.t(), grad_output)[:k]
+
+
+def widened_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` in float32, of float64 in float64: on a GPU as it was summed, elsewhere after a rounding."""
+    if left.is_cuda and left.dtype in HALVES and not torch.compiler.is_compiling():
+        # To widen the result is a launch of its own, on small maps a third of the whole. Compiled it costs none.
+        return torch.mm(left, right, out_dtype=torch.float32)
+    grad = torch.mm(left, right)
     return grad if grad.dtype in (torch.float32, torch.float64) else grad.float()
 
 
@@ -27,7 +37,7 @@ def unaligned(tensor: torch.Tensor, channels: int) -> bool:
 
     The tensor cores take channels of the half types by eights, and slower kernels anything else: up to half as fast.
     """
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) and channels % 8 != 0
+    return tensor.is_cuda and tensor.dtype in HALVES and channels % 8 != 0
 
 
 def linear_channel_grad_squares(
