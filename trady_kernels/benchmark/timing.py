@@ -56,8 +56,9 @@ def _on_host(calls: Sequence[Callable[[], object]]) -> list[float]:
 
 #: Bytes written before each call on a GPU, several times its cache: in a training step, too, others have been there.
 _FLUSHED = 1 << 28
-#: Clock cycles that a GPU waits before each call, a tenth of a millisecond: the host has by then launched all of it.
-_HEAD_START = 200_000
+#: Clock cycles that a GPU waits before each call, half a millisecond: the host has by then launched all of it. A tenth is too
+#: little for a virtual machine.
+_HEAD_START = 1_000_000
 
 
 @cache
