@@ -67,3 +67,28 @@ def test_equals_one_process(tmp_path: Path) -> None:
         assert channels.tolist() == single[4].channels.tolist()
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+
+
+def other_counts(rank: int) -> list[str]:
+    x = batch().chunk(WORLD)[rank]
+    refused = []
+    for index, selection in ((0, [1]), (2, [3]), (4, [])):  # fewer, some of none, none of some
+        inner = network()
+        wrapped = DistributedDataParallel(inner)
+        wrapped(x).sum().backward()
+        inner[index].select(selection)  # type: ignore[operator]
+        try:
+            wrapped(x)
+        except RuntimeError as error:
+            refused.append(str(error))
+        DistributedDataParallel(inner)(x).sum().backward()
+    return refused
+
+
+@needs_gloo
+def test_another_number_of_channels_needs_a_new_wrapper(tmp_path: Path) -> None:
+    for refused in in_processes(other_counts, tmp_path):
+        assert [text.partition("expected")[0] for text in refused] == [
+            f"channels: got {count} of them in a layer whose DistributedDataParallel was made for {made}, "
+            for count, made in ((1, 2), (1, 0), (0, 7))
+        ]

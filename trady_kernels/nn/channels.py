@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from trady_kernels.functional.stored import Stored, check_stored
@@ -85,7 +87,7 @@ def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 #: Attributes of a sparse layer that hold identities and addresses of this process.
-_IDENTITIES = ("_own", "_settled", "_unread", "_selection")
+_IDENTITIES = ("_own", "_settled", "_unread", "_selection", "_wrapper")
 
 
 @contextlib.contextmanager
@@ -217,6 +219,7 @@ class SparseChannels(nn.Module):
         self._own = (self.weight, self.channel_weight)
         optimizer_state.register(self)
         self._selection: tuple[int, tuple[int, ...]] | None = None
+        self._wrapper: tuple[weakref.ref[nn.Module], int] | None = None
         self._settle()
         # Somebody may still initialise `weight` through `.data`, which no version counter sees.
         self._unread = True
@@ -304,7 +307,7 @@ class SparseChannels(nn.Module):
         of the weight, for this call.
 
         Raises:
-            RuntimeError: one of the two is computed from something else.
+            RuntimeError: one of the two is computed from something else, or DDP was made for another number of rows.
         """
         weight, rows = self.weight, self.channel_weight
         own_weight, own_rows = self._own
@@ -312,11 +315,25 @@ class SparseChannels(nn.Module):
             self._refuse_computed()
         if rows is own_rows or isinstance(rows, torch.fx.Proxy):
             if weight is own_weight and not torch.compiler.is_compiling():
+                if DistributedDataParallel._active_ddp_module is not None:
+                    self._check_wrapper(DistributedDataParallel._active_ddp_module)
                 self.synchronize()
             return weight, rows
         merged = weight.detach().clone()
         self.write_rows(merged, self.channels, rows.detach())
         return merged, rows
+
+    def _check_wrapper(self, wrapper: nn.Module) -> None:
+        """Refuse another number of rows than DDP has made its buckets for: it would average other elements, or none."""
+        count = len(self.channel_weight)
+        if self._wrapper is None or self._wrapper[0]() is not wrapper:
+            self._wrapper = weakref.ref(wrapper), count
+        elif self._wrapper[1] != count:
+            raise RuntimeError(
+                f"channels: got {count} of them in a layer whose DistributedDataParallel was made for {self._wrapper[1]}, "
+                "expected the same number: wrap the network in a new one after select(), or draw with "
+                "ChannelSampler(counts='fixed')"
+            )
 
     def _refuse_computed(self) -> None:
         if getattr(self, "_is_replica", False):  # nn.DataParallel's copies have no parameters at all
