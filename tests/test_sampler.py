@@ -127,7 +127,8 @@ def test_a_budget_above_the_full_cost_selects_everything_and_says_so(budget: int
 
 
 def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> None:
-    drawn = sampler(budget=1)
+    with pytest.warns(UserWarning, match=r"budget: got 1, below the cheapest channel \(\d+ elements\): nothing"):
+        drawn = sampler(budget=1)
     assert drawn.cost == Cost()
     assert "the budget is below the cheapest channel (" in drawn.report()
 

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -77,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            # Commands say so in their reports, and try such budgets themselves.
+            warnings.filterwarnings("ignore", message="budget: got .* below the cheapest channel")
+            return _dispatch(arguments)
     except BadUsage as error:
         return _complain(arguments, error, 2)
     except Failed as error:

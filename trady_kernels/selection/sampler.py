@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -91,6 +92,9 @@ class ChannelSampler:
     Raises:
         TypeError, ValueError: a bad argument, or a model without sparse layers. Nothing is selected then.
 
+    Warns:
+        UserWarning: the budget is below the pool's cheapest channel, so that nothing is selected.
+
     Source: TraDy, arXiv 2510.19675, section 4.2.
     """
 
@@ -169,6 +173,8 @@ class ChannelSampler:
         self._gradients = GradientNorms(modules if watches else {})
         self._since_draw = SinceDraw()
         self._select(self._draw(), None)
+        if nothing := self._below_cheapest():
+            warnings.warn(f"budget: got {budget!r}, {nothing}", stacklevel=2)
         if counts == "fixed":
             self._fixed = {name: len(channels) for name, channels in self._selection.items()}
 
@@ -302,6 +308,17 @@ class ChannelSampler:
                     f"{layer.channels} channels, finite, as channel_norms returns them"
                 )
         return {name: norms[name].detach().cpu() for name in self.layers}
+
+    def _below_cheapest(self) -> str | None:
+        """What to say of a budget that no channel of the pool fits into."""
+        limit = self._limit
+        if self.budget is None or limit is None or not self.pool:
+            return None
+        cheapest = min(self.budget.of(self.layers[name].channel) for name in self.pool)
+        if limit >= cheapest:
+            return None
+        unit = "bytes" if self.budget.kind == "bytes" else "elements"
+        return f"below the cheapest channel ({cheapest:,} {unit}): nothing is selected"
 
     @property
     def _limit(self) -> int | None:
@@ -441,14 +458,11 @@ class ChannelSampler:
         else:
             unit = "bytes" if self.budget.kind == "bytes" else "elements"
             notes.append(f"budget {self.budget}: {self.budget.of(cost):,} of {limit:,} {unit} used")
-            cheapest = min((self.budget.of(self.layers[name].channel) for name in self.pool), default=0)
             if limit >= self.budget.of(total(self.layers[name].full for name in self.pool)):
                 whole = "everything" if len(self.pool) == len(self.layers) else "the whole pool"
                 notes.append(f"the budget is above the full cost of the pool: {whole} is selected")
-            elif limit < cheapest:
-                notes.append(
-                    f"the budget is below the cheapest channel ({cheapest:,} {unit}): nothing is selected"
-                )
+            elif nothing := self._below_cheapest():
+                notes.append(f"the budget is {nothing}")
         notes.append(
             f"{cost.elements / full.elements:.2%} of the full cost ({full.elements:,} elements), "
             f"{cost.macs / max(full.macs, 1):.2%} of its weight-gradient multiply-accumulates"
