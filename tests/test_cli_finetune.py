@@ -159,6 +159,27 @@ def test_divergence_is_a_failure(pets: Path, tmp_path: Path, capsys: pytest.Capt
     assert "learning_rate: with 1e+30 the loss became" in capsys.readouterr().err
 
 
+def test_what_the_network_shows_to_be_wrong_leaves_the_folder_free(
+    pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = [
+        "finetune",
+        "--data",
+        str(pets),
+        *SMALL,
+        "--epochs",
+        "1",
+        "--scheme",
+        "d-full-random",
+        "--no-baselines",
+    ]
+    assert main([*arguments, "--output", str(run), "--pool", "only nothing"]) == 2
+    assert "pool: got 'nothing', which is no sparse layer" in capsys.readouterr().err
+    assert main([*arguments, "--output", str(run)]) == 0
+    assert main([*arguments, "--output", str(run)]) == 2 and "holds a run already" in capsys.readouterr().err
+
+
 def test_run_on_a_folder_of_images(pets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     arguments = ["finetune", "--data", str(pets), *SMALL, "--epochs", "1", "--budget", "256KiB"]

@@ -126,8 +126,15 @@ def test_a_budget_above_the_full_cost_selects_everything_and_says_so(budget: int
     assert "everything is selected" in drawn.report()
 
 
+def test_a_seed_that_no_generator_takes() -> None:
+    with pytest.raises(ValueError, match=r"seed: got 9223372036854775808, expected one of 64 bits"):
+        sampler(seed=1 << 63)
+
+
 def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> None:
-    with pytest.warns(UserWarning, match=r"budget: got 1, below the cheapest channel \(\d+ elements\): nothing"):
+    with pytest.warns(
+        UserWarning, match=r"budget: got 1, below the cheapest channel \(\d+ elements\): nothing"
+    ):
         drawn = sampler(budget=1)
     assert drawn.cost == Cost()
     assert "the budget is below the cheapest channel (" in drawn.report()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import time
@@ -52,6 +53,13 @@ def in_time(seconds: float) -> str:
 def budget_argument(text: str) -> int | str:
     """What the text of a budget means to the library: digits alone are a number of elements."""
     return int(text) if text.isdecimal() else text
+
+
+def seed_argument(text: str) -> int:
+    """A seed, which random generators take 63 bits of."""
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 2^63 - 1")
+    return int(text)
 
 
 def check_writable(argument: str, path: Path) -> None:

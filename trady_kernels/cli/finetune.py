@@ -20,6 +20,7 @@ from trady_kernels.cli.console import (
     check_writable,
     in_bytes,
     make_console,
+    seed_argument,
 )
 from trady_kernels.cost import Budget
 from trady_kernels.data import DATA_SETS
@@ -113,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--validation-share", "test on that share of the training samples instead of the test set", type=float
     )
     add("--test-once", "test after the last epoch alone", action="store_true")
-    add("--seed", "of the classifier, the order of the samples and the channels", type=int)
+    add("--seed", "of the classifier, the order of the samples and the channels", type=seed_argument)
     add("--device", "cpu or cuda")
     add("--threads", "threads of a CPU operator", type=int)
     parser.add_argument(

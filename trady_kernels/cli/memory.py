@@ -16,7 +16,7 @@ from rich.table import Table
 
 from trady_kernels import resident
 from trady_kernels.atomic_write import write_json
-from trady_kernels.cli import Failed
+from trady_kernels.cli import BadUsage, Failed
 from trady_kernels.cli.console import PLOT_FORMATS, check_plottable, check_writable, in_bytes, make_console
 from trady_kernels.cli.memory_plot import plot_memory
 from trady_kernels.cli.network import (
@@ -106,10 +106,18 @@ def run(args: argparse.Namespace) -> int:
 
         def measured(name: str, model: Any) -> _Measured:
             with in_autocast(args):
-                counted = stage(
-                    f"{name} step",
-                    lambda: measure_memory(model, (batch.input, batch.labels), F.cross_entropy),
-                )
+                try:
+                    counted = stage(
+                        f"{name} step",
+                        lambda: measure_memory(model, (batch.input, batch.labels), F.cross_entropy),
+                    )
+                except ValueError as error:
+                    if "more than 1 value per channel" not in str(error):
+                        raise
+                    raise BadUsage(
+                        f"--batch-size: got {args.batch_size}, of which a batch norm that trains sees one value a channel, "
+                        "expected at least 2, or a larger --image-size"
+                    ) from error
             if no_resident:
                 return _Measured(counted, None)
             return _Measured(

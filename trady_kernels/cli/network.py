@@ -11,6 +11,7 @@ from torch import nn
 
 from trady_kernels.batch import Example
 from trady_kernels.cli import BadUsage, usage_errors
+from trady_kernels.cli.console import seed_argument
 from trady_kernels.convert import sparsify
 from trady_kernels.convert.network import Lean
 from trady_kernels.cost import measure_layers
@@ -123,7 +124,9 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N|all",
         help="train the biases of the last N sparse layers too, and of the norms behind them, or all of them",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the channels drawn (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=seed_argument, default=0, help="of the channels drawn (default: %(default)s)"
+    )
 
 
 @dataclass(frozen=True)

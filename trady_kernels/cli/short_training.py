@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
+from trady_kernels.cli.console import seed_argument
 from trady_kernels.models.loading import Sizes
 
 
@@ -17,8 +19,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, data: str, lr: fl
         lr, lr_words: default of the learning rate, and what it is.
     """
 
-    def add(flag: str, default: object, text: str) -> None:
-        parser.add_argument(flag, default=default, type=type(default), help=f"{text} (default: %(default)s)")
+    def add(flag: str, default: object, text: str, type: Callable[[str], object] | None = None) -> None:
+        parser.add_argument(
+            flag, default=default, type=type or default.__class__, help=f"{text} (default: %(default)s)"
+        )
 
     add("--model", "efficientnet_lite0", "as in trady finetune")
     add("--data", "fashion-mnist", f"as in trady finetune; {data}")
@@ -27,7 +31,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, *, data: str, lr: fl
     add("--lr", lr, lr_words)
     add("--image-size", 64, "side in pixels")
     add("--max-length", 64, "tokens of a sentence")
-    add("--seed", 0, "of the classifier, the order of the samples and whatever is drawn")
+    add("--seed", 0, "of the classifier, the order of the samples and whatever is drawn", seed_argument)
     add("--device", "cpu", "cpu or cuda")
 
 

@@ -123,6 +123,8 @@ class ChannelSampler:
         self.resampling = Resampling.parse(resampling)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed: got {seed!r}, expected an int")
+        if not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed: got {seed}, expected one of 64 bits")
         if ranking is not None and not isinstance(ranking, LayerRanking):
             raise TypeError(f"ranking: got {type(ranking).__name__}, expected a LayerRanking or None")
         if budget is None and not self._scheme.budgeted:

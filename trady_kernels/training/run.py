@@ -52,22 +52,28 @@ class Run:
         Raises:
             Diverged: the loss became infinite or NaN.
             OSError: a file could not be written; the files before are whole.
-            ValueError: another process trains in the folder.
+            ValueError: another process trains in the folder; or the network shows a setting to be wrong, and the folder
+                is free again where nothing had been trained.
             KeyboardInterrupt: the user interrupted; the last epoch's checkpoint is whole.
         """
         torch.set_num_threads(self.settings.threads)
         with alone_in(self.folder.path):
             self.write_results()
-            for scheme in self.settings.schemes:
-                self.results[scheme] = train_scheme(
-                    scheme,
-                    self.settings,
-                    self.data,
-                    self.folder.checkpoint(scheme),
-                    _Recording(self, observer),
-                    resume=True,
-                )
-                self.write_results()
+            try:
+                for scheme in self.settings.schemes:
+                    self.results[scheme] = train_scheme(
+                        scheme,
+                        self.settings,
+                        self.data,
+                        self.folder.checkpoint(scheme),
+                        _Recording(self, observer),
+                        resume=True,
+                    )
+                    self.write_results()
+            except ValueError:
+                if not any(result.epochs for result in self.results.values()):
+                    self.folder.results.unlink()
+                raise
         return list(self.results.values())
 
     def to_json(self) -> dict[str, Any]:
