@@ -118,7 +118,7 @@ def test_pool_section(folder: Path) -> None:
     )
     assert verdicts[0].endswith("mnist: holds, +5.10 (p < 0.001), 3 of 3 won.")
     assert "random channels beat those of the largest gradient (TraDy)" in verdicts[1]
-    assert "mnist: holds, +" in verdicts[1] and "both at the rate for random ones" in verdicts[1]
+    assert "mnist: holds, +" in verdicts[1] and "at a third of the rate" in verdicts[1]
     assert "Pools by LaRa are better than pools by RGN (MeDyate)*, mnist: not decided" in verdicts[2]
     assert all("tweets: not decided" in verdict for verdict in verdicts[3:6])
     shares = held_by(LayerRanking.shipped("efficientnet_lite0"))
