@@ -10,7 +10,7 @@ from processes import TWO_FORWARDS, WORLD, in_processes, needs_gloo
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trady_kernels import SparseConv2d, SparseLinear
+from trady_kernels import ChannelSampler, SparseConv2d, SparseLinear, sparsify, trainable_parameters
 
 
 def network() -> nn.Sequential:
@@ -92,3 +92,34 @@ def test_another_number_of_channels_needs_a_new_wrapper(tmp_path: Path) -> None:
             f"channels: got {count} of them in a layer whose DistributedDataParallel was made for {made}, "
             for count, made in ((1, 2), (1, 0), (0, 7))
         ]
+
+
+def resample(rank: int | None) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(54, 3)
+    )
+    sparsify(model, batch())
+    sampler = ChannelSampler(model, batch(), budget="30%", scheme="d-full-random", counts="fixed", seed=3)
+    network = model if rank is None else DistributedDataParallel(model)
+    x = batch() if rank is None else batch().chunk(WORLD)[rank]
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.01, momentum=0.9)
+    selections = []
+    for _ in range(3):
+        sampler.resample(optimizer)
+        selections.append([index for channels in sampler.selection.values() for index in channels.tolist()])
+        for _ in range(2):
+            optimizer.zero_grad()
+            (network(x).square().sum() / len(x)).backward()
+            optimizer.step()
+    return selections, model.state_dict()
+
+
+@needs_gloo
+def test_fixed_counts_are_drawn_anew_in_one_wrapper(tmp_path: Path) -> None:
+    expected_selections, expected = resample(None)
+    assert len({tuple(selection) for selection in expected_selections}) > 1
+    for selections, state in in_processes(resample, tmp_path):
+        assert selections == expected_selections
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
