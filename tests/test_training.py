@@ -378,6 +378,29 @@ def test_divergence_is_reported(tmp_path: Path, settings: Settings) -> None:
         train_scheme("full", wild, data_of(settings), tmp_path / "c.pt", Recorder())
 
 
+@pytest.mark.parametrize(
+    "scheme, epochs, says",
+    (
+        ("full", 1, "the test loss became nan in epoch 1"),
+        ("d-det-rgn", 2, "without a finite gradient before epoch 2"),
+    ),
+)
+def test_divergence_in_the_last_step_of_an_epoch_is_reported(
+    tmp_path: Path, settings: Settings, scheme: str, epochs: int, says: str
+) -> None:
+    data = data_of(settings)
+    wild = dataclasses.replace(
+        settings,
+        learning_rate=1e38,
+        epochs=epochs,
+        batch_size=len(data.train),
+        warmup_epochs=0.0,
+        test_once=True,
+    )
+    with pytest.raises(Diverged, match=rf"^learning_rate: with 1e\+38 .*{says}, expected a finite number"):
+        train_scheme(scheme, wild, data, tmp_path / "c.pt", Recorder())
+
+
 # -- settings and run folders ----------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Which layers take part, which of their channels train, and when that changes."""
 
-from trady_kernels.selection.channel_norms import channel_norms
+from trady_kernels.selection.channel_norms import NotFinite, channel_norms
 from trady_kernels.selection.layer_fractions import LayerFractions
 from trady_kernels.selection.pool import Pool
 from trady_kernels.selection.ranking import LayerRanking, rank_layers
@@ -13,6 +13,7 @@ __all__ = [
     "ChannelSampler",
     "LayerFractions",
     "LayerRanking",
+    "NotFinite",
     "Pool",
     "Resampling",
     "Scheme",

@@ -22,6 +22,10 @@ from trady_kernels.nn.conv2d import SparseConv2d
 from trady_kernels.nn.norm import FrozenBatchNorm2d
 
 
+class NotFinite(ValueError):
+    """A loss or a gradient is infinite or NaN."""
+
+
 @dataclass(frozen=True)
 class BlockNorms:
     """Norms of one layer's gradient on one batch.
@@ -233,7 +237,7 @@ def measure_batches(
                 with torch.enable_grad():
                     loss = loss_of(model, batch, loss_fn)
                 if not torch.isfinite(loss).all():
-                    raise ValueError(
+                    raise NotFinite(
                         f"batches: batch {count} has loss {loss.item()}, expected a finite one: lower "
                         f"learning_rate ({learning_rate}) or check the data"
                     )

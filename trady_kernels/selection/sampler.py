@@ -16,6 +16,7 @@ from trady_kernels.batch import Example
 from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
 from trady_kernels.nn.channels import SparseChannels
+from trady_kernels.selection.channel_norms import NotFinite
 from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.pool import Pool
 from trady_kernels.selection.ranking import LayerRanking
@@ -304,8 +305,9 @@ class ChannelSampler:
         norms = self._measure()
         for name, layer in self.layers.items():
             found = norms.get(name)
-            if found is None or found.shape != (layer.channels,) or not torch.isfinite(found).all():
-                raise ValueError(
+            fits = found is not None and found.shape == (layer.channels,)
+            if found is None or not fits or not torch.isfinite(found).all():
+                raise (NotFinite if fits else ValueError)(
                     f"gradients: the function gave {_short(found)} for layer {name!r}, expected the norms of "
                     f"{layer.channels} channels, finite, as channel_norms returns them"
                 )

@@ -19,6 +19,7 @@ from trady_kernels.batch import Example, call, tensors_in
 from trady_kernels.data import DataSet, Samples
 from trady_kernels.memory import measure_memory
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model, read_checkpoint
+from trady_kernels.selection import NotFinite
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime, Start, prepare_dense
@@ -36,7 +37,7 @@ _MEASURED_BATCHES = 4
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer a finite number."""
+    """A loss or a gradient is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,12 @@ def _train_epoch(
     started = time.perf_counter()
     regime, data = training.regime, training.data
     if epoch > 1:
-        regime.resample(optimizer)
+        try:
+            regime.resample(optimizer)
+        except NotFinite as error:  # what the last step did is in no loss yet
+            raise _diverged(
+                training, f"the weights were without a finite gradient before epoch {epoch}"
+            ) from error
     observer.on_selection(regime, training.batches)
     regime.train_mode()
     order = _epoch_order(data, settings, epoch)
@@ -274,10 +280,7 @@ def _train_epoch(
         losses.append(mean_loss.item())  # on a GPU this also waits for the step to end
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):
-            raise Diverged(
-                f"learning_rate: with {training.result.learning_rate:g} the loss became {losses[-1]} in epoch {epoch}, "
-                "expected a finite number; give a lower one"
-            )
+            raise _diverged(training, f"the loss became {losses[-1]} in epoch {epoch}")
         correct += int(hits)
         seen += len(indices)
         observer.on_step(statistics.fmean(losses), correct / seen)
@@ -285,6 +288,8 @@ def _train_epoch(
     test_loss = top1 = None
     if not settings.test_once or epoch == settings.epochs:
         test_loss, top1 = evaluate(regime.model, data.test, training.to_input)
+        if math.isnan(test_loss):
+            raise _diverged(training, f"the test loss became nan in epoch {epoch}")
     selection = max(selections, key=lambda cost: cost.elements)
     return EpochFigures(
         epoch=epoch,
@@ -301,6 +306,12 @@ def _train_epoch(
         optimizer_bytes=_bytes_of_state(optimizer),
         step_ms=1e3 * statistics.median(step_seconds),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _diverged(training: Prepared, what: str) -> Diverged:
+    return Diverged(
+        f"learning_rate: with {training.result.learning_rate:g} {what}, expected a finite number; give a lower one"
     )
 
 
