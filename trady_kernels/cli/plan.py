@@ -30,7 +30,8 @@ from trady_kernels.cli.network import (
     make_sparse,
 )
 from trady_kernels.cost import Budget
-from trady_kernels.training.fit import (
+from trady_kernels.training.ingredients import Spec
+from trady_kernels.training.total_memory import (
     EVERYTHING,
     NOTHING,
     OPTIMIZERS,
@@ -39,7 +40,6 @@ from trady_kernels.training.fit import (
     check_scheme,
     fit_total,
 )
-from trady_kernels.training.ingredients import Spec
 
 _DESCRIPTION = """\
 Show, for every layer, its input channels, what training one of them costs, its place in the layer ranking, and how

@@ -12,7 +12,14 @@ from torch import nn
 
 import trady_kernels as tk
 from trady_kernels.cost import Budget
-from trady_kernels.training.fit import EVERYTHING, NOTHING, OPTIMIZERS, StepMeter, TrainingStep, fit_total
+from trady_kernels.training.total_memory import (
+    EVERYTHING,
+    NOTHING,
+    OPTIMIZERS,
+    StepMeter,
+    TrainingStep,
+    fit_total,
+)
 
 SIZE = 24
 
