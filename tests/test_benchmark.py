@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import time
 from dataclasses import replace
 
@@ -298,6 +299,10 @@ def test_limit_is_the_figure_at_the_roofline_of_whole_lines_and_one_call() -> No
 def test_tables() -> None:
     rows = [row(1, 10, 20), row(64, 100, 90, roofline=None)]
     assert "1x1 64->64 @7" in rows_table(rows) and "2.00" in rows_table(rows)
+    header = re.split(r"\s{2,}", rows_table(rows).splitlines()[0])
+    assert header[2:7] == ["auto us", "cpp us", "aten us", "dense us", "roofline us"], (
+        "columns do not run together"
+    )
     assert "1x1                  1     1       2.00" in summary_table(rows)
     assert "MISSED" in goals_table(rows) and "benchmarks/training_step.py" in goals_table(rows)
     assert math.isnan(geometric_mean([])) and geometric_mean([2, 8]) == pytest.approx(4)

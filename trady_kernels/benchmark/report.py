@@ -32,14 +32,15 @@ def rows_table(rows: Sequence[Row]) -> str:
     columns = _TIMES[rows[0].device if rows else "cpu"]
     lines = [
         f"{'layer':<26}{'k':>5}"
-        + "".join(f"{name + ' us':>10}" for name in (*columns, "roofline"))
-        + f"{'aten/auto':>11}{'dense/auto':>11}{'auto/roof':>10}  kernel"
+        + "".join(f"{name + ' us':>10}" for name in columns)
+        + f"{'roofline us':>13}"
+        + f"{'aten/auto':>11}{'dense/auto':>12}{'auto/roof':>11}  kernel"
     ]
     for row in rows:
         times = "".join(_number(row.microseconds.get(name), 10, 0) for name in columns)
         lines.append(
-            f"{row.label:<26}{row.selected:>5}{times}{_number(row.roofline, 10, 1)}{row.ratio('aten'):>11.2f}"
-            f"{row.ratio('dense'):>11.1f}{_number(_to_floor(row), 10, 2)}  {row.kernel}"
+            f"{row.label:<26}{row.selected:>5}{times}{_number(row.roofline, 13, 1)}{row.ratio('aten'):>11.2f}"
+            f"{row.ratio('dense'):>12.1f}{_number(_to_floor(row), 11, 2)}  {row.kernel}"
         )
     return "\n".join(lines)
 
