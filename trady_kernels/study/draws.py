@@ -200,17 +200,22 @@ def sensitivity_plan(request: Request) -> Listed[Training, TrainingOutcome]:
         for seed in range(_GRID_SIZES[request.size].seeds)
         for task, recipe in recipes.items()
         for scheme in choosing_channels(request.schemes) or (SCHEME,)
-        for rule in (frequencies(recipe)["once"], "epoch", _often(recipe))
+        for rule in _rules(recipe)
         for budget in BUDGETS
         for factor in FACTORS
     ]
     return listed(recipes, cells)
 
 
+def _rules(recipe: Settings) -> tuple[str, ...]:
+    """Of the grid, the rarest first."""
+    return frequencies(recipe)["once"], "epoch", _often(recipe)
+
+
 def _grids(cells: Trainings) -> dict[str, dict[tuple[str, float], list[TrainingOutcome]]]:
     """Outcomes by task, scheme and frequency, then by budget and rate."""
     grids: dict[str, dict[tuple[str, float], list[TrainingOutcome]]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: _rules(cells.recipes[cell.task]).index(cell.resampling)):
         once = cell.resampling == frequencies(cells.recipes[cell.task])["once"]
         drawn = "once" if once else f"every {cell.resampling}"
         grid = grids.setdefault(f"{cell.task}, {cell.scheme}, {drawn}", {})
