@@ -307,7 +307,7 @@ def test_whether_frugal_wins(tmp_path: Path) -> None:
         cells.add(
             Training("digits", "medyate", "2.2%", 0.1, seed, False), outcome(0.9 + 0.02 * (seed == 0), 8)
         )
-    rows = table_of(cells, "Does frugal win?", "rows")
+    rows = table_of(cells, "Do frugal and ample win?", "rows")
     assert rows["frugal@5.2% - trady"] == [
         *("2.2%", "2.0 of 3.0", "+11.00 (p 0.003)", "+11.00 (p 0.003)", "2 of 2", "2 of 2"),
         *("+11.00 (p < 0.001)", "+10.06 to +11.94"),
@@ -325,7 +325,7 @@ def test_whether_frugal_wins(tmp_path: Path) -> None:
         )
     ]
     assert "A test over 3 seeds has little power" in report(cells)
-    assert "Does frugal win?" not in report(frugal_ahead(tmp_path, 4))
+    assert "Do frugal and ample win?" not in report(frugal_ahead(tmp_path, 4))
 
 
 def test_rows_with_fewer_runs_say_so(tmp_path: Path) -> None:

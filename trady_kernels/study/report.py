@@ -20,7 +20,7 @@ from trady_kernels.study.results import rows_of
 from trady_kernels.study.statistics import PairedTest, Spread, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, Timings, row_of, step_times, timings_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
-from trady_kernels.training.ingredients import Spec, tuned_as
+from trady_kernels.training.ingredients import PRESETS, Spec, tuned_as
 from trady_kernels.training.settings import Settings
 
 #: Of the names of plots of what is left out.
@@ -33,8 +33,6 @@ _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
 _OF_FIGURES = {"checkpoint": "the block that the backward pass computes again is not among the saved bytes"}
 #: Schemes that every other one is set beside.
 REFERENCES = ("trady", "medyate")
-#: How the names of our rows begin.
-OURS = "frugal"
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,19 @@ CLAIMS = (
         "medyate",
         "frugal with all channels of its layers beats medyate in no more measured bytes (ours)",
         no_more_bytes=True,
+    ),
+    *(
+        Claim(
+            "ample@65%",
+            other,
+            f"ample beats {other} in no more measured bytes (ours)",
+            no_more_bytes=True,
+        )
+        for other in REFERENCES
+    ),
+    *(
+        Claim("trady", row, "trady beats the last layers whole, in about as many measured bytes")
+        for row in ("last-layers@16%", "last-layers@50%")
     ),
     Claim(
         "frugal@5.2%",
@@ -392,7 +403,7 @@ def _ours(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[lis
     """Our rows that need no more bytes than a reference at the same budget, beside it: task by task and over all."""
     rows = []
     for name, other in itertools.product(schemes, REFERENCES):
-        if not (name.startswith(OURS) and other in schemes):
+        if not (name.partition("@")[0] in PRESETS and other in schemes):
             continue
         mine, theirs = schemes[name], schemes[other]
         pooled = _against(mine, theirs)
@@ -421,9 +432,9 @@ def _ours_section(tasks: list[str], seeds: int, rows: list[list[str]]) -> list[s
         return []
     heads = ["rows", "budget", "bytes (MiB)", *tasks, "tasks ahead", "significantly", "all", "95% interval"]
     return [
-        f"### Does {OURS} win?",
+        f"### Do {' and '.join(PRESETS)} win?",
         "",
-        f"Its rows that need no more measured bytes than {' or '.join(REFERENCES)} at the same budget: the "
+        f"Their rows that need no more measured bytes than {' or '.join(REFERENCES)} at the same budget: the "
         "difference in accuracy with the paired test over the seeds of each task; on how many tasks it is ahead "
         "by the mean, and by that test at the level of 5%; then the test over all pairs of task and seed with "
         f"the 95% confidence interval of the difference (Student's t). A test over {seeds} seeds has little "

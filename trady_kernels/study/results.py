@@ -37,7 +37,7 @@ RATES: Mapping[str, Mapping[str, float]] = {
 #: Rows by network and budget, in the order in which they run: what others are compared with comes first. 2.2% of the full
 #: figure is the papers' smallest budget (27,946 of 1,252,320 elements of MobileNetV2 0.35). A budget after an @ is what makes
 #: a step of a scheme need no more measured bytes than one of trady at the table's; of MiniLM, most of whose bytes are not
-#: selected channels, frugal does so with all channels of its layers.
+#: selected channels, frugal does so with all channels of its layers, and ample with most of the network's.
 SCHEMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "efficientnet_lite0": {
         "2.2%": (
@@ -81,7 +81,7 @@ SCHEMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "bias-only",
             "last-layers",
             "last-layers@50%",
-            "trady+bias+8bit+momentum@65%",
+            "ample@65%",
             "velocity",
             "lora",
             "s-full-random",

@@ -92,7 +92,8 @@ INGREDIENTS: dict[str, Ingredient] = {
 #: Combinations with a name of their own.
 #: frugal: the last layers, so that nothing is kept below them; biases, which keep nothing; a byte instead of four for the
 #: rest, so that the same bytes hold more channels; momentum, which pays for its state (docs/results.md).
-PRESETS = {"frugal": "late+bias+8bit+momentum"}
+#: ample: the same in the layers that trady draws from, for networks most of whose bytes no selection saves.
+PRESETS = {"frugal": "late+bias+8bit+momentum", "ample": "trady+bias+8bit+momentum"}
 
 
 def scheme_names() -> list[str]:
