@@ -300,6 +300,18 @@ def test_claims_of_bytes_are_checked(tmp_path: Path) -> None:
         assert claimed.no_more_bytes == ("in no more measured bytes" in claimed.sentence)
 
 
+def test_rows_of_the_schemes_asked_for() -> None:
+    asked = ("trady", "ample@1.9%", "d-full-random", "frugal@3%", "head-only", "trady+bias")
+    rows = results_matrix(Request("usual", ("mnist",), asked)).schemes["efficientnet_lite0"]
+    assert rows == {
+        "2.2%": asked,
+        "1%": ("trady", "trady+bias"),
+        "7%": ("trady", "trady+bias"),
+    }
+    quick = results_matrix(Request("quick", ("mnist",), ("frugal@2%",))).schemes["efficientnet_lite0"]
+    assert quick == {"2.2%": ("frugal@2%",)}
+
+
 def test_whether_frugal_wins(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = frugal_ahead(tmp_path, 2)

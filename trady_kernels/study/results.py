@@ -212,6 +212,21 @@ def study_recipes(request: Request, usual: Iterable[str], sizes: Mapping[str, Si
     return {task: replace(recipe_of(task), **own) for task in request.tasks or usual}
 
 
+def _asked_for(schemes: tuple[str, ...], own: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+    """Rows by budget of the schemes that a user asks for: a network's own where they are, others at every budget.
+
+    With a budget of its own a scheme trains alike at all of them: another one then has the first.
+    """
+
+    def budgets(scheme: str) -> list[str]:
+        listed = [budget for budget, rows in own.items() if scheme in rows]
+        return listed or list(own)[: None if Spec.parse(scheme).budget is None else 1]
+
+    if not schemes:
+        return own
+    return {budget: tuple(scheme for scheme in schemes if budget in budgets(scheme)) for budget in own}
+
+
 def results_matrix(request: Request) -> Matrix:
     """The results table's matrix: all tasks of ``RECIPES`` and the rows of each network by default.
 
@@ -223,9 +238,7 @@ def results_matrix(request: Request) -> Matrix:
     recipes = study_recipes(request, RECIPES, SIZES)
     size = SIZES[request.size]
     rows = {
-        recipe.model: {
-            budget: request.schemes or own for budget, own in list(rows_of(recipe).items())[: size.budgets]
-        }
+        recipe.model: _asked_for(request.schemes, dict(list(rows_of(recipe).items())[: size.budgets]))
         for recipe in recipes.values()
     }
     rates = {recipe.model: _of_network(RATES, recipe) for recipe in recipes.values()}
