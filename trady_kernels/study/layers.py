@@ -123,7 +123,7 @@ def _pooled(cells: Trainings, task: str, rankings: Mapping[str, LayerRanking]) -
     """Outcomes of a task, seed by seed."""
     found: Pooled = {}
     outcomes: dict[tuple[str, str], list[TrainingOutcome]] = {}
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: cell.seed):  # runs end in any order
         if cell.task == task:
             outcomes.setdefault((cell.scheme, cell.pool), []).append(cells[cell])
     for metric in rankings:
