@@ -198,7 +198,7 @@ def measure(settings: Settings) -> Figures:
             others = held_on_gpu() if settings.device == "cuda" else 0
             batch = images.to(settings.device, memory_format=FORMATS[name])
             # What looks at the network runs it in float32, for whose layers no algorithm need be tried out.
-            with torch.backends.cudnn.flags(benchmark=False, allow_tf32=torch.backends.cudnn.allow_tf32):
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=True):
                 model, parameters = contender.make(settings.network, batch)
             model.train().to(memory_format=FORMATS[name])
             with settings.precision():

@@ -59,9 +59,8 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        if (
-            isinstance(error, OSError) and error.strerror is not None
-        ):  # Python's own, which begins with a number
+        # Python's own sentences begin with a number.
+        if isinstance(error, OSError) and error.strerror is not None:
             raise BadUsage(f"{error.filename}: {error.strerror}, expected a file that can be read") from error
         raise BadUsage(str(error)) from error
 
