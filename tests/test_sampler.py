@@ -22,7 +22,7 @@ from trady_kernels.cost import Backward, Cost, measure_layers, total
 from trady_kernels.models import MobileNetV2
 from trady_kernels.models.loading import load_model
 from trady_kernels.nn import SparseLinear
-from trady_kernels.selection import SCHEMES, LayerFractions, SparseUpdate
+from trady_kernels.selection import SCHEMES, LayerFractions, NothingSelected, SparseUpdate
 from trady_kernels.selection.schemes.late import Late
 
 X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
@@ -133,7 +133,7 @@ def test_a_seed_that_no_generator_takes() -> None:
 
 def test_a_budget_below_the_cheapest_channel_selects_nothing_and_says_so() -> None:
     with pytest.warns(
-        UserWarning, match=r"budget: got 1, below the cheapest channel \(\d+ elements\): nothing"
+        NothingSelected, match=r"budget: got 1, below the cheapest channel \(\d+ elements\): nothing"
     ):
         drawn = sampler(budget=1)
     assert drawn.cost == Cost()

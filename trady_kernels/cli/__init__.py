@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import trady_kernels
+from trady_kernels.selection import NothingSelected
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with warnings.catch_warnings():
-            # Commands say so in their reports, and try such budgets themselves.
-            warnings.filterwarnings("ignore", message="budget: got .* below the cheapest channel")
+            warnings.simplefilter("ignore", NothingSelected)  # their reports say so
             return _dispatch(arguments)
     except BadUsage as error:
         return _complain(arguments, error, 2)

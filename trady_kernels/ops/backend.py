@@ -29,6 +29,8 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
+#: What sums are taken in float32 of.
+HALVES = (torch.bfloat16, torch.float16)
 
 #: The one library object that owns the ``torch.ops.trady`` namespace: schemas and fakes live in
 #: Python, implementations may come from compiled code.

@@ -5,7 +5,7 @@ from trady_kernels.selection.layer_fractions import LayerFractions
 from trady_kernels.selection.pool import Pool
 from trady_kernels.selection.ranking import LayerRanking, rank_layers
 from trady_kernels.selection.resampling import Resampling
-from trady_kernels.selection.sampler import ChannelSampler
+from trady_kernels.selection.sampler import ChannelSampler, NothingSelected
 from trady_kernels.selection.schemes import SCHEMES, Scheme, SparseUpdate
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "LayerFractions",
     "LayerRanking",
     "NotFinite",
+    "NothingSelected",
     "Pool",
     "Resampling",
     "Scheme",

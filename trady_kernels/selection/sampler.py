@@ -27,6 +27,10 @@ Counts = Literal["free", "fixed"]
 _VERSION = 2
 
 
+class NothingSelected(UserWarning):
+    """No channel fits into the budget."""
+
+
 @dataclass(frozen=True)
 class LayerSelection:
     """One sparse layer in a selection.
@@ -94,7 +98,7 @@ class ChannelSampler:
         TypeError, ValueError: a bad argument, or a model without sparse layers. Nothing is selected then.
 
     Warns:
-        UserWarning: the budget is below the pool's cheapest channel, so that nothing is selected.
+        NothingSelected: the budget is below the pool's cheapest channel.
 
     Source: TraDy, arXiv 2510.19675, section 4.2.
     """
@@ -177,7 +181,7 @@ class ChannelSampler:
         self._since_draw = SinceDraw()
         self._select(self._draw(), None)
         if nothing := self._below_cheapest():
-            warnings.warn(f"budget: got {budget!r}, {nothing}", stacklevel=2)
+            warnings.warn(f"budget: got {budget!r}, {nothing}", NothingSelected, stacklevel=2)
         if counts == "fixed":
             self._fixed = {name: len(channels) for name, channels in self._selection.items()}
 

@@ -23,8 +23,8 @@ from trady_kernels.training.settings import Settings
 
 #: Inside a pool: channels by chance, or those with most gradient for what they cost.
 INSIDE = {"trady": "random", "d-det-rgn": "deterministic"}
-#: Rate of each, as a multiple of the middle one of the results table: there the oracle wants the lowest of those tried, and
-#: collapses at the middle one.
+#: Rate of each, as a multiple of the middle one of the results table, which finds the lowest of those tried best for the
+#: oracle (docs/results.md).
 _FACTORS = {"trady": 1.0, "d-det-rgn": FACTORS[0]}
 BUDGET = "2.2%"
 #: Layers of a pool, as shares of all layers; beside them the pool of the paper, the first layers that hold so much of the RGN.
@@ -190,8 +190,7 @@ def _pool_verdicts(task: str, rankings: Mapping[str, LayerRanking], found: Poole
             _by_seed({"": random[first].get(whole, [])}),
         ),
         (
-            "Inside a pool random channels beat those of the largest gradient (TraDy), which learn at a third of the rate, the best of "
-            "those that the results table tried",
+            "Inside a pool random channels beat those of the largest gradient (TraDy), which learn at a third of the rate",
             _by_seed({(m, k): runs for m, by_count in random.items() for k, runs in by_count.items()}),
             _by_seed({(m, k): runs for m, by_count in picked.items() for k, runs in by_count.items()}),
         ),

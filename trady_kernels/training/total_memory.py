@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from trady_kernels.batch import Example, loss_of, tensors_in, without_trace
 from trady_kernels.convert import trainable_parameters
 from trady_kernels.cost import Budget
 from trady_kernels.memory import peak_memory, saved_by_module
-from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
+from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, NothingSelected, Scheme
 
 #: Optimisers by the name that a user gives, at a learning rate that leaves the weights alone.
 OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
@@ -128,15 +129,17 @@ class StepMeter:
     def measure(self, batch_size: int, budget: Budget, draws: int = 1) -> TrainingStep:
         """Measure a step; of several draws of channels the one that takes most."""
         batch = self.make_batch(batch_size)
-        sampler = ChannelSampler(
-            self.model,
-            batch[0],
-            budget=budget,
-            scheme=self.scheme,
-            ranking=self.ranking,
-            pool=self.pool,
-            seed=self.seed,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NothingSelected)  # NOTHING is meant to
+            sampler = ChannelSampler(
+                self.model,
+                batch[0],
+                budget=budget,
+                scheme=self.scheme,
+                ranking=self.ranking,
+                pool=self.pool,
+                seed=self.seed,
+            )
         steps = []
         for draw in range(draws):
             if draw:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from trady_kernels.ops.backend import HALVES
 from trady_kernels.ops.squares import SQUARED_ROWS
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def linear_channel_grad(
