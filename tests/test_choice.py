@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -296,13 +297,15 @@ CONV_ATEN, LINEAR_ATEN = (
 
 
 class Products(TorchDispatchMode):
-    """Notes how many channels of the input ATen multiplies."""
+    """Notes how many channels of the input ATen multiplies, and what it calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.channels: list[int] = []
+        self.calls: list[Any] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append(function)
         if function is torch.ops.aten.mm.default:
             self.channels.append(args[0].shape[0])
         return function(*args, **(kwargs or {}))
@@ -338,6 +341,24 @@ def test_gpu_channels_of_half_types_alone_are_aligned() -> None:
         ):
             tensor = torch.empty(1, dtype=dtype, device=device)
             assert [LINEAR_ATEN.unaligned(tensor, channels) for channels in (20, 24)] == [expected, False]
+
+
+@pytest.mark.parametrize("dtype", choice.HALVES, ids=str)
+def test_gpu_products_widen_as_they_are_summed(dtype: torch.dtype) -> None:
+    """In one launch: no call follows that reads the result to widen it."""
+    real = torch.cuda.is_available()
+    with nullcontext() if real else FakeTensorMode(), Products() as products:
+        # 33 times the bfloat16 after 1 is no value of either type.
+        x, dy = (
+            torch.full((33, size), v, dtype=dtype, device="cuda") for size, v in ((8, 1.0078125), (24, 1.0))
+        )
+        products.calls.clear()
+        grad = LINEAR_ATEN.widened_product(x.t(), dy)
+        calls = [call for call in products.calls if call.namespace == "aten" and not call.is_view]
+    assert calls == [torch.ops.aten.mm.dtype]
+    assert grad.dtype == torch.float32 and grad.shape == (8, 24)
+    if real:
+        assert grad.unique().tolist() == [33 * 1.0078125]
 
 
 def test_gpu_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
