@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -87,15 +86,38 @@ def test_hot_objects_export_no_weak_symbols() -> None:
     folder = next(ROOT.glob(f"build/cmake-{tag}-*"), None) or pytest.skip(
         "the package was not built in this folder"
     )
-    sources = list(ROOT.glob("csrc/cpu/*.isa.cpp"))
-    assert sources
-    for isa, source in itertools.product(_C.build_facts()["isas"], sources):
-        path = folder / "CMakeFiles" / f"trady_cpu_{isa}.dir" / "csrc" / "cpu" / f"{source.name}.o"
-        exported = run(nm, "-C", "--defined-only", "--extern-only", path).stdout.splitlines()
-        assert exported
-        for line in exported:
-            kind, name = line.split(maxsplit=2)[1:]
-            assert kind in "TRDB" and name.startswith(f"trady::{isa}::"), f"{path.name}: {line}"
+    for isa in _C.build_facts()["isas"]:
+        objects = list((folder / "CMakeFiles" / f"trady_cpu_{isa}.dir" / "csrc" / "cpu").glob("*.o"))
+        assert len(objects) == len(HOT_FILES) or isa != "baseline"
+        for path in objects:
+            exported = run(nm, "-C", "--defined-only", "--extern-only", path).stdout.splitlines()
+            assert exported
+            for line in exported:
+                kind, name = line.split(maxsplit=2)[1:]
+                assert kind in "TRDB" and name.startswith(f"trady::{isa}::"), f"{path.name}: {line}"
+
+
+HOT_FILES = {path.name.removesuffix(".isa.cpp"): path for path in ROOT.glob("csrc/cpu/*.isa.cpp")}
+
+
+def mentioned(pattern: str) -> set[str]:
+    """Hot files in which the pattern occurs, or in a header of theirs other than the one of vectors, which has everything."""
+    found = set()
+    for name, path in HOT_FILES.items():
+        headers = set(re.findall(r'#include "(.+)"', path.read_text())) - {"vector.h"}
+        texts = [file.read_text() for file in (path, *(path.parent / header for header in headers))]
+        if any(re.search(pattern, text) for text in texts):
+            found.add(name)
+    return found
+
+
+def test_sets_have_the_hot_files_that_their_instructions_are_for() -> None:
+    lists = re.findall(r"set\(FILES_OF_(\w+)([^)]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    files = {isa: set(names.split()) for isa, names in lists}
+    assert files["avx512_amx"] == mentioned("__AMX")
+    assert files["avx512_bf16"] | files["avx512_amx"] == mentioned(
+        r"OPERANDS|_operand\b|operand_of|MULTIPLIES_BFLOAT16|AVX512BF16"
+    )
 
 
 #: In /proc/cpuinfo's words, what each set of x86-64 asks of a CPU.

@@ -19,8 +19,9 @@
 //
 // CMake finds the files by name; nothing else has to be edited.
 //
-// How to add an instruction set: a row in the table of CMakeLists.txt (its compiler options) and one in the table of
-// isa.cpp (how a CPU is asked for it); what it can do is asked in vector.h by the compiler's own macros.
+// How to add an instruction set: a row in the table of CMakeLists.txt (its compiler options, and where it adds to
+// another set the files that it is for) and one in the table of isa.cpp (how a CPU is asked for it); what it can do is
+// asked in vector.h by the compiler's own macros.
 #pragma once
 
 // TRADY_FOR_EACH_ISA(apply, ...) is apply(baseline, ...) apply(avx2, ...) and so on for the sets that this compiler
@@ -52,20 +53,30 @@ __attribute__((visibility("default"))) const char* isa_name(Isa isa);
 // Whether the CPU, where its set multiplies pairs of bfloat16, does so faster than it multiplies floats.
 bool pairs_pay();
 
-// The one of the current set out of a function's addresses in every set.
+// The one of the current set out of a function's addresses in every set; where the set has none of its own, that of the
+// nearest before it. The baseline has all.
 template <class F>
 __attribute__((always_inline)) inline F* kernel_of_current_isa(F* const (&&kernels)[static_cast<int>(Isa::count)]) {
-  return kernels[static_cast<int>(current_isa())];
+  int isa = static_cast<int>(current_isa());
+  while (kernels[isa] == nullptr) --isa;
+  return kernels[isa];
 }
 
 }  // namespace trady
+
+// A set need not define what it would compile to the code of another. Where one is defined it is no weak symbol.
+#ifdef TRADY_ISA
+#define TRADY_PERHAPS
+#else
+#define TRADY_PERHAPS __attribute__((weak, visibility("hidden")))
+#endif
 
 // Declares `result function(arguments)` in the namespace of every set. Use inside no namespace.
 #define TRADY_DECLARE_KERNEL(result, function, ...) \
   TRADY_FOR_EACH_ISA(TRADY_DECLARE_IN_ISA, result, function, __VA_ARGS__)
 #define TRADY_DECLARE_IN_ISA(isa, result, function, ...) \
   namespace trady::isa {                                 \
-  result function(__VA_ARGS__);                          \
+  TRADY_PERHAPS result function(__VA_ARGS__);            \
   }
 #define TRADY_KERNEL(function) (::trady::kernel_of_current_isa({TRADY_FOR_EACH_ISA(TRADY_ADDRESS_IN_ISA, function)}))
 #define TRADY_ADDRESS_IN_ISA(isa, function) &::trady::isa::function,
