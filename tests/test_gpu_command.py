@@ -392,22 +392,15 @@ def train(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def test_a_step_under_autocast_in_one_format(tmp_path: Path) -> None:
-    options = (
-        "--network",
-        "MobileNetV2",
-        "--autocast",
-        "bfloat16",
-        "--format",
-        "channels_last",
-        "--profile",
-        "3",
-    )
+    # A network without groups: the profiler reads half a million events of a grouped layer in bfloat16 on a CPU without it.
+    options = ("--network", "ResNet-18", "--autocast", "bfloat16", "--format", "channels_last")
+    options = (*options, "--profile", "3")
     content, printed = train(tmp_path, *options, *BOTH)
     full, sparse = content["rows"]
     assert [row["contender"] for row in (full, sparse)] == [training_step.FULL, training_step.FIVE_PERCENT]
     assert full["memory_format"] == sparse["memory_format"] == "channels_last"
-    assert full["by_kind"]["other"] > 2 * 3_000_000  # the copies of weights that autocast makes
-    assert sparse["by_kind"]["conv input"] < 0.1 * full["by_kind"]["conv input"]
+    assert full["by_kind"]["other"] > 2 * 10_000_000  # the copies of weights that autocast makes
+    assert sparse["by_kind"]["activation"] < 0.1 * full["by_kind"]["activation"]
     assert "peak_bytes" not in full and set(content["best_of_full"]) == {
         full["contender"],
         sparse["contender"],

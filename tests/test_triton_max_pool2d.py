@@ -82,6 +82,7 @@ def test_ties_nan_and_infinities(case: PoolCase, layout: str, triton_device: str
 
 
 # How many elements a vector has depends on the type, which of them a window needs on the window: each of both once.
+@pytest.mark.usefixtures("larger_programs")
 @pytest.mark.parametrize(
     ("window", "dtype"),
     tuple(zip(((3, 2, 1, 1), (2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 2)), FLOATING, strict=True)),
