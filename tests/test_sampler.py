@@ -23,6 +23,7 @@ from trady_kernels.models import MobileNetV2
 from trady_kernels.models.loading import load_model
 from trady_kernels.nn import SparseLinear
 from trady_kernels.selection import SCHEMES, LayerFractions, NothingSelected, SparseUpdate
+from trady_kernels.selection.schemes import find_scheme
 from trady_kernels.selection.schemes.late import Late
 
 X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
@@ -235,6 +236,19 @@ def test_inclusion_is_uniform_within_each_layer_and_every_pool_layer_is_reached(
         statistic = float(((count - count.mean()) ** 2).sum() / variance * (channels - 1) / channels)
         p = stats.chi2.sf(statistic, channels - 1)
         assert 1e-4 < p < 1 - 1e-6, (name, p, count)
+
+
+@pytest.mark.parametrize(
+    "name", ["trady", "late", "d-full-random", "s-full-random", "s-topk-random", "medyate"]
+)
+def test_every_channel_of_the_pool_is_as_likely_to_come_first(name: str) -> None:
+    """Whatever its layer; the second too, so that nothing but the first is shuffled."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed: pip install scipy")
+    scheme, generator = find_scheme(name), torch.Generator().manual_seed(0)
+    orders = [scheme.order({"few": 3, "many": 40, "some": 7}, generator) for _ in range(3_000)]
+    for place in (0, 1, -1):
+        count = torch.stack([order[place] for order in orders]).bincount(minlength=50)
+        assert 1e-4 < stats.chisquare(count.numpy()).pvalue < 1 - 1e-6, (place, count)
 
 
 def test_same_seed_same_channels_whatever_else_draws() -> None:

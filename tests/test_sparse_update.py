@@ -18,13 +18,13 @@ import trady_kernels as tk
 from trady_kernels.cli import main
 from trady_kernels.convert import sparse_layers
 from trady_kernels.cost import Budget, Cost, LayerCost, measure_layers
-from trady_kernels.data import load_data
+from trady_kernels.data import Samples, load_data
 from trady_kernels.models import EfficientNetLite0, loading
 from trady_kernels.models.loading import load_model
 from trady_kernels.selection import LayerFractions, SparseUpdate
 from trady_kernels.selection.layer_fractions import choose_fractions
 from trady_kernels.training.loop import train_scheme
-from trady_kernels.training.search import _Trial, candidates_of
+from trady_kernels.training.search import _Trial, candidates_of, search_fractions
 from trady_kernels.training.settings import Settings
 
 FRACTIONS = LayerFractions(
@@ -198,6 +198,26 @@ def test_a_candidate_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_network")
+def test_every_class_is_among_the_validation_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files come class by class: the first samples are those of the first classes."""
+    pets = write_images(tmp_path / "pets", {"cat": 12, "dog": 12, "eel": 24})
+    seen: list[list[int]] = []
+
+    def looked_at(trial: _Trial, validation: Samples) -> float:
+        seen.append(validation.labels.bincount().tolist())
+        return 1.0
+
+    monkeypatch.setattr(_Trial, "_loss", looked_at)
+    data = load_data(str(pets), image_size=8)
+    options = {"budget": 1000, "steps": 1, "head_steps": 1, "batch_size": 4, "learning_rate": 0.1, "seed": 0}
+    told = {"on_count": lambda count: None, "on_candidate": lambda: None}
+    search_fractions("tiny", data, validation_samples=4, device="cpu", **options, **told)
+    assert all(counts == [1, 1, 2] for counts in seen) and seen
+    with pytest.raises(ValueError, match="validation_samples: got 2, expected at least 3, one of each class"):
+        search_fractions("tiny", data, validation_samples=2, device="cpu", **options, **told)
+
+
+@pytest.mark.usefixtures("tiny_network")
 def test_search_makes_a_file_that_finetune_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pets = write_images(tmp_path / "pets", {"cat": 12, "dog": 12, "eel": 6})
     file = tmp_path / "fractions.json"
@@ -266,6 +286,16 @@ def test_measured_contributions_serve_every_budget(tmp_path: Path) -> None:
         drawn = sampler(scheme=SparseUpdate(loaded), budget=budget)
         assert {name for name, chosen in drawn.selection.items() if len(chosen)} == expected
         assert drawn.cost.elements == sum(price[name] for name in expected)
+    with pytest.raises(
+        ValueError, match="got a fraction for 'nowhere', expected sparse layers of this network"
+    ):
+        sampler(
+            scheme=SparseUpdate(dataclasses.replace(loaded, contributions={"nowhere": {0.5: 1.0}})), budget=9
+        )
+    # The same words for another input: a share of what then is the full cost may be less than the fractions take.
+    share = dataclasses.replace(loaded, budget="1%", layers={first: 0.5, second: 0.5})
+    drawn = sampler(scheme=SparseUpdate(share), budget="1%")
+    assert drawn.budget is not None and drawn.cost.elements <= drawn.budget.limit(drawn.full_cost)
     damaged = json.loads((tmp_path / "f.json").read_text())
     damaged["contributions"] = {first: 3}
     (tmp_path / "f.json").write_text(json.dumps(damaged))

@@ -33,6 +33,10 @@ _PACKAGES = (
 )
 
 
+#: From the root of the repository.
+_BUILT_OF = ("trady_kernels", "csrc", "CMakeLists.txt", "setup.py", "pyproject.toml")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Command line, time, versions, commit and machine, as plain values."""
     return {
@@ -65,7 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Commit of this package's source, with ``+`` when files differ from it; None outside git."""
+    """Commit of this package's source, with ``+`` when files that it is built of differ from it; None outside git."""
     source = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -80,7 +84,8 @@ def commit() -> str | None:
     try:
         # An installed copy may lie in somebody else's repository.
         git("ls-files", "--error-unmatch", source.name)
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+        changed = git("status", "--porcelain", "--", *(f":/{path}" for path in _BUILT_OF))
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

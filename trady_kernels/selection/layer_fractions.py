@@ -57,7 +57,7 @@ class LayerFractions(Saved):
             raise ValueError(f"bias_layers: got {self.bias_layers!r}, expected a number of layers from 0")
 
     def within(self, budget: Budget, layers: Mapping[str, LayerCost]) -> LayerFractions:
-        """These fractions, or those for another budget where the contributions are known.
+        """These fractions, or where the contributions are known those for another budget or input.
 
         Args:
             budget: of the selection.
@@ -67,7 +67,8 @@ class LayerFractions(Saved):
             ValueError: these fractions cost more than the budget and have no contributions, or are of another network.
         """
         cost, limit = self.cost(layers), budget.limit(total(layer.full for layer in layers.values()))
-        if self.contributions and budget != Budget.parse(self.budget):
+        # A share of the full cost is another one with another input.
+        if self.contributions and (budget != Budget.parse(self.budget) or budget.of(cost) > limit):
             chosen = choose_fractions(self.contributions, layers, budget)
             return replace(self, budget=f"{limit} B" if budget.kind == "bytes" else limit, layers=chosen)
         if budget.of(cost) > limit:
@@ -91,7 +92,7 @@ class LayerFractions(Saved):
         Raises:
             ValueError: a fraction is of no layer of it.
         """
-        for name in self.layers:
+        for name in (*self.layers, *self.contributions):
             if name not in layers:
                 raise ValueError(
                     f"layers: got a fraction for {name!r}, expected sparse layers of this network: these fractions are "

@@ -17,6 +17,7 @@ from trady_kernels.convert import ConversionReport, conversion_report, sparse_la
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.channel_norms import NotFinite
+from trady_kernels.selection.fill import that_fit
 from trady_kernels.selection.gradient_norms import GradientNorms
 from trady_kernels.selection.pool import Pool
 from trady_kernels.selection.ranking import LayerRanking
@@ -337,17 +338,8 @@ class ChannelSampler:
         assert self.budget is not None
         if not sizes:
             return order
-        prices = [self.budget.of(self.layers[name].channel) for name in self.pool]
-        cheapest = min(prices)
-        price_of = torch.tensor(prices).repeat_interleave(torch.tensor(sizes))
-        taken, left = [], limit
-        for channel, price in zip(order.tolist(), price_of[order].tolist(), strict=True):
-            if price <= left:
-                taken.append(channel)
-                left -= price
-                if left < cheapest:
-                    break
-        return torch.tensor(taken, dtype=torch.int64)
+        prices = torch.tensor([self.budget.of(self.layers[name].channel) for name in self.pool])
+        return that_fit(order, prices.repeat_interleave(torch.tensor(sizes)), limit)
 
     def _fill_counts(self, order: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """The first k channels of ``order`` in each layer, k being the layer's fixed count."""

@@ -27,8 +27,8 @@ class Ingredient:
         dense: called with a network that stays dense, before its training, also when a run goes on.
         at_once: samples that go forward and backward at a time; None for the whole batch.
         momentum: of SGD.
-        exact: whether a training without it comes to the same numbers but for rounding, so that its learning rate serves;
-            not of a scheme that observes gradients.
+        exact: whether a step without it has the same gradients but for rounding, so that its learning rate serves; not of a
+            scheme that observes gradients. At a rate that is nearly too high rounding alone makes another training of it.
     """
 
     name: str

@@ -95,6 +95,14 @@ class _Sparse:
             self.notes.append(f"the pool is {pool!r}: channels are drawn from {drawn} layers")
         elif kind.ranked and ranking is None:
             self.notes.append("no layer ranking: channels are drawn from every sparse layer")
+        elif kind.ranked and ranking is not None and ranking.metric != kind.metric:
+            self.notes.append(
+                f"the ranking is one by {ranking.metric}; that of the scheme's source is by {kind.metric}"
+            )
+        if kind.observes and start.spec.at_once is not None:
+            self.notes.append(
+                "draws follow the gradient norms of the parts that go backward at a time, not those of the batch"
+            )
         if kind.needs_gradients:
             self.notes.append(
                 "an oracle: it measures the whole gradient before it draws, which is over the budget by design"

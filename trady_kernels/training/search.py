@@ -14,6 +14,7 @@ from trady_kernels.batch import Example, call
 from trady_kernels.convert import sparse_layers, sparsify, trainable_parameters
 from trady_kernels.cost import Budget, LayerCost, measure_layers, total
 from trady_kernels.data import DataSet, Samples
+from trady_kernels.data.samples import stratified_subset
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.layer_fractions import FRACTIONS, LayerFractions, choose_fractions
@@ -95,7 +96,7 @@ def search_fractions(
         steps: of plain SGD, for each candidate.
         head_steps: of the head alone, before.
         batch_size: samples in a step.
-        validation_samples: the first of ``data.test``.
+        validation_samples: of ``data.test``, as many of each class as it has a share of; all where it has fewer.
         learning_rate: of the first of these steps, falling to zero along a line, for the head too.
         seed: of the classifier's first values and the order of the samples.
         device: where to run.
@@ -117,6 +118,11 @@ def search_fractions(
             raise ValueError(f"{name}: got {number}, expected at least 1")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate: got {learning_rate}, expected a finite number above 0")
+    classes = len(data.test.labels.unique())
+    if validation_samples < classes:
+        raise ValueError(
+            f"validation_samples: got {validation_samples}, expected at least {classes}, one of each class"
+        )
     parsed = Budget.parse(budget)
     loaded = load_model(model, len(data.classes), seed=seed, sizes=sizes)
     data = loaded.prepare(data)
@@ -127,7 +133,9 @@ def search_fractions(
     on_count(len(candidates) + 1)
     trial.train(None, trial.samples(0, head_steps), learning_rate)
     batches = trial.samples(head_steps, steps)
-    validation = data.test.subset(torch.arange(min(validation_samples, len(data.test))))
+    count = min(validation_samples, len(data.test))
+    some = stratified_subset(data.test.labels, count, torch.Generator().manual_seed(seed))
+    validation = data.test.subset(some)
     floor = trial.loss_after(None, batches, validation, learning_rate)
     if not math.isfinite(floor):
         raise ValueError(

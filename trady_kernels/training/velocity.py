@@ -13,6 +13,7 @@ from torch import nn
 
 from trady_kernels.batch import Example, call, without_trace
 from trady_kernels.cost import Budget, Cost, total
+from trady_kernels.selection.fill import that_fit
 from trady_kernels.training.regime import Dense, SelectionCost, Start
 
 #: Of the last velocity, how much is taken off [NEq, equation 6: mu_eq].
@@ -121,13 +122,7 @@ def fastest(
     shuffled = torch.randperm(len(speeds), generator=generator)
     order = shuffled[speeds[shuffled].argsort(descending=True, stable=True)]
     taken = torch.zeros(len(speeds), dtype=torch.bool)
-    left, cheapest = limit, min(prices.values())
-    for neuron, price in zip(order.tolist(), price_of[order].tolist(), strict=True):
-        if price <= left:
-            taken[neuron] = True
-            left -= price
-            if left < cheapest:
-                break
+    taken[that_fit(order, price_of, limit)] = True
     return dict(zip(names, taken.split([len(velocities[name]) for name in names]), strict=True))
 
 
