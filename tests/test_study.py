@@ -37,7 +37,8 @@ RECIPE = Settings(epochs=2, train_samples=40, threads=1)
 RECIPES = {"digits": RECIPE, "clothes": dataclasses.replace(RECIPE, data="fashion-mnist")}
 RATES = {"efficientnet_lite0": {"": 0.3, "head-only": 0.06, "full": 0.03}}
 ROWS = {"2.2%": ("trady", "medyate", "head-only", "full", "full+checkpoint"), "7%": ("trady", "head-only")}
-MATRIX = Matrix(RECIPES, {"efficientnet_lite0": ROWS}, RATES, 2)
+OF_NETWORK = {"efficientnet_lite0": ROWS}
+MATRIX = Matrix(RECIPES, OF_NETWORK, RATES, 2, tuple(RECIPES), OF_NETWORK)
 #: Peaks of the accuracy over the learning rate of the fake training below.
 BEST = {"trady": 0.9, "medyate": 0.3, "head-only": 0.02, "full": 0.03}
 
@@ -107,18 +108,21 @@ def run(cells: Trainings, workers: int = 1) -> list[Training]:
 
 def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_path: Path) -> None:
     told = run(opened(tmp_path / "cells.json"))
-    assert told == trainer.asked and len(told) == len(set(told)) == MATRIX.size
+    # The rates of two schemes move on once, on two tasks.
+    assert told == trainer.asked and len(told) == len(set(told)) == MATRIX.size + 2 * 2
     # Five schemes at the first budget and one at the other, on two tasks; checkpointing has the rate of the one without it.
     assert MATRIX.size == 2 * (4 * len(FACTORS) + 6 * 2)
     for cell in told:
         if cell.held_out:
-            tried = [usual_of(cell.scheme) * factor for factor in FACTORS]
-            assert cell.seed == 0 and any(cell.learning_rate == pytest.approx(rate) for rate in tried)
+            tried = [usual_of(cell.scheme) * factor for factor in (1 / 9, *FACTORS, 9)]
+            assert cell.seed == 0 and any(cell.learning_rate == pytest.approx(rate, 0.02) for rate in tried)
             assert cell.budget == ("2.2%" if cell.scheme in ("trady", "medyate") else "")
         else:
             assert cell.learning_rate == BEST[tuned_as(cell.scheme)]
     trials = [cell.scheme for cell in told if cell.held_out and cell.task == "digits"]
-    assert {scheme: trials.count(scheme) for scheme in BEST} == dict.fromkeys(BEST, len(FACTORS))
+    assert {scheme: trials.count(scheme) for scheme in BEST} == {
+        "trady": 4, "medyate": 3, "head-only": 4, "full": 3
+    }  # fmt: skip
     assert {(cell.scheme, cell.budget) for cell in told if not cell.held_out} == {
         *(("trady", budget) for budget in ROWS),
         ("medyate", "2.2%"),
@@ -139,8 +143,40 @@ def test_every_rate_is_tuned_on_held_out_samples_first(trainer: Trainer, tmp_pat
     ],
 )
 def test_a_scheme_is_tuned_once_for_all_budgets(scheme: str, budget: str, tuned: str, tuned_at: str) -> None:
-    trials = results_matrix(Request()).trials(Row("mnist", scheme, budget))
-    assert {(cell.scheme, cell.budget) for cell in trials} == {(tuned, tuned_at)}
+    """Whatever is asked for, on all tasks of the network; but where it has to be quick."""
+    row, images = Row("mnist", scheme, budget), {"fashion-mnist", "mnist", "digits"}
+    for request in (Request(), Request(tasks=("mnist",)), Request(schemes=(scheme,))):
+        trials = results_matrix(request).trials(row, {})
+        assert {(cell.scheme, cell.budget) for cell in trials} == {(tuned, tuned_at)}
+        assert {cell.task for cell in trials} == images and len(trials) == 3 * len(FACTORS)
+    quick = results_matrix(Request("quick", ("mnist",), (scheme,)))
+    assert {cell.task for cell in quick.trials(next(quick.rows()), {})} == {"mnist"}
+
+
+def test_rates_move_on_while_the_best_is_at_an_end(tmp_path: Path) -> None:
+    row, cells = Row("digits", "head-only", ""), opened(tmp_path / "cells.json")
+    accuracy = {0.02: 0.5, 0.06: 0.6, 0.18: 0.7, 0.54: 0.8, 1.6: 0.9, 4.9: 1.0}
+    seen = []
+    while missing := [cell for cell in MATRIX.trials(row, cells) if cell not in cells]:
+        seen.append(sorted({cell.learning_rate for cell in missing}))
+        for cell in missing:
+            cells.add(cell, outcome(accuracy[cell.learning_rate]))
+    assert seen == [[0.02, 0.06, 0.18], [0.54], [1.6]], "twice at most"
+    assert {cell.learning_rate for cell in MATRIX.ready(cells) if not cell.held_out} == {1.6}
+
+
+def test_runs_of_a_row_at_several_rates_are_refused(trainer: Trainer, tmp_path: Path) -> None:
+    cells = opened(tmp_path / "cells.json")
+    run(cells)
+    cells.add(Training("digits", "full", "", 0.09, 7, False), outcome(0.5))
+    says = "results: got runs of full on digits at the learning rates 0.03 and 0.09, expected one for all"
+    for refused in (lambda: report(cells), lambda: run(cells)):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            refused()
+    others = opened(tmp_path / "others.json")
+    others.add(Training("digits", "full", "", 0.09, 0, False), outcome(0.5))
+    with pytest.raises(ValueError, match=r"got runs of full on digits at the learning rates 0\.09 and 0\.03"):
+        run(others)
 
 
 def test_an_interrupted_matrix_goes_on_to_the_same_file(trainer: Trainer, tmp_path: Path) -> None:
@@ -256,10 +292,10 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
     assert "not decided" in text and "    trady study all" in text
     rates = text.split("### Learning rates chosen")[1]
-    assert re.search(r"\| trady +\|  0.9 \| highest +\|", rates)
-    assert re.search(r"\| head-only +\| 0.02 \| lowest +\|", rates)
+    assert re.search(r"\| trady +\|  0.9 \| +\|", rates) and re.search(r"\| head-only +\| 0.02 \| +\|", rates)
     assert re.search(r"\| full\+checkpoint +\| 0.03 \| +\|", rates)
-    assert "2 of 5 are the lowest or the highest of those tried" in rates
+    assert "0 of 5 are the lowest or the highest of those tried" in rates
+    assert "all runs together took 0.0 hours" in text
     assert "| clothes |               40 | all          |      2 |    32 | 64x64 |" in text
 
 
@@ -291,10 +327,11 @@ def test_claims_of_bytes_are_checked(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     claim = "frugal beats trady in no more measured bytes (ours)"
     for mebibytes, verdict in ((2, "holds"), (3, "holds"), (4, "in more bytes")):
-        difference, interval, said = table_of(frugal_ahead(tmp_path, mebibytes), "Budget 2.2%", "claim")[
-            claim
-        ]
+        difference, interval, _, ends, said = table_of(
+            frugal_ahead(tmp_path, mebibytes), "Budget 2.2%", "claim"
+        )[claim]
         assert difference == "frugal@5.2% - trady: +11.00 (p < 0.001), 6 of 6 won" and said == verdict
+        assert ends == ""
         assert interval == "+10.06 to +11.94"  # half of it: 2.571 of Student's t times sqrt(0.8 / 6)
     for claimed in CLAIMS:
         assert claimed.no_more_bytes == ("in no more measured bytes" in claimed.sentence)
@@ -302,13 +339,13 @@ def test_claims_of_bytes_are_checked(tmp_path: Path) -> None:
 
 def test_rows_of_the_schemes_asked_for() -> None:
     asked = ("trady", "ample@1.9%", "d-full-random", "frugal@3%", "head-only", "trady+bias")
-    rows = results_matrix(Request("usual", ("mnist",), asked)).schemes["efficientnet_lite0"]
+    rows = results_matrix(Request("usual", ("mnist",), asked)).asked["efficientnet_lite0"]
     assert rows == {
         "2.2%": asked,
         "1%": ("trady", "trady+bias"),
         "7%": ("trady", "trady+bias"),
     }
-    quick = results_matrix(Request("quick", ("mnist",), ("frugal@2%",))).schemes["efficientnet_lite0"]
+    quick = results_matrix(Request("quick", ("mnist",), ("frugal@2%",))).asked["efficientnet_lite0"]
     assert quick == {"2.2%": ("frugal@2%",)}
 
 
@@ -337,7 +374,38 @@ def test_whether_frugal_wins(tmp_path: Path) -> None:
         )
     ]
     assert "A test over 3 seeds has little power" in report(cells)
-    assert "Do frugal and ample win?" not in report(frugal_ahead(tmp_path, 4))
+    assert "Left out, for more bytes" not in report(cells)
+    dearer = frugal_ahead(tmp_path, 4)
+    assert "Do frugal and ample win?" not in report(dearer)
+    for seed in range(3):
+        dearer.add(Training("digits", "medyate", "2.2%", 0.1, seed, False), outcome(0.9, 8))
+    left_out = "Left out, for more bytes: frugal@5.2% beside trady at 2.2% (4.00 and 3.00 MiB)."
+    assert left_out in report(dearer)
+
+
+def test_a_claim_tells_of_rates_at_an_end_and_of_the_tasks_means(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = frugal_ahead(tmp_path, 2)
+    for task, lower in (("digits", 0.0), ("clothes", 0.02)):
+        for seed in range(3):
+            cells.add(Training(task, "medyate", "2.2%", 0.1, seed, False), outcome(0.8 - lower))
+    for rate in (0.1, 0.3, 0.9):
+        cells.add(Training("digits", "trady", "2.2%", rate, 0, True), outcome(0.8))
+    (row,) = (
+        row for claim, row in table_of(cells, "Budget 2.2%", "claim").items() if claim.startswith("draws")
+    )
+    # Differences 0 and -2 of two tasks: t = -1, with one degree of freedom p = 0.5.
+    assert row[2:4] == ["p 0.500", "trady: lowest"]
+
+
+def test_a_run_far_below_its_other_seeds_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = opened(tmp_path / "cells.json")
+    for seed, top1 in enumerate((0.9, 0.91, 0.7)):
+        curves = {"train_loss": [1.0, 0.5 + seed / 10]}
+        cells.add(Training("digits", "trady", "2.2%", 0.1, seed, False), outcome(top1, curves=curves))
+    said = "* trady: digits with seed 2 ends at 70.0, with a training loss of 0.70, far below its other seeds"
+    assert said in report(cells).splitlines()
 
 
 def test_rows_with_fewer_runs_say_so(tmp_path: Path) -> None:
@@ -428,7 +496,7 @@ def test_machines_and_threads_are_named(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = opened(tmp_path / "cells.json")
     cells.add(Training("digits", "trady", "2.2%", 0.1, 0, False), outcome(0.8))
-    assert "; a CPU, avx2, Python 3.11, torch 2.13.\nA run has 1 thread(s).\n" in report(cells)
+    assert "; a CPU, avx2, Python 3.11, torch 2.13.\nA run has 1 thread(s); all" in report(cells)
     assert f"(`trady study steps`, {STEPS}).\n" in report(cells)
     recipe = dataclasses.replace(RECIPE, threads=4)
     timings: Timings = CellFile(tmp_path / STEPS, (Timing, StepTimes), {"digits": recipe})
@@ -540,7 +608,7 @@ def test_plots(trainer: Trainer, tmp_path: Path) -> None:
 def test_trainings_side_by_side_give_the_same_file(trainer: Trainer, tmp_path: Path) -> None:
     one, three = opened(tmp_path / "one.json"), opened(tmp_path / "three.json")
     run(one)
-    assert len(set(run(three, workers=3))) == MATRIX.size
+    assert len(set(run(three, workers=3))) == MATRIX.size + 4
     assert one.path.read_text() == three.path.read_text()
 
 

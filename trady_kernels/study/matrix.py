@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from trady_kernels.study.statistics import significant
@@ -14,6 +14,12 @@ from trady_kernels.training.settings import Settings
 
 #: Trials of a learning rate, as multiples of the scheme's middle one: as many for every scheme.
 FACTORS = (1 / 3, 1.0, 3.0)
+#: How often a scheme's three rates move on by one because the best of them is at an end.
+MOST_MOVES = 2
+
+
+#: Schemes by network and budget.
+Schemes = Mapping[str, Mapping[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -30,40 +36,59 @@ class Matrix:
     """Which runs make a results table.
 
     Attributes:
-        recipes: settings of each task.
+        recipes: settings of each task, of those too that only learning rates are tuned on.
         schemes: by the network, of each budget; at the first one that has it, a scheme's learning rate is tuned, with whatever budget of its own.
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
             With momentum m it is 1 - m times that.
         seeds: how many.
+        tasks, asked: the part of ``recipes`` and ``schemes`` that is to be run. A row's learning rate is the same whichever
+            part it is run with.
     """
 
     recipes: Mapping[str, Settings]
-    schemes: Mapping[str, Mapping[str, tuple[str, ...]]]
+    schemes: Schemes
     rates: Mapping[str, Mapping[str, float]]
     seeds: int
+    tasks: tuple[str, ...]
+    asked: Schemes
 
     def rows(self) -> Iterator[Row]:
         """The table's rows: scheme by scheme, so that what is there after an interruption can be compared."""
         rows = (
             Row(task, scheme, budget if Spec.parse(scheme).budgeted else "")
-            for budget in dict.fromkeys(budget for rows in self.schemes.values() for budget in rows)
-            for scheme in dict.fromkeys(s for rows in self.schemes.values() for s in rows.get(budget, ()))
-            for task, recipe in self.recipes.items()
-            if scheme in self.schemes[recipe.model].get(budget, ())
+            for budget in dict.fromkeys(budget for rows in self.asked.values() for budget in rows)
+            for scheme in dict.fromkeys(s for rows in self.asked.values() for s in rows.get(budget, ()))
+            for task in self.tasks
+            if scheme in self.asked[self.recipes[task].model].get(budget, ())
         )
         return iter(dict.fromkeys(rows))
 
-    def trials(self, row: Row) -> list[Training]:
+    def trials(self, row: Row, cells: Mapping[Training, TrainingOutcome] | Trainings) -> list[Training]:
         """The runs that choose a row's learning rate, one for the tasks of a network and for all budgets.
 
-        On a single task the best of three rates is often the one that luck did not spoil.
+        Three rates are tried; where the best of them is the lowest or the highest, the three move on by one, so that what is
+        chosen has a worse one on either side. On a single task the best rate is often the one that luck did not spoil.
+
+        Args:
+            row: of the table.
+            cells: those that are done.
         """
+        move, trials = 0, self._trials(row, 0)
+        while abs(move) < MOST_MOVES and all(cell in cells for cell in trials):
+            rates, best = {cell.learning_rate for cell in trials}, best_rate(cells, trials)
+            if min(rates) < best < max(rates):
+                break
+            move += 1 if best == max(rates) else -1
+            trials = self._trials(row, move)
+        return trials
+
+    def _trials(self, row: Row, move: int) -> list[Training]:
         model = self.recipes[row.task].model
         scheme, budget = self._tuned_at(row)
         rates, spec = self.rates[model], Spec.parse(scheme)
         middle = rates.get(spec.scheme, rates[""]) * (1 - spec.momentum)
         return [
-            Training(task, scheme, budget, rounded(middle * factor), 0, True)
+            Training(task, scheme, budget, rounded(middle * factor * FACTORS[-1] ** move), 0, True)
             for factor in FACTORS
             for task, recipe in self.recipes.items()
             if recipe.model == model
@@ -89,12 +114,19 @@ class Matrix:
         ]
 
     def ready(self, cells: Trainings) -> Iterator[Training]:
-        """Every cell that is done or may begin: final runs wait for the trials that choose their learning rate."""
+        """Every cell that is done or may begin: final runs wait for the trials that choose their learning rate.
+
+        Raises:
+            ValueError: the file has final runs of a row at another learning rate.
+        """
+        ran_at = final_rates(cells)
         for row in self.rows():
-            trials = self.trials(row)
+            trials = self.trials(row, cells)
             yield from trials
             if all(cell in cells for cell in trials):
-                yield from self.finals(row, best_rate(cells, trials))
+                rate = best_rate(cells, trials)
+                _check_rate(row, ran_at.get(row, rate), rate)
+                yield from self.finals(row, rate)
 
     @property
     def kinds(self) -> tuple[type[Training], type[TrainingOutcome]]:
@@ -113,18 +145,40 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """How many runs there are."""
+        """How many runs there are where no scheme's rates move on."""
         rows = list(self.rows())
-        tuned = {(row.task, *self._tuned_at(row)) for row in rows}
-        return len(tuned) * len(FACTORS) + len(rows) * self.seeds
+        trials = {cell for row in rows for cell in self.trials(row, {})}
+        return len(trials) + len(rows) * self.seeds
 
 
-def best_rate(cells: Trainings, trials: list[Training]) -> float:
+def best_rate(cells: Mapping[Training, TrainingOutcome] | Trainings, trials: list[Training]) -> float:
     """The learning rate with the highest mean accuracy; the lowest of equals, which moves the weights least."""
     accuracies: dict[float, list[float]] = defaultdict(list)
     for cell in trials:
         accuracies[cell.learning_rate].append(cells[cell].top1)
     return max(accuracies, key=lambda rate: (statistics.fmean(accuracies[rate]), -rate))
+
+
+def final_rates(cells: Iterable[Training]) -> dict[Row, float]:
+    """The learning rate of every row's final runs.
+
+    Raises:
+        ValueError: those of a row have several, and their mean would be one of nothing.
+    """
+    rates: dict[Row, float] = {}
+    for cell in cells:
+        if not cell.held_out:
+            row = Row(cell.task, cell.scheme, cell.budget)
+            _check_rate(row, rates.setdefault(row, cell.learning_rate), cell.learning_rate)
+    return rates
+
+
+def _check_rate(row: Row, one: float, other: float) -> None:
+    if one != other:
+        raise ValueError(
+            f"results: got runs of {row.scheme} on {row.task} at the learning rates {one:g} and {other:g}, expected one for "
+            "all; give another folder, or take those of one rate out of the file"
+        )
 
 
 def _without_budget(scheme: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from trady_kernels.data import kind_of
 from trady_kernels.study.budgets import finals_of, first_budget
 from trady_kernels.study.cells import CellFile, made_with
 from trady_kernels.study.markdown import markdown
+from trady_kernels.study.matrix import MOST_MOVES, final_rates
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.results import rows_of
-from trady_kernels.study.statistics import PairedTest, Spread, paired_test
+from trady_kernels.study.statistics import PairedTest, Spread, p_words, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, Timings, row_of, step_times, timings_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
 from trady_kernels.training.ingredients import PRESETS, Spec, tuned_as
@@ -29,8 +31,14 @@ _SAVINGS = "-savings"
 _SIZES = {"images": "{0.image_size}x{0.image_size}", "sentences": "{0.max_length} tokens"}
 #: What a training step needs beside the weights.
 _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
-#: What is to be known of the figures of an ingredient, beside the notes of its runs.
-_OF_FIGURES = {"checkpoint": "the block that the backward pass computes again is not among the saved bytes"}
+#: What is to be known of the figures of a scheme or an ingredient, beside the notes of its runs.
+_OF_FIGURES = {
+    "checkpoint": "the block that the backward pass computes again is not among the saved bytes",
+    "velocity": "the FLOPs are those of its neurons, though all gradients are computed and the others' dropped; all outputs for "
+    "some samples, which it keeps from one epoch to the next, are not among the bytes",
+}
+#: Points of accuracy below the median of a row's seeds on a task, from which on a run is named.
+_FAR_BELOW = 10
 #: Schemes that every other one is set beside.
 REFERENCES = ("trady", "medyate")
 
@@ -145,9 +153,10 @@ def report(cells: Trainings, name: str = "results") -> str:
     """The whole document, a function of the file, of the step times beside it and of the rows that a table has.
 
     Raises:
-        ValueError: the file has no finished run on test samples.
+        ValueError: the file has no finished run on test samples, or a row's runs differ in the learning rate.
         ModuleNotFoundError: scipy is not installed.
     """
+    final_rates(cells)
     finals, timings = finals_of(cells), timings_beside(cells)
     times = {} if timings is None else step_times(timings)
     parts = ["# Results", "", *_making(cells, timings), ""]
@@ -175,17 +184,26 @@ def _making(cells: Trainings, timings: Timings | None) -> list[str]:
     timed = "." if timings is None else f", with {_threads(timings)}: {made_with(timings)[-1]}"
     return [
         *made_with(cells),
-        f"A run has {_threads(cells)}.",
+        f"A run has {_threads(cells)}; all runs together took {_hours(cells)}.",
         f"{_seeds(cells)} seeds; a row with fewer runs says how many of them it has. A scheme's learning rate, "
         "one for all tasks of a network, is the best of three by the mean accuracy on samples held out from "
-        "those to train on, with seed 0; the test samples were evaluated by the final runs alone, and the last "
+        "those to train on, with seed 0; where that is the lowest or the highest of them, the three move on by one, "
+        f"up to {MOST_MOVES} times. The test samples were evaluated by the final runs alone, and the last "
         "epoch counts. Figures are means over seeds with the sample standard deviation; a run that diverged "
         "counts as an accuracy of 0 and is left out of bytes and shares. Bytes are measured: what a training "
         "step saves for its backward pass (of full: of what full fine-tuning saves), the gradients that it "
-        "leaves and the optimiser's state. Tests are two-sided paired t-tests over the pairs of task and seed. "
+        "leaves and the optimiser's state. Tests are two-sided paired t-tests over the pairs of task and seed, as in the papers. "
+        "The pairs of a task share its samples, so that they say how sure a difference is on these tasks; of other tasks the "
+        "test over the tasks' means says more, and three of them say little. No p is corrected for how many there are. The presets "
+        "were put together, and their budgets chosen, with earlier results on the same tasks at hand. "
         "Steps were timed apart, all rows of a network turn by turn "
         f"(`trady study steps`, {STEPS}){timed}",
     ]
+
+
+def _hours(cells: Trainings) -> str:
+    """Of computing: several ran side by side."""
+    return f"{sum(cells[cell].seconds for cell in cells) / 3600:.1f} hours, several of them side by side"
 
 
 def _seeds(cells: Trainings) -> int:
@@ -213,6 +231,7 @@ def _model(
     first = first_budget(finals)
     free = _by_scheme({cell: outcome for cell, outcome in finals.items() if not cell.budget})
     ours: list[list[str]] = []
+    left_out: list[str] = []
     for budget in sorted(budgets, key=lambda b: (b != first, b)):
         bound = _by_scheme({cell: outcome for cell, outcome in finals.items() if cell.budget == budget})
         steps = {
@@ -226,11 +245,13 @@ def _model(
             "",
         ]
         if budget == first:
-            lines += [*(claims := _claims({**bound, **free})), *([""] if claims else [])]
+            claims = _claims({**bound, **free}, _ends(tasks, cells, finals))
+            lines += [*claims, *([""] if claims else [])]
         lines += _notes({**bound, **free} if budget == first else bound)
         ours += _ours(budget, tasks, bound)
+        left_out += _in_more_bytes(budget, bound)
     savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
-    lines += _ours_section(tasks, _seeds(cells), ours)
+    lines += _ours_section(tasks, _seeds(cells), ours, left_out)
     return [
         *lines,
         "### What is left out, epoch by epoch",
@@ -336,11 +357,27 @@ def _notes(schemes: dict[str, Series]) -> list[str]:
     having: dict[str, dict[str, None]] = defaultdict(dict)
     for name, series in schemes.items():
         of_runs = [note for o in series.values() if not o.diverged for note in o.notes]
-        parts = [part.name for part in Spec.parse(name).ingredients]
+        spec = Spec.parse(name)
+        parts = [spec.scheme, *(part.name for part in spec.ingredients)]
         for note in (*of_runs, *(_OF_FIGURES[part] for part in parts if part in _OF_FIGURES)):
             having[note][name] = None
     lines = [f"* {', '.join(names)}: {note}" for note, names in having.items()]
+    lines += [line for name, series in schemes.items() for line in _far_below(name, series)]
     return ["Of these rows:", "", *lines, ""] if lines else []
+
+
+def _far_below(name: str, series: Series) -> list[str]:
+    """Runs that other seeds leave far behind: a mean of such a row says little."""
+    found = []
+    for task in _tasks(series):
+        accuracies = _accuracies(_of_task(series, task))
+        median = statistics.median(accuracies.values())
+        found += [
+            f"{task} with seed {seed} ends at {accuracies[task, seed]:.1f}, with a training loss of {outcome.curves['train_loss'][-1]:.2f}"
+            for (_, seed), outcome in _of_task(series, task).items()
+            if accuracies[task, seed] < median - _FAR_BELOW and not outcome.diverged
+        ]
+    return [f"* {name}: {', '.join(found)}, far below its other seeds"] if found else []
 
 
 def _tasks(series: Series) -> list[str]:
@@ -377,7 +414,23 @@ def _bytes(series: Series) -> float:
     return Spread.of([o.training_bytes for o in series.values() if not o.diverged] or [math.nan]).mean
 
 
-def _claims(schemes: dict[str, Series]) -> list[str]:
+def _of_means(first: Series, second: Series) -> str:
+    """The paired test over the tasks' means, in words; nothing for a single task."""
+    means = [
+        {task: statistics.fmean(_accuracies(_of_task(series, task)).values()) for task in _tasks(series)}
+        for series in (first, second)
+    ]
+    p = paired_test(*means).p
+    return "" if math.isnan(p) else p_words(p)
+
+
+def _claims(schemes: dict[str, Series], ends: Mapping[str, str]) -> list[str]:
+    """What others and we say, beside what came of it.
+
+    Args:
+        schemes: of the table.
+        ends: of a scheme, whether its learning rate is the lowest or the highest of those tried.
+    """
     rows = []
     for claim in CLAIMS:
         if claim.better in schemes and claim.worse in schemes:
@@ -389,18 +442,36 @@ def _claims(schemes: dict[str, Series]) -> list[str]:
                         claim.sentence,
                         f"{claim.better} - {claim.worse}: {test.words}, {test.wins} of {test.pairs} won",
                         test.interval,
+                        _of_means(better, worse),
+                        ", ".join(
+                            f"{name}: {ends[name]}" for name in (claim.better, claim.worse) if ends.get(name)
+                        ),
                         claim.verdict(test, _bytes(better), _bytes(worse)),
                     ]
                 )
-    return markdown(["claim", "here", "95% interval", "verdict"], rows) if rows else []
+    heads = ["claim", "here", "95% interval", "over tasks' means", "rate at an end of those tried", "verdict"]
+    return markdown(heads, rows) if rows else []
+
+
+def _beside_references(schemes: dict[str, Series]) -> list[tuple[str, str]]:
+    """Each of our rows with each reference of its table."""
+    ours = [name for name in schemes if name.partition("@")[0] in PRESETS]
+    return [(name, other) for name, other in itertools.product(ours, REFERENCES) if other in schemes]
+
+
+def _in_more_bytes(budget: str, schemes: dict[str, Series]) -> list[str]:
+    """Our rows that need more bytes than a reference, in words."""
+    return [
+        f"{name} beside {other} at {budget} ({_bytes(schemes[name]) / 2**20:.2f} and {_bytes(schemes[other]) / 2**20:.2f} MiB)"
+        for name, other in _beside_references(schemes)
+        if not _bytes(schemes[name]) <= _bytes(schemes[other])
+    ]
 
 
 def _ours(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[list[str]]:
     """Our rows that need no more bytes than a reference at the same budget, beside it: task by task and over all."""
     rows = []
-    for name, other in itertools.product(schemes, REFERENCES):
-        if not (name.partition("@")[0] in PRESETS and other in schemes):
-            continue
+    for name, other in _beside_references(schemes):
         mine, theirs = schemes[name], schemes[other]
         pooled = _against(mine, theirs)
         if pooled is None or not _bytes(mine) <= _bytes(theirs):
@@ -423,7 +494,7 @@ def _ours(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[lis
     return rows
 
 
-def _ours_section(tasks: list[str], seeds: int, rows: list[list[str]]) -> list[str]:
+def _ours_section(tasks: list[str], seeds: int, rows: list[list[str]], left_out: list[str]) -> list[str]:
     if not rows:
         return []
     heads = ["rows", "budget", "bytes (MiB)", *tasks, "tasks ahead", "significantly", "all", "95% interval"]
@@ -438,23 +509,35 @@ def _ours_section(tasks: list[str], seeds: int, rows: list[list[str]]) -> list[s
         "",
         *markdown(heads, rows),
         "",
+        *([f"Left out, for more bytes: {', '.join(left_out)}.", ""] if left_out else []),
     ]
 
 
-def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> list[str]:
+def _ends(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> dict[str, str]:
+    """Of every scheme that ran, whether its learning rate is the lowest or the highest of those tried, or ""."""
     tried: dict[str, set[float]] = defaultdict(set)
     for cell in cells:
         if cell.held_out and cell.task in tasks:
             tried[_tried_as(cell.scheme)].add(cell.learning_rate)
-    rows = []
-    for scheme, rate in sorted({(cell.scheme, cell.learning_rate) for cell in finals}):
+    found = {}
+    for scheme, rate in _chosen(finals):
         rates = tried[_tried_as(scheme)] or {math.nan}
-        rows.append([scheme, f"{rate:g}", {min(rates): "lowest", max(rates): "highest"}.get(rate, "")])
-    ends = sum(bool(end) for *_, end in rows)
+        found[scheme] = {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
+    return found
+
+
+def _chosen(finals: dict[Training, TrainingOutcome]) -> list[tuple[str, float]]:
+    return sorted({(cell.scheme, cell.learning_rate) for cell in finals})
+
+
+def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> list[str]:
+    ends = _ends(tasks, cells, finals)
+    rows = [[scheme, f"{rate:g}", ends[scheme]] for scheme, rate in _chosen(finals)]
     return [
         "### Learning rates chosen",
         "",
-        f"{ends} of {len(rows)} are the lowest or the highest of those tried: a still better one may lie outside.",
+        f"{sum(map(bool, ends.values()))} of {len(rows)} are the lowest or the highest of those tried: a still better one may "
+        "lie outside.",
         "",
         *markdown(["scheme", "rate", "of those tried"], rows),
     ]

@@ -212,7 +212,7 @@ def study_recipes(request: Request, usual: Iterable[str], sizes: Mapping[str, Si
     return {task: replace(recipe_of(task), **own) for task in request.tasks or usual}
 
 
-def _asked_for(schemes: tuple[str, ...], own: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+def _asked_for(schemes: tuple[str, ...], own: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Rows by budget of the schemes that a user asks for: a network's own where they are, others at every budget.
 
     With a budget of its own a scheme trains alike at all of them: another one then has the first.
@@ -230,16 +230,33 @@ def _asked_for(schemes: tuple[str, ...], own: Mapping[str, tuple[str, ...]]) -> 
 def results_matrix(request: Request) -> Matrix:
     """The results table's matrix: all tasks of ``RECIPES`` and the rows of each network by default.
 
+    Learning rates are tuned on all tasks of a network whichever are asked for, but in the quick size.
+
     Raises:
         ValueError: no such size, task or scheme.
     """
     for scheme in request.schemes:
         Spec.parse(scheme)
-    recipes = study_recipes(request, RECIPES, SIZES)
+    asked_recipes = study_recipes(request, RECIPES, SIZES)
+    models = {recipe.model for recipe in asked_recipes.values()}
+    tuned_on = [task for task, recipe in RECIPES.items() if recipe.model in models]
+    tasks = tuple(asked_recipes)
+    recipes = study_recipes(
+        replace(
+            request, tasks=tasks if request.size == "quick" else tuple(dict.fromkeys((*tuned_on, *tasks)))
+        ),
+        RECIPES,
+        SIZES,
+    )
     size = SIZES[request.size]
-    rows = {
-        recipe.model: _asked_for(request.schemes, dict(list(rows_of(recipe).items())[: size.budgets]))
-        for recipe in recipes.values()
-    }
+    schemes: dict[str, dict[str, tuple[str, ...]]] = {}
+    asked: dict[str, dict[str, tuple[str, ...]]] = {}
+    for recipe in recipes.values():
+        own = dict(list(rows_of(recipe).items())[: size.budgets])
+        asked[recipe.model] = _asked_for(request.schemes, own)
+        schemes[recipe.model] = {
+            budget: tuple(dict.fromkeys((*own[budget], *rows)))
+            for budget, rows in asked[recipe.model].items()
+        }
     rates = {recipe.model: _of_network(RATES, recipe) for recipe in recipes.values()}
-    return Matrix(recipes, rows, rates, size.seeds)
+    return Matrix(recipes, schemes, rates, size.seeds, tasks, asked)
