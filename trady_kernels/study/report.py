@@ -104,7 +104,7 @@ CLAIMS = (
     ),
     *(
         Claim(row, other, f"ample beats {other} in no more measured bytes (ours)", no_more_bytes=True)
-        for row in ("ample@1.9%", "ample@65%")
+        for row in ("ample@1.8%", "ample@65%")
         for other in REFERENCES
     ),
     *(

@@ -44,7 +44,7 @@ SCHEMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
             "trady",
             "medyate",
             "frugal@5.2%",
-            "ample@1.9%",
+            "ample@1.8%",
             "head-only",
             "full",
             "medyate@0.4%",
