@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import as_trained
 from torch import nn
 
+import trady_kernels as tk
 from trady_kernels.cost import measure_layers
 from trady_kernels.selection import SCHEMES
 from trady_kernels.training.ingredients import WITHOUT_CHANNELS, Spec
@@ -123,6 +126,34 @@ def test_adapters_of_the_last_layers_within_the_budget() -> None:
     assert both.selection_cost().elements == costs["first"].elements + costs["second"].elements
     with pytest.raises(ValueError, match="below the cheapest adapter"):
         started("lora", 10)
+
+
+@needs_peft
+def test_adapters_keep_their_own_inputs_and_a_bit_of_an_activation() -> None:
+    """Norms behind adapted layers stay, and come after what the adapters add."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16),
+        nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+    as_trained(plain)
+    model, recipe = copy.deepcopy(plain), Settings(schemes=("lora",), budget="100%", threads=1)
+    regime = prepare_regime(Start(Spec.parse("lora"), model, X, "8", recipe, lambda: [(X, Y)]))
+    torch.testing.assert_close(model.eval()(X), plain.eval()(X))
+    regime.train_mode()
+    saved = tk.measure_memory(model, (X, Y), F.cross_entropy)
+    pixels, kinds = 4 * 64, saved.by_kind
+    assert kinds["conv input"] == 4 * pixels * (RANK + 8 + RANK)  # the images are the batch
+    assert kinds["activation"] == pixels * (8 + 16) // 8 and kinds.get("norm", 0) == 0
+    optimizer = torch.optim.SGD(regime.parameters(), lr=0.5)
+    for _ in range(3):
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    merged = copy.deepcopy(plain)
+    merged.load_state_dict(regime.weights())
+    assert (merged[0].weight != plain[0].weight).any()
+    torch.testing.assert_close(merged.eval()(X), model.eval()(X))
 
 
 def test_lora_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:

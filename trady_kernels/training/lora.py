@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from trady_kernels.batch import Example
+from trady_kernels.convert import sparsify
 from trady_kernels.cost import Budget, Cost, Layer, LayerCost, total
 from trady_kernels.models.loading import import_library
-from trady_kernels.training.regime import Dense, SelectionCost, Start
+from trady_kernels.nn.channels import SparseChannels
+from trady_kernels.training.regime import SelectionCost, Start
 
 #: Rank of every adapter.
 RANK = 4
@@ -39,10 +42,10 @@ def adapter_cost(layer: Layer, cost: LayerCost) -> Cost:
     )
 
 
-def add_adapters(
+def layers_that_fit(
     model: nn.Module, layers: Mapping[str, LayerCost], budget: Budget, full: Cost
 ) -> tuple[list[str], Cost]:
-    """Give the last layers adapters, in place, as many as fit the budget; their own weights are frozen.
+    """The last layers, as many as can have adapters within the budget.
 
     Args:
         model: a plain network.
@@ -50,13 +53,11 @@ def add_adapters(
         budget, full: bound of the adapters' cost, as ``adapter_cost`` counts it, and the network's full cost.
 
     Returns:
-        Names of the layers with adapters, and their cost.
+        Names of the layers, and the cost of their adapters.
 
     Raises:
-        ModuleNotFoundError: PEFT is not installed.
         ValueError: not even one adapter fits.
     """
-    peft = _import_peft()
     chosen: list[str] = []
     cost, limit = Cost(), budget.limit(full)
     for name in reversed(list(layers)):
@@ -69,11 +70,39 @@ def add_adapters(
             cost = more
     if not chosen:
         raise ValueError(f"budget: got {budget}, which is below the cheapest adapter, expected more")
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=chosen)
+    return chosen, cost
+
+
+def make_lean(model: nn.Module, example_input: Example, head: str | None, adapted: list[str]) -> None:
+    """Freeze a network, in place, and make what stands between its layers keep as little as it can.
+
+    Norms stay behind the layers that get adapters: folded into one, they would come before what the adapter adds.
+    """
+
+    def sees_output(*args: Any) -> None:
+        """A layer with a hook is not folded."""
+
+    layers = {model.get_submodule(name): type(model.get_submodule(name)) for name in adapted}
+    hooks = [layer.register_forward_hook(sees_output) for layer in layers]
+    sparsify(model, example_input, head=head or "auto")
+    for hook in hooks:
+        hook.remove()
+    for layer, dense in layers.items():  # PEFT makes adapters of the class that the layer has
+        assert isinstance(layer, SparseChannels)
+        layer.hand_back(dense)
+
+
+def add_adapters(model: nn.Module, layers: list[str]) -> None:
+    """Give layers adapters, in place; their own weights are frozen, and everything else.
+
+    Raises:
+        ModuleNotFoundError: PEFT is not installed.
+    """
+    peft = _import_peft()
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about saving and merging by PEFT itself
         peft.inject_adapter_in_model(config, model)
-    return chosen, cost
 
 
 def _import_peft() -> ModuleType:
@@ -98,15 +127,17 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if ".lora_" not in key}
 
 
-class Lora(Dense):
-    """Trains low-rank adapters of the last layers."""
+class Lora:
+    """Trains low-rank adapters of the last layers, in a network that keeps as little else as that of a sampler."""
 
     def __init__(self, start: Start) -> None:
-        super().__init__(start)
+        self.model = start.model
         costs = start.layers
         self._full = total(cost.full for cost in costs.values())
-        self.model.requires_grad_(False)
-        chosen, self._cost = add_adapters(self.model, costs, Budget.parse(start.budget), self._full)
+        self.full_cost = self._full.elements
+        chosen, self._cost = layers_that_fit(self.model, costs, Budget.parse(start.budget), self._full)
+        make_lean(self.model, start.example_input, start.head, chosen)
+        add_adapters(self.model, chosen)
         if start.head is not None:  # PEFT freezes what is no adapter
             self.model.get_submodule(start.head).requires_grad_(True)
         self.notes = [
@@ -117,6 +148,15 @@ class Lora(Dense):
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def resample(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        pass
+
+    def train_mode(self) -> None:
+        self.model.train()
 
     def selection_cost(self) -> SelectionCost:
         return SelectionCost.of(self._cost, self._full)
