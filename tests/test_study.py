@@ -442,6 +442,7 @@ def test_notes_come_once_with_the_schemes_that_have_them(tmp_path: Path) -> None
         "d-det-rgn": ["norms are frozen", "an oracle"],
         "s-det-rgn": ["an oracle", "norms are frozen"],
         "full+checkpoint": [],
+        "sparse-update": [],
     }
     for scheme, own in notes.items():
         for seed in range(2):
@@ -454,6 +455,7 @@ def test_notes_come_once_with_the_schemes_that_have_them(tmp_path: Path) -> None
     assert listed == [
         "* d-det-rgn, s-det-rgn: norms are frozen",
         "* d-det-rgn, s-det-rgn: an oracle",
+        "* sparse-update: the search is for fractions alone: no bias trains, as those of the last layers do in the paper",
         "* full+checkpoint: the block that the backward pass computes again is not among the saved bytes",
         "* d-det-rgn: all is selected",
     ]

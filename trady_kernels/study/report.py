@@ -34,6 +34,7 @@ _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
 #: What is to be known of the figures of a scheme or an ingredient, beside the notes of its runs.
 _OF_FIGURES = {
     "checkpoint": "the block that the backward pass computes again is not among the saved bytes",
+    "sparse-update": "the search is for fractions alone: no bias trains, as those of the last layers do in the paper",
     "velocity": "the FLOPs are those of its neurons, though all gradients are computed and the others' dropped; all outputs for "
     "some samples, which it keeps from one epoch to the next, are not among the bytes",
 }
