@@ -853,6 +853,37 @@ def test_the_default_device_may_be_meta() -> None:
     check_output(model(x), expected)
 
 
+def test_a_network_without_memory_is_converted_as_one_with() -> None:
+    expected = tk.sparsify(trained_net(), example())
+    with torch.device("meta"):
+        model = tk.sparsify(ResidualNet(), example())
+    assert kinds(model) == kinds(expected)
+    assert tk.conversion_report(model) == tk.conversion_report(expected)
+
+
+@pytest.mark.parametrize("in_place", (False, True), ids=["wrapped", "in place"])
+def test_a_compiled_network_is_converted_and_compiled_anew(in_place: bool) -> None:
+    x, net = example(), trained_net().eval()
+    expected = tk.sparsify(copy.deepcopy(net), x)
+    if in_place:
+        net.compile(backend="eager")
+    model = net if in_place else torch.compile(net, backend="eager")
+    model(x)  # compiles it as it is
+    assert tk.sparsify(model, x) is model  # type: ignore[type-var]
+    assert kinds(net) == kinds(expected)
+    drawn = tk.ChannelSampler(model, x, budget="20%")  # type: ignore[arg-type]
+    assert drawn.cost == tk.ChannelSampler(expected, x, budget="20%").cost
+    outputs = model(x), expected(x)
+    check_output(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for found, wanted in zip(net.parameters(), expected.parameters(), strict=True):
+        assert (found.grad is None) == (wanted.grad is None)
+        if found.grad is not None:
+            torch.testing.assert_close(found.grad, wanted.grad)
+    torch._dynamo.reset()
+
+
 def test_a_sparse_layer_cannot_become_the_head() -> None:
     model = tk.sparsify(trained_net(), example())
     with pytest.raises(ValueError, match=r"head: got 'neck', which is sparse already.*densify"):

@@ -303,6 +303,52 @@ def test_measuring_leaves_no_trace() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class Counting(nn.Module):
+    """Buffers that a forward replaces: a counter, and a cache as long as the batch."""
+
+    count: torch.Tensor
+    cache: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+        self.cached = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + 1
+        if self.cached < len(x):
+            self.cached, self.cache = len(x), torch.arange(float(len(x)))
+        return self.layer(x) + self.cache[: len(x), None]
+
+
+def test_buffers_that_a_forward_replaces_are_put_back_but_for_caches_that_grow() -> None:
+    model = Counting()
+    count = model.count
+    tk.measure_memory(model, torch.randn(5, 3))
+    assert model.count is count and model.count.item() == 0
+    assert model.cached == len(model.cache) == 5  # the module would not make it again
+
+
+COMPILE: dict[str, Callable[[nn.Sequential], nn.Module]] = {
+    "wrapped": lambda net: torch.compile(net, backend="eager"),  # type: ignore[dict-item]
+    "in place": lambda net: net.compile(backend="eager") or net,  # type: ignore[func-returns-value]
+    "part": lambda net: nn.Sequential(torch.compile(net[:3], backend="eager"), *net[3:]),
+}
+
+
+@pytest.mark.parametrize("way", COMPILE)
+def test_a_compiled_network_is_measured_as_it_runs_uncompiled(way: str) -> None:
+    net = nn.Sequential(nn.Conv2d(C, C, 1), nn.BatchNorm2d(C), nn.SiLU(), nn.Flatten(), nn.Linear(150, 2))
+    expected = tk.measure_memory(net, x())
+    net[0].forward = torch.compile(net[0].forward, backend="eager")
+    model = COMPILE[way](net)
+    found = tk.measure_memory(model, x())
+    assert found.by_kind == expected.by_kind and len(found.by_module) == len(expected.by_module)
+    torch._dynamo.reset()
+
+
 class Keywords(nn.Module):
     def __init__(self) -> None:
         super().__init__()

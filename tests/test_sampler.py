@@ -269,6 +269,13 @@ def test_same_seed_same_channels_whatever_else_draws() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_network_without_memory_gets_the_same_channels() -> None:
+    with torch.device("meta"):
+        model = tk.sparsify(ResidualNet(), X.to("meta"))
+    found, expected = tk.ChannelSampler(model, X.to("meta"), budget="4KiB"), sampler(budget="4KiB")
+    assert found.layers == expected.layers and equal(found.selection, expected.selection)
+
+
 def test_what_is_selected_is_what_the_layers_train() -> None:
     drawn = sampler()
     for _ in range(3):

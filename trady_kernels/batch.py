@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
     elif hasattr(value, "__dataclass_fields__"):
         yield from tensors_in(vars(value))
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """A number that tensors have in common where they share memory."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # nothing has an address on the meta device
 
 
 def call(model: nn.Module, example: Example) -> Any:
@@ -91,18 +97,34 @@ def loss_of(model: nn.Module, batch: Example, loss_fn: Callable[..., torch.Tenso
     return torch.stack([part.float() for part in sums]).sum()
 
 
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Let modules that ``torch.compile`` has taken over run as they would without: Dynamo cannot trace our hooks."""
+    taken_over = any(
+        module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+    # Not always: functions that are compiled by themselves have no module inside, and keep less as they are.
+    return torch.compiler.set_stance("force_eager") if taken_over else nullcontext()
+
+
 @contextmanager
 def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
     """Leave modes, buffers, gradients and random numbers as they were, whatever runs inside.
 
-    What waits for a parameter's gradient, to count it or to step at once, is not called.
+    What waits for a parameter's gradient, to count it or to step at once, is not called. Compiled modules run
+    uncompiled. A buffer that the run replaces by one of another shape, a cache that grew, stays as the run left it.
 
     Args:
         model: the network that runs inside.
         training: mode of every module inside; None leaves each as it is.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     # Autograd has hold of these dicts: they are emptied and filled again, not replaced.
     waiting = [
@@ -111,7 +133,7 @@ def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator
         if (hooks := getattr(parameter, "_post_accumulate_grad_hooks", None))
     ]
     devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+    with _uncompiled(model), torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
         try:
             for parameter, _ in gradients:
                 parameter.grad = None
@@ -123,11 +145,21 @@ def without_trace(model: nn.Module, *, training: bool | None = None) -> Iterator
         finally:
             for module, mode in modes.items():
                 module.training = mode
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    if not buffer.is_inference() and not torch.equal(buffer, value):
-                        buffer.copy_(value)
+            for module, name, buffer, value in buffers:
+                _put_back(module, name, buffer, value)
             for parameter, gradient in gradients:
                 parameter.grad = gradient
             for hooks, own in waiting:
                 hooks.update(own)
+
+
+def _put_back(module: nn.Module, name: str, buffer: torch.Tensor, value: torch.Tensor) -> None:
+    """Make ``buffer`` the module's again, and its value what it was."""
+    now = module._buffers[name] if name in module._buffers else None
+    if now is not None and now is not buffer and (now.shape, now.dtype) == (buffer.shape, buffer.dtype):
+        module._buffers[name] = buffer
+    if buffer.is_inference() or buffer.is_meta:  # not to be written, and without a value
+        return
+    with torch.no_grad():
+        if not torch.equal(buffer, value):
+            buffer.copy_(value)

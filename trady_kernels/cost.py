@@ -186,7 +186,9 @@ def _stored_bytes(layer: Layer, input: torch.Tensor, elements: int) -> int:
     if getattr(layer, "stored", "exact") == "8bit":
         return elements + 4 * blocks_of(elements)
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.is_floating_point() and input.dtype != torch.float64:
+    # To ask of a device without autocast, the meta device, is an error.
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and input.is_floating_point() and input.dtype != torch.float64:
         return elements * torch.get_autocast_dtype(device).itemsize
     return elements * input.dtype.itemsize
 

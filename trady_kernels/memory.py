@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, normalization, pooling
 from torch.profiler import ProfilerActivity, profile
 
-from trady_kernels.batch import Example, loss_of, tensors_in, without_trace
+from trady_kernels.batch import Example, loss_of, storage_key, tensors_in, without_trace
 
 KINDS = (
     "conv input",
@@ -164,15 +164,15 @@ def saved_by_module(model: nn.Module, batch: Example = ()) -> Iterator[SavedByte
     Returns:
         The figures, which grow as the forward goes on.
     """
-    parameters = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    inputs = {_storage(tensor) for tensor in tensors_in(batch)}
+    parameters = {storage_key(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    inputs = {storage_key(tensor) for tensor in tensors_in(batch)}
     names = {module: name for name, module in model.named_modules()}
     running: list[nn.Module] = []
     seen: dict[int, StorageWeakRef] = {}
     saved = SavedBytes()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        key = _storage(tensor)
+        key = storage_key(tensor)
         before = seen.get(key)
         if before is None or before.expired():  # the addresses of a part that was dropped are used again
             storage = tensor.untyped_storage()
@@ -211,8 +211,8 @@ def measure_memory(
 ) -> MemoryReport:
     """Run one forward and backward and measure what it keeps.
 
-    The model runs in the mode it is in. Modes, buffers, gradients and random numbers are left as they were;
-    no optimiser steps.
+    The model runs in the mode it is in, and uncompiled where ``torch.compile`` has taken over a module. Modes,
+    buffers, gradients and random numbers are left as they were; no optimiser steps.
 
     Args:
         model: any network.
@@ -253,10 +253,6 @@ def measure_memory(
         peak_bytes=peak.bytes,
         device=peak.name,
     )
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _kind(module: nn.Module | None, tensor: torch.Tensor) -> str:

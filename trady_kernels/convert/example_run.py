@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
-from trady_kernels.batch import Example, call, tensors_in, without_trace
+from trady_kernels.batch import Example, call, storage_key, tensors_in, without_trace
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -131,10 +131,10 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
         for handle in handles:
             handle.remove()
     head = None
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(output)}
+    storages = {storage_key(tensor) for tensor in tensors_in(output)}
     for name, reference in outputs:
         tensor = reference()
-        if tensor is not None and tensor.untyped_storage().data_ptr() in storages:
+        if tensor is not None and storage_key(tensor) in storages:
             head = name
     if head is None and layers and not norm_is_last:
         head = layers[-1]

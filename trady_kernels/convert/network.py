@@ -82,7 +82,8 @@ def sparsify(
 
     An activation works in place where the graph proves that nothing else needs its input: a hook that keeps
     the output of the layer before it then sees it overwritten, as with ``inplace=True``. Layers that have hooks
-    already are left out of this and of folding.
+    already are left out of this and of folding. What ``torch.compile`` has taken over already runs uncompiled here,
+    and is compiled anew at its next call.
 
     Args:
         model: the network.
