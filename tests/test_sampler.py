@@ -127,6 +127,24 @@ def test_a_budget_above_the_full_cost_selects_everything_and_says_so(budget: int
     assert "everything is selected" in drawn.report()
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy", reason="numpy is not installed: pip install numpy")
+    model = sparse_net()
+    assert equal(sampler(model, seed=numpy.int64(3)).selection, sampler(model, seed=3).selection)
+    found = tk.select_fraction(model, numpy.float32(0.5), numpy.int64(3))
+    assert equal(found, tk.select_fraction(model, 0.5, 3))
+    scores = {"a": numpy.float64(0.5), "b": numpy.float32(0.25), "c": numpy.int64(0)}
+    ranking = tk.LayerRanking(scores)
+    assert ranking == tk.LayerRanking({"a": 0.5, "b": 0.25, "c": 0}) and ranking.top(numpy.float32(0.5)) == [
+        "a"
+    ]
+    budget, rate = 2_000, numpy.float32(0.125)
+    plain = tk.rank_layers(model, [X] * 3, torch.sum, learning_rate=0.125)
+    assert tk.rank_layers(model, [X] * 3, torch.sum, learning_rate=rate) == plain
+    norms = tk.channel_norms(model, [X] * 9, torch.sum, budget=budget, seed=numpy.int64(3))
+    assert equal(norms, tk.channel_norms(model, [X] * 9, torch.sum, budget=budget, seed=3))
+
+
 def test_a_seed_that_no_generator_takes() -> None:
     with pytest.raises(ValueError, match=r"seed: got 9223372036854775808, expected one of 64 bits"):
         sampler(seed=1 << 63)
@@ -352,6 +370,43 @@ def test_state_dict_resumes_the_draw(counts: str) -> None:
         resumed.resample()
 
 
+@pytest.mark.gpu
+def test_a_state_loaded_onto_a_gpu_resumes_the_draw() -> None:
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate")
+    for _ in range(2):
+        drawn.resample()
+        model(X).square().sum().backward()
+    file = io.BytesIO()
+    torch.save(drawn.state_dict(), file)
+    file.seek(0)
+    resumed = sampler(scheme="medyate", seed=77)
+    resumed.load_state_dict(torch.load(file, map_location="cuda", weights_only=True))
+    for _ in range(2):
+        drawn.resample()
+        resumed.resample()
+        assert equal(resumed.selection, drawn.selection)
+
+
+class Elsewhere:
+    """A tensor on a device that this machine may not have."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def cpu(self) -> torch.Tensor:
+        return self._tensor
+
+
+def test_the_generators_state_may_be_on_another_device() -> None:
+    drawn, resumed = sampler(seed=3), sampler(seed=77)
+    state = drawn.state_dict()
+    resumed.load_state_dict(state | {"generator": Elsewhere(state["generator"])})
+    drawn.resample()
+    resumed.resample()
+    assert equal(resumed.selection, drawn.selection)
+
+
 def test_a_saved_state_is_not_changed_by_later_draws() -> None:
     drawn = sampler(counts="fixed")
     state = drawn.state_dict()
@@ -371,7 +426,7 @@ class BadState:
 BAD_STATES = (
     BadState("not a state", lambda s: s.clear(), "expected what ChannelSampler.state_dict() returned"),
     BadState("version", lambda s: s.update(version=9), "got version 9, expected 2"),
-    BadState("scheme", lambda s: s.update(scheme="full"), "got scheme 'full', expected 'trady'"),
+    BadState("scheme", lambda s: s.update(scheme="full"), "got scheme 'full', expected 'medyate'"),
     BadState(
         "budget", lambda s: s.update(budget="1 bytes"), "got budget '1 bytes', expected '2,000 elements'"
     ),
@@ -383,21 +438,91 @@ BAD_STATES = (
     BadState(
         "order", lambda s: s["selection"].update(stem=torch.tensor([2, 1])), "got a selection of other layers"
     ),
+    BadState(
+        "a list", lambda s: s.update(selection=[torch.tensor([1])]), "got selection [tensor([1])], expected"
+    ),
+    BadState("generator", lambda s: s.update(generator=torch.zeros(3)), "got generator tensor([0., 0., 0.])"),
+    BadState("no generator", lambda s: s.update(generator=None), "got generator None, expected that of"),
+    BadState("observed", lambda s: s.update(observed={"stem": "much"}), "got observed {'stem': 'much'}"),
+    BadState("gradients", lambda s: s.update(gradients=[1]), "got gradients [1], expected that of"),
+    BadState("sums", lambda s: s.update(gradients={"stem": (torch.ones(9), 1)}), "got gradients {'stem'"),
+    BadState("no pass", lambda s: s.update(gradients={"neck": (torch.ones(2), 0)}), "got gradients {'neck'"),
+    BadState(
+        "foreign", lambda s: s.update(gradients={"layer1": (torch.ones(2), 1)}), "got gradients {'layer1'"
+    ),
+    BadState("since_draw", lambda s: s.update(since_draw={}), "got since_draw {}, expected that of"),
+    BadState("norms", lambda s: s["since_draw"].update(last=3), "got since_draw {'epochs'"),
 )
+
+
+def unchanged(drawn: tk.ChannelSampler, before: dict[str, Any]) -> bool:
+    """Whether the sampler and its layers are as they were."""
+    after = drawn.state_dict()
+    layers = {name: layer.channels for name, layer in drawn._modules.items()}
+    return (
+        equal(layers, before["selection"])
+        and equal(after.pop("selection"), before["selection"])
+        and torch.equal(after.pop("generator"), before["generator"])
+        and all(repr(value) == repr(before[name]) for name, value in after.items())
+    )
 
 
 @pytest.mark.parametrize("case", BAD_STATES, ids=lambda case: case.name)
 def test_a_state_of_something_else_is_refused_and_changes_nothing(case: BadState) -> None:
-    drawn = sampler()
-    state = drawn.state_dict()
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate", resampling="2 epochs")
+    drawn.resample()
+    model(X).square().sum().backward()
+    state = copy.deepcopy(drawn.state_dict())
     before = drawn.state_dict()
+    state["selection"] = {name: channels[:1] for name, channels in state["selection"].items()}
+    state["observed"] = {"stem": torch.ones(3)}
+    state["gradients"] = {}
     case.change(state)
     with pytest.raises(ValueError, match="state_dict: got") as caught:
         drawn.load_state_dict(state)
     assert case.message in str(caught.value) and "\n" not in str(caught.value)
-    after = drawn.state_dict()
-    assert equal(after["selection"], before["selection"])
-    assert torch.equal(after["generator"], before["generator"])
+    assert unchanged(drawn, before)
+
+
+def wrote_to_both(model: nn.Module) -> nn.Module:
+    """The last layer with channels holds two values, of which neither can win."""
+    layer = [layer for layer in sparse_layers(model).values() if len(layer.channels)][-1]
+    with torch.no_grad():
+        layer.weight.add_(1)
+        layer.channel_weight.mul_(2)
+    return model
+
+
+def test_a_draw_that_a_layer_refuses_changes_none() -> None:
+    model = sparse_net()
+    drawn, other = sampler(model, scheme="medyate"), sampler(scheme="medyate", seed=5)
+    model(X).square().sum().backward()
+    before = drawn.state_dict()
+    wrote_to_both(model)
+    draws: tuple[Callable[[], object], ...] = (
+        drawn.resample,
+        lambda: drawn.load_state_dict(other.state_dict() | {"observed": {"stem": torch.ones(3)}}),
+        lambda: tk.select_fraction(model, 0.5),
+    )
+    for draw in draws:
+        with pytest.raises(RuntimeError, match="weight and channel_weight were both written"):
+            draw()
+        assert unchanged(drawn, before)
+
+
+def test_a_draw_that_an_optimizer_refuses_changes_none() -> None:
+    model = sparse_net()
+    drawn = sampler(model)
+    rows = [layer.channel_weight for layer in sparse_layers(model).values() if len(layer.channels)]
+    optimizer = torch.optim.ASGD(rows, 0.01)
+    for parameter in rows[-1:]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = drawn.state_dict()
+    with pytest.raises(NotImplementedError, match="ASGD"):
+        drawn.resample(optimizer)
+    assert unchanged(drawn, before)
 
 
 # -- the backward pass -----------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
+from numbers import Real
 from typing import Any
 
 import torch
@@ -123,7 +125,7 @@ def mean_norms(
 
     def cut(measured: Mapping[str, LayerCost]) -> Iterator[_Block]:
         nonlocal blocks
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(operator.index(seed))
         while True:
             parts = _cut(measured, budget, generator)
             blocks = blocks or len(parts)
@@ -188,7 +190,7 @@ def measure_batches(
     Raises:
         ValueError: no batch, a learning rate or loss that is negative or not finite.
     """
-    if not isinstance(learning_rate, int | float) or not 0 <= learning_rate < math.inf:
+    if not isinstance(learning_rate, float | Real) or not 0 <= learning_rate < math.inf:
         raise ValueError(f"learning_rate: got {learning_rate!r}, expected a number that is not negative")
     layers = {
         name: layer
@@ -201,7 +203,7 @@ def measure_batches(
     def descend(parameter: torch.Tensor) -> None:
         if learning_rate and parameter.grad is not None:
             with torch.no_grad():
-                parameter.sub_(parameter.grad, alpha=learning_rate)
+                parameter.sub_(parameter.grad, alpha=float(learning_rate))
         parameter.grad = None
 
     def reduce(name: str, channels: torch.Tensor, parameter: torch.Tensor, gradient: torch.Tensor) -> None:

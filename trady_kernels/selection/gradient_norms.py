@@ -65,6 +65,19 @@ class GradientNorms:
         """What was added up since the last :meth:`restart`."""
         return {name: (total.cpu(), self._steps[name]) for name, total in self._sums.items()}
 
+    def checked(self, state_dict: Mapping[str, Any], selection: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """A ``state_dict`` that is certain to load while ``selection`` trains.
+
+        Raises:
+            AttributeError, LookupError, TypeError, ValueError: it is no such thing.
+        """
+        found = {}
+        for name, (total, steps) in state_dict.items():
+            if name not in self._layers or total.shape != selection[name].shape or int(steps) < 1:
+                raise ValueError(f"got {steps} sums of {tuple(total.shape)} norms for {name!r}")
+            found[name] = (total.float(), int(steps))
+        return found
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on adding to what :meth:`state_dict` gave."""
         for name, (total, steps) in state_dict.items():

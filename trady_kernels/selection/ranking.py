@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class LayerRanking(Mapping[str, float], Saved):
     def __init__(self, scores: Mapping[str, float], metric: str = "rgn") -> None:
         _check_metric(metric)
         for name, score in scores.items():
-            number = isinstance(score, int | float) and not isinstance(score, bool)
+            number = isinstance(score, float | Real) and not isinstance(score, bool)
             if not isinstance(name, str) or not number or not math.isfinite(score) or score < 0:
                 raise ValueError(
                     f"scores: got {score!r} for layer {name!r}, expected a finite number that is not negative"
@@ -91,11 +92,15 @@ class LayerRanking(Mapping[str, float], Saved):
         Raises:
             ValueError: ``cumulative`` is not above 0 and up to 1.
         """
-        if isinstance(cumulative, bool) or not isinstance(cumulative, int | float) or not 0 < cumulative <= 1:
+        if (
+            isinstance(cumulative, bool)
+            or not isinstance(cumulative, float | Real)
+            or not 0 < cumulative <= 1
+        ):
             raise ValueError(f"cumulative: got {cumulative!r}, expected a number above 0 and up to 1")
         names = set(self if among is None else among)
         scores = {name: score for name, score in self.items() if name in names}
-        needed, reached, layers = cumulative * math.fsum(scores.values()), 0.0, []
+        needed, reached, layers = float(cumulative) * math.fsum(scores.values()), 0.0, []
         for name, score in scores.items():
             # Rounding must not let the last layers in or out; those without a score never count.
             if not score or reached >= needed * (1 - 1e-12):

@@ -100,4 +100,4 @@ class SinceDraw:
         """Go on from what :meth:`state_dict` gave."""
         self.epochs = int(state_dict.get("epochs", 0))  # version 2 had none at first
         self.steps = int(state_dict["steps"])
-        self.first, self.last = list(state_dict["first"]), list(state_dict["last"])
+        self.first, self.last = (list(map(float, state_dict[key])) for key in ("first", "last"))

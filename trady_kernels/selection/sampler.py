@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trady_kernels.batch import Example
-from trady_kernels.convert import ConversionReport, conversion_report, sparse_layers
+from trady_kernels.convert import ConversionReport, conversion_report, select_everywhere, sparse_layers
 from trady_kernels.cost import Backward, Budget, Cost, LayerCost, measure_network, total
 from trady_kernels.nn.channels import SparseChannels
 from trady_kernels.selection.channel_norms import NotFinite
@@ -97,6 +99,7 @@ class ChannelSampler:
 
     Raises:
         TypeError, ValueError: a bad argument, or a model without sparse layers. Nothing is selected then.
+        RuntimeError: as for :meth:`resample`.
 
     Warns:
         NothingSelected: the budget is below the pool's cheapest channel.
@@ -127,7 +130,7 @@ class ChannelSampler:
         if counts not in ("free", "fixed"):
             raise ValueError(f"counts: got {counts!r}, expected 'free' or 'fixed'")
         self.resampling = Resampling.parse(resampling)
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, int | Integral):
             raise TypeError(f"seed: got {seed!r}, expected an int")
         if not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed: got {seed}, expected one of 64 bits")
@@ -175,7 +178,7 @@ class ChannelSampler:
         self._ranking = ranking
         self._counts = counts
         self._measure = gradients
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(int(seed))
         self._fixed: dict[str, int] | None = None
         watches = self._scheme.observes or self.resampling.kind == "norm"
         self._gradients = GradientNorms(modules if watches else {})
@@ -227,7 +230,8 @@ class ChannelSampler:
                 of at its next step.
 
         Raises:
-            TypeError, NotImplementedError: what the layers' ``select()`` raises; nothing is drawn then.
+            TypeError, NotImplementedError: what the layers' ``select()`` raises; no layer has changed then.
+            RuntimeError: a layer's ``weight`` and ``channel_weight`` were both written; no layer has changed then.
         """
         if not self._scheme.every_epoch:
             return
@@ -243,6 +247,7 @@ class ChannelSampler:
         except BaseException:
             self._generator.set_state(before[0])
             self._scheme.load_state_dict(before[1])
+            self._since_draw.epochs -= self.resampling.kind == "epoch"
             raise
 
     def step(self, optimizer: Optimizer | None = None) -> bool:
@@ -265,8 +270,7 @@ class ChannelSampler:
         return True
 
     def _select(self, selection: dict[str, torch.Tensor], optimizer: Optimizer | None) -> None:
-        for name, module in self._modules.items():
-            module.select(selection[name], optimizer)
+        select_everywhere(self._modules, selection, optimizer)
         self._selection = selection
         self._gradients.restart()
         self._since_draw = SinceDraw()
@@ -375,8 +379,9 @@ class ChannelSampler:
         Load the model before, and the optimiser after: the state it saved belongs to these channels.
 
         Raises:
-            ValueError: the state is of another version, scheme, budget, pool or network. Nothing has
+            ValueError: the state is of another version, scheme, budget, pool or network, or damaged. Nothing has
                 changed then.
+            RuntimeError: as for :meth:`resample`. Nothing has changed then.
         """
         ours = self.state_dict()
         if not isinstance(state_dict, Mapping) or set(state_dict) != set(ours):
@@ -390,16 +395,30 @@ class ChannelSampler:
                     f"state_dict: got {key} {_short(state_dict[key])}, expected {_short(ours[key])}, that of "
                     "this sampler"
                 )
-        selection = {name: torch.as_tensor(state_dict["selection"][name]) for name in state_dict["selection"]}
+        with _reading(state_dict, "selection"):
+            selection = {name: torch.as_tensor(c).cpu() for name, c in state_dict["selection"].items()}
         if {
             name: _fits(channels, self.layers.get(name)) for name, channels in selection.items()
         } != dict.fromkeys(self.layers, True):
             raise ValueError("state_dict: got a selection of other layers, expected one of this network's")
-        self._generator.set_state(state_dict["generator"])
-        self._scheme.load_state_dict(state_dict["observed"])
-        self._select(selection, None)
-        self._gradients.load_state_dict(state_dict["gradients"])
-        self._since_draw.load_state_dict(state_dict["since_draw"])
+        generator, since_draw = torch.Generator(), SinceDraw()
+        with _reading(state_dict, "generator"):
+            generator.set_state(state_dict["generator"].cpu())
+        with _reading(state_dict, "gradients"):
+            gradients = self._gradients.checked(state_dict["gradients"], selection)
+        with _reading(state_dict, "since_draw"):
+            since_draw.load_state_dict(state_dict["since_draw"])
+        observed = self._scheme.state_dict()
+        try:
+            with _reading(state_dict, "observed"):
+                self._scheme.load_state_dict(state_dict["observed"])
+            self._select(selection, None)
+        except BaseException:
+            self._scheme.load_state_dict(observed)
+            raise
+        self._generator = generator
+        self._gradients.load_state_dict(gradients)
+        self._since_draw = since_draw
         if self._fixed is not None:
             self._fixed = {name: len(channels) for name, channels in selection.items()}
 
@@ -533,6 +552,18 @@ def _fits(channels: torch.Tensor, layer: LayerCost | None) -> bool:
     )
 
 
+@contextmanager
+def _reading(state_dict: Mapping[str, Any], key: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the fault of that entry."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        raise ValueError(
+            f"state_dict: got {key} {_short(state_dict[key])}, expected that of ChannelSampler.state_dict() for this "
+            "network"
+        ) from None
+
+
 def _short(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

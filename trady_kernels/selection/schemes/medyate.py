@@ -63,4 +63,7 @@ class Medyate(Scheme):
         return {name: norms.clone() for name, norms in self._norms.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._norms = {name: torch.as_tensor(norms).double().clone() for name, norms in state_dict.items()}
+        # On the CPU, where the draws are, whatever device the checkpoint was loaded on.
+        self._norms = {
+            name: torch.as_tensor(norms).double().cpu().clone() for name, norms in state_dict.items()
+        }
