@@ -191,6 +191,12 @@ class Operator:
 def backend(name: str) -> Iterator[None]:
     """Force every operator inside the ``with`` block onto one backend.
 
+    An operator without a kernel of that name is not left to another one: calling it raises. ``"reference"``, ``"cpp"``
+    and ``"triton"`` run whole networks. ``"aten"`` has weight gradients and ``scatter_channels_`` alone, and ``"cuda"``
+    nothing for linear layers, convolutions with a trained bias, max pooling and 8-bit storage: these two are for calls
+    of single operators. ``fold_norm`` and ``shift_channels_``, ATen's own work but in CUDA C++, run on the reference
+    under every other name.
+
     Args:
         name: ``"reference"``, ``"aten"``, ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"auto"`` for the
             measured choice by shape. Holds for all threads, since backward passes run on others.
@@ -198,6 +204,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no such backend.
         RuntimeError: the backend cannot run on this machine; the message says why.
+        NotImplementedError: by an operator in the block that has no such kernel.
     """
     global _forced
     if name != "auto":
