@@ -61,7 +61,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", [] { return names(true); });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("build_facts", &build_facts);
-  m.def("read_bandwidth", measured(&trady::read_bandwidth), py::arg("bytes"), py::arg("threads") = 1);
   m.def("copy_bandwidth", measured(&trady::copy_bandwidth), py::arg("bytes"), py::arg("threads") = 1);
   m.def(
       "fma_peak", [probe = measured([](int64_t, int threads) {

@@ -23,11 +23,8 @@ def available_isas() -> list[str]:
 def set_isa(name: str) -> None:
     """Choose the instruction set; ``ValueError`` for one that this CPU does not have."""
 
-def read_bandwidth(bytes: int, threads: int = 1) -> float:
-    """Bytes a second read from a working set of ``bytes``, best of five rounds of 20 ms."""
-
 def copy_bandwidth(bytes: int, threads: int = 1) -> float:
-    """Bytes a second read plus bytes a second written, source and target together ``bytes``."""
+    """Bytes a second read plus bytes a second written, source and target together ``bytes``, best of five rounds of 20 ms."""
 
 def fma_peak(threads: int = 1) -> float:
     """Float32 operations a second, an FMA counted as two, on the current instruction set."""

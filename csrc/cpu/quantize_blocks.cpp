@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "dtype.h"
 #include "layout.h"
@@ -21,22 +19,6 @@ namespace {
 
 // Operations a block: 64 elements read twice, written once.
 constexpr int64_t BLOCK_COST = 192;
-
-// No gaps and no overlaps, in any order of dimensions.
-bool is_dense(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dimensions;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return true;
-    if (tensor.size(d) != 1) dimensions.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dimensions) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
 
 std::tuple<Tensor, Tensor> quantize_blocks(const Tensor& input) {
   const auto dtype = dtype_of(input, "input");

@@ -90,17 +90,6 @@ int64_t floats_a_thread(int64_t bytes, int threads) {
 
 }  // namespace
 
-double read_bandwidth(int64_t bytes, int threads) {
-  const auto kernel = TRADY_KERNEL(read_passes);
-  const int64_t count = floats_a_thread(bytes, threads);
-  return best_rate(threads, [&](int) {
-    return [kernel, count, source = Floats(count)](int64_t passes) {
-      sink.store(kernel(source.data(), count, passes), std::memory_order_relaxed);
-      return passes * count * static_cast<int64_t>(sizeof(float));
-    };
-  });
-}
-
 double copy_bandwidth(int64_t bytes, int threads) {
   const auto kernel = TRADY_KERNEL(copy_passes);
   const int64_t count = floats_a_thread(bytes / 2, threads);

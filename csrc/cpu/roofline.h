@@ -9,16 +9,14 @@ namespace trady {
 
 constexpr int64_t kProbeStep = 128;  // floats: eight of the widest vectors
 
-// Bytes a second read from, or read and written in, a working set of `bytes` shared out among `threads`.
-__attribute__((visibility("default"))) double read_bandwidth(int64_t bytes, int threads);
+// Bytes a second read and written in a working set of `bytes` shared out among `threads`.
 __attribute__((visibility("default"))) double copy_bandwidth(int64_t bytes, int threads);
 // Floating-point operations a second (an FMA is two) in float32 on the current instruction set.
 __attribute__((visibility("default"))) double fma_peak(int threads);
 
 }  // namespace trady
 
-// `passes` over `count` floats, a multiple of kProbeStep; the sum keeps the compiler from leaving the reads out.
-TRADY_DECLARE_KERNEL(float, read_passes, const float* source, int64_t count, int64_t passes)
+// `passes` over `count` floats, a multiple of kProbeStep.
 TRADY_DECLARE_KERNEL(void, copy_passes, const float* source, float* target, int64_t count, int64_t passes)
 // Returns the operations done, and writes to `sink` what they computed.
 TRADY_DECLARE_KERNEL(int64_t, fma_passes, float* sink, int64_t passes)

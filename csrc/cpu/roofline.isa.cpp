@@ -11,21 +11,6 @@ TRADY_INLINE void forget_memory() { asm volatile("" ::: "memory"); }
 
 }  // namespace
 
-float read_passes(const float* source, int64_t count, int64_t passes) {
-  constexpr int64_t lanes = LANES<float>;
-  f32 sums[8] = {};
-  for (int64_t pass = 0; pass < passes; ++pass) {
-    for (int64_t i = 0; i < count; i += 8 * lanes) {
-#pragma GCC unroll 8
-      for (int v = 0; v < 8; ++v) sums[v] += load(source + i + v * lanes);
-    }
-    forget_memory();
-  }
-  f32 total = sums[0];
-  for (int v = 1; v < 8; ++v) total += sums[v];
-  return sum(total);
-}
-
 void copy_passes(const float* source, float* target, int64_t count, int64_t passes) {
   constexpr int64_t lanes = LANES<float>;
   for (int64_t pass = 0; pass < passes; ++pass) {

@@ -7,17 +7,6 @@ namespace {
 
 constexpr int64_t COUNT = 32 * kProbeStep;
 
-TRADY_TEST(read_passes) {
-  const Array source = random_array(Dtype::float32, COUNT);
-  double total = 0, magnitude = 0;
-  for (int64_t i = 0; i < COUNT; ++i) {
-    total += source.get(i);
-    magnitude += std::abs(source.get(i));
-  }
-  const float got = TRADY_KERNEL(read_passes)(static_cast<const float*>(source.at(0)), COUNT, 3);
-  expect_sum("sum", 0, Dtype::float32, got, 3 * total, 3 * magnitude, 3 * COUNT);
-}
-
 TRADY_TEST(copy_passes) {
   const Array source = random_array(Dtype::float32, COUNT);
   Array target(Dtype::float32, COUNT);
