@@ -10,8 +10,9 @@ from __future__ import annotations
 import pytest
 
 from trady_kernels.benchmark.layers import CONVS, ConvLayer, distinct
-from trady_kernels.benchmark.rows import FORMATS, Setting, conv2d_calls
+from trady_kernels.benchmark.rows import Setting, conv2d_calls
 from trady_kernels.ops import conv2d_channel_grad
+from trady_kernels.ops.layout import FORMATS
 
 
 @pytest.mark.parametrize("kernel", ("auto", "aten"))

@@ -16,9 +16,9 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.benchmark.goals import geometric_mean
 from trady_kernels.benchmark.layers import CONVS, ConvLayer, distinct
 from trady_kernels.benchmark.report import conditions, json_argument
-from trady_kernels.benchmark.rows import FORMATS
 from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
+from trady_kernels.ops.layout import FORMATS
 
 BATCH = 8
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import pytest
 
 from trady_kernels.benchmark.layers import CONVS, ConvLayer
-from trady_kernels.benchmark.rows import FORMATS, Setting, gather_calls
+from trady_kernels.benchmark.rows import Setting, gather_calls
 from trady_kernels.ops import gather_channels
+from trady_kernels.ops.layout import FORMATS
 
 FEW = [layer for layer in CONVS if layer.network == "resnet18" and layer.kernel == 3]
 

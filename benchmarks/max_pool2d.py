@@ -15,8 +15,8 @@ from trady_kernels.atomic_write import write_json
 from trady_kernels.benchmark.report import conditions, json_argument
 from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
+from trady_kernels.ops.layout import FORMATS
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ATEN, ATEN_BACKWARD = (
     torch.ops.aten.max_pool2d_with_indices,
     torch.ops.aten.max_pool2d_with_indices_backward,

@@ -38,9 +38,9 @@ from trady_kernels.benchmark.report import conditions
 from trady_kernels.benchmark.timing import calm_malloc, interleaved
 from trady_kernels.cli import BadUsage
 from trady_kernels.cli.console import check_writable
+from trady_kernels.ops.layout import FORMATS
 
 IMAGE_NETWORKS = {network.name: network for network in NETWORKS if network.relu_like}
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: By type of device: images of a step unless a number is asked for.
 BATCH = {"cpu": 8, "cuda": 128}
 #: On a GPU: steps before anything is measured (kernels are chosen and compiled), and steps of a run.

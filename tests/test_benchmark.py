@@ -16,10 +16,12 @@ from trady_kernels.benchmark.goals import geometric_mean, verdicts
 from trady_kernels.benchmark.layers import CONVS, ConvLayer, LinearLayer, distinct, selections
 from trady_kernels.benchmark.report import goals_table, rows_table, summary_table
 from trady_kernels.benchmark.roofline import Roofline, Work, conv2d_work, gather_work, linear_work
-from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Row, Setting, measure
+from trady_kernels.benchmark.rows import BENCHMARKS, Row, Setting, measure
 from trady_kernels.benchmark.timing import FEWEST_ROUNDS, MOST_ROUNDS, interleaved
 from trady_kernels.models.loading import load_model
 from trady_kernels.ops.backend import unavailable
+from trady_kernels.ops.choice import DTYPES
+from trady_kernels.ops.layout import FORMATS
 
 needs_cpp = pytest.mark.skipif(unavailable("cpp") is not None, reason=f"{unavailable('cpp')}")
 

@@ -30,14 +30,8 @@ from trady_kernels.ops import (
     scale_by_bits,
 )
 from trady_kernels.ops.backend import OPERATORS, unavailable
-
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+from trady_kernels.ops.choice import DTYPES
+from trady_kernels.ops.layout import FORMATS
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from functools import partial
 import torch
 
 from trady_kernels.benchmark.layers import ConvLayer, Layer, selections
-from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Setting
+from trady_kernels.benchmark.rows import BENCHMARKS, Setting
 from trady_kernels.benchmark.timing import interleaved
 from trady_kernels.ops.backend import OPERATORS
-from trady_kernels.ops.choice import ANY, KEYS, Key, Limit, own_kernel
+from trady_kernels.ops.choice import ANY, DTYPES, KEYS, Key, Limit, own_kernel
 from trady_kernels.ops.conv2d_channel_grad import channels_to_choose_by, family
+from trady_kernels.ops.layout import FORMATS
 
 #: Output pixels, or rows, that limits may be split at.
 _SPLITS = (64, 512, 1024, 2048, 8192)

@@ -23,7 +23,7 @@ from trady_kernels.benchmark.report import (
     summary_table,
 )
 from trady_kernels.benchmark.roofline import Roofline
-from trady_kernels.benchmark.rows import BENCHMARKS, DTYPES, FORMATS, Row, Setting, measure
+from trady_kernels.benchmark.rows import BENCHMARKS, Row, Setting, measure
 from trady_kernels.benchmark.timing import calm_malloc
 from trady_kernels.benchmark.tune import Point, fit, key_of, points
 from trady_kernels.cli import BadUsage, Failed
@@ -31,6 +31,8 @@ from trady_kernels.cli.bench_plot import plot_rows
 from trady_kernels.cli.console import PLOT_FORMATS, check_plottable, check_writable, make_console
 from trady_kernels.ops import choice
 from trady_kernels.ops.backend import unavailable
+from trady_kernels.ops.choice import DTYPES
+from trady_kernels.ops.layout import FORMATS
 
 _DESCRIPTION = """\
 Time the operators on the layers of real networks, for few selected channels and shares of them, in both memory

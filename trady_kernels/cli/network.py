@@ -18,6 +18,7 @@ from trady_kernels.cost import measure_layers
 from trady_kernels.functional.stored import STORED
 from trady_kernels.models.front import Front
 from trady_kernels.models.loading import LoadedModel, Sizes, classifier_name, load_model
+from trady_kernels.ops.layout import FORMATS
 from trady_kernels.selection import SCHEMES, ChannelSampler, LayerRanking, Scheme
 from trady_kernels.training.ingredients import PRESETS, Spec
 from trady_kernels.training.regimes import find_ranking, metric_of, sparsify_options
@@ -27,7 +28,6 @@ AUTOCAST = {"off": None, "bfloat16": torch.bfloat16}
 LEAN: dict[str, Lean] = {"on": True, "off": False, "8bit": "8bit"}
 #: Of the arguments that ingredients may set too.
 _DEFAULTS = {"lean": "on", "stored": "exact", "biases": None}
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def add_network_arguments(parser: argparse.ArgumentParser, *, batch_size: int, i
     )
     parser.add_argument(
         "--memory-format",
-        choices=MEMORY_FORMATS,
+        choices=FORMATS,
         default="contiguous",
         help="of the images and weights (default: %(default)s)",
     )
@@ -184,7 +184,7 @@ def make_network(args: argparse.Namespace) -> LoadedModel:
     with usage_errors():
         sizes = Sizes(args.image_size, args.max_length)
         loaded = load_model(args.model, args.classes, pretrained=False, sizes=sizes)
-    loaded.model.train().to(memory_format=MEMORY_FORMATS[args.memory_format])  # type: ignore[call-overload]
+    loaded.model.train().to(memory_format=FORMATS[args.memory_format])  # type: ignore[call-overload]
     return loaded
 
 
@@ -195,7 +195,7 @@ def make_batch(loaded: LoadedModel, args: argparse.Namespace, batch_size: int | 
     input = loaded.front.random_input(count, generator)
     labels = torch.randint(args.classes, (count,), generator=generator)
     if isinstance(input, torch.Tensor):
-        input = input.contiguous(memory_format=MEMORY_FORMATS[args.memory_format])
+        input = input.contiguous(memory_format=FORMATS[args.memory_format])
     return Batch(input, labels, loaded.front)
 
 

@@ -13,9 +13,7 @@ from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.bits import scale_gradient
 from trady_kernels.functional.dropout import rounded_scale
 from trady_kernels.ops import pack_bits
-from trady_kernels.ops.rectify import DTYPES
-
-_IN_FLOAT32 = (torch.bfloat16, torch.float16)
+from trady_kernels.ops.backend import FLOATING, HALVES
 
 
 def _additive(attn_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -37,7 +35,7 @@ def _attend(
     """The operations of torch's own reference, in their order, so that the output is bit-equal to it."""
     dtype = query.dtype
     with torch.autocast(query.device.type, enabled=False):
-        if dtype in _IN_FLOAT32:
+        if dtype in HALVES:
             query, key, value = query.float(), key.float(), value.float()
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         root = math.sqrt(abs(scale))
@@ -121,7 +119,7 @@ def _keeps_probabilities(
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors[:3])
         and all(tensor.device.type == "cpu" and tensor.layout is torch.strided for tensor in tensors)
-        and all(tensor.dtype in DTYPES for tensor in tensors[:3])
+        and all(tensor.dtype in FLOATING for tensor in tensors[:3])
         and query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
         and not (attn_mask is not None and (attn_mask.requires_grad or is_causal))
         and 0 <= dropout_p < 1

@@ -11,7 +11,7 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from trady_kernels.functional.apply import apply
 from trady_kernels.ops import scale_by_bits
-from trady_kernels.ops.rectify import DTYPES
+from trady_kernels.ops.backend import FLOATING
 
 
 def keeps_bits(input: torch.Tensor) -> bool:
@@ -22,7 +22,7 @@ def keeps_bits(input: torch.Tensor) -> bool:
     """
     if not (torch.is_grad_enabled() and input.requires_grad):
         return False
-    if input.dtype not in DTYPES or input.layout is not torch.strided:
+    if input.dtype not in FLOATING or input.layout is not torch.strided:
         return False
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return True

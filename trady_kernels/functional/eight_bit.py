@@ -43,6 +43,7 @@ from torch.utils import checkpoint
 
 from trady_kernels.functional.apply import apply
 from trady_kernels.ops import dequantize_blocks, pack_bits, quantize_blocks
+from trady_kernels.ops.backend import FLOATING
 from trady_kernels.ops.layout import is_dense
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.quantize_blocks import blocks_of
@@ -56,7 +57,6 @@ STATISTIC = 16
 #: Operations whose backward pass divides by their result, or takes its exponential.
 _AMPLIFYING = frozenset({"SqrtBackward0", "LinalgVectorNormBackward0", "LogSoftmaxBackward0"})
 
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _OUR_APPLY = apply.__code__
@@ -196,7 +196,7 @@ class _Run:
     def _pays(self, tensor: torch.Tensor, elements: int, storage_bytes: int) -> bool:
         if tensor.dtype is torch.bool:
             return bytes_of_bits(elements) < storage_bytes
-        if tensor.dtype not in _FLOATING or tensor.is_neg():
+        if tensor.dtype not in FLOATING or tensor.is_neg():
             return False
         reduced = not tensor.requires_grad or 1 in tensor.shape[1:]
         if reduced and elements * STATISTIC <= self.largest:

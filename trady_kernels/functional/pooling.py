@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
+from trady_kernels.ops.backend import FLOATING
 from trady_kernels.ops.layout import memory_format_of
-from trady_kernels.ops.max_pool2d import DTYPES, LARGEST_WINDOW
+from trady_kernels.ops.max_pool2d import LARGEST_WINDOW
 from trady_kernels.ops.max_pool2d.reference import pooled_size
 
 _Size = int | Sequence[int]
@@ -80,7 +81,7 @@ def _fits_a_byte(
     ceil_mode: bool,
 ) -> bool:
     """Whether the operator takes these arguments; what is wrong with others, torch's own function says."""
-    if input.dim() not in (3, 4) or input.dtype not in DTYPES or input.layout != torch.strided:
+    if input.dim() not in (3, 4) or input.dtype not in FLOATING or input.layout != torch.strided:
         return False
     if not len(kernel_size) == len(stride) == len(padding) == len(dilation) == 2:
         return False

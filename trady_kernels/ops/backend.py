@@ -31,6 +31,8 @@ from torch.compiler import is_dynamo_compiling
 BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 #: What sums are taken in float32 of.
 HALVES = (torch.bfloat16, torch.float16)
+#: Values that the operators take.
+FLOATING = (torch.float32, torch.float64, *HALVES)
 
 #: The one library object that owns the ``torch.ops.trady`` namespace: schemas and fakes live in
 #: Python, implementations may come from compiled code.

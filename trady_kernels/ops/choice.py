@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from trady_kernels.ops.backend import HALVES, cpu_name, instruction_set, triton_version
+from trady_kernels.ops.layout import FORMATS
 
 ANY = 1 << 62
 
@@ -310,8 +311,8 @@ _tables = {device: Table(None, {}, None) for device in DEVICES}
 
 # ---- the file -------------------------------------------------------------------------------------------
 
-_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-_DTYPES = {
+#: Types by their names there.
+DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
@@ -321,8 +322,8 @@ _DTYPES = {
 
 def render(limits: Iterable[Limit], date: str, device: str = "cpu") -> dict[str, Any]:
     """Limits measured on this machine, as JSON takes them; no limit (:data:`ANY`) is null."""
-    formats = {value: name for name, value in _FORMATS.items()}
-    dtypes = {value: name for name, value in _DTYPES.items()}
+    formats = {value: name for name, value in FORMATS.items()}
+    dtypes = {value: name for name, value in DTYPES.items()}
     return {
         "made": {**this_machine(device), "date": date},
         "limits": [
@@ -378,8 +379,8 @@ def _limit(name: str, row: Any, device: str) -> Limit:
     limit = Limit(
         str(row.get("operator")),
         str(row.get("family")),
-        _FORMATS.get(str(row.get("memory_format"))),  # type: ignore[arg-type]
-        _DTYPES.get(str(row.get("dtype"))),  # type: ignore[arg-type]
+        FORMATS.get(str(row.get("memory_format"))),  # type: ignore[arg-type]
+        DTYPES.get(str(row.get("dtype"))),  # type: ignore[arg-type]
         *numbers,
     )
     if limit.key not in KEYS[device]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+#: Memory formats by the names that files and commands give them.
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 
 def memory_format_of(input: torch.Tensor) -> torch.memory_format:
     """``channels_last`` for a 4-D tensor whose channels are adjacent and pixels are not, slices included.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator, by_device
+from trady_kernels.ops.backend import FLOATING, Operator, by_device
 from trady_kernels.ops.gather_channels.reference import gather_channels as reference
 from trady_kernels.ops.layout import memory_format_of
 
@@ -17,7 +17,6 @@ def _fake(input: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype | None
 
 
 #: What ``dtype`` may be, and of what.
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _validate(input: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype | None = None) -> None:
@@ -27,7 +26,7 @@ def _validate(input: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype | 
         raise ValueError(
             f"channels: got shape {tuple(channels.shape)} of {channels.dtype}, expected a 1-D int64 tensor"
         )
-    if dtype is not None and dtype != input.dtype and not (dtype in _FLOATING and input.dtype in _FLOATING):
+    if dtype is not None and dtype != input.dtype and not (dtype in FLOATING and input.dtype in FLOATING):
         raise ValueError(
             f"dtype: got {dtype} for an input of {input.dtype}, expected None or float32, float64, bfloat16 or "
             "float16 for both"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trady_kernels.ops.backend import Operator, by_device
+from trady_kernels.ops.backend import FLOATING, Operator, by_device
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets as reference
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets_backward as reference_backward
@@ -14,7 +14,6 @@ from trady_kernels.ops.max_pool2d.reference import pooled_size
 
 #: Elements of the largest window whose offsets fit a byte.
 LARGEST_WINDOW = 256
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _validate(
@@ -25,7 +24,7 @@ def _validate(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> None:
-    if input.dim() != 4 or input.dtype not in DTYPES:
+    if input.dim() != 4 or input.dtype not in FLOATING:
         raise ValueError(
             f"input: got shape {tuple(input.shape)} of {input.dtype}, expected (N, C, H, W) of a floating dtype"
         )
@@ -100,7 +99,7 @@ def _validate_backward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> None:
-    if grad_output.dim() != 4 or grad_output.shape != offsets.shape or grad_output.dtype not in DTYPES:
+    if grad_output.dim() != 4 or grad_output.shape != offsets.shape or grad_output.dtype not in FLOATING:
         raise ValueError(
             f"grad_output: got shape {tuple(grad_output.shape)} of {grad_output.dtype}, expected "
             f"{tuple(offsets.shape)}, the shape of offsets, of a floating dtype"

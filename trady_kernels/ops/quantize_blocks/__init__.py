@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator, by_device
+from trady_kernels.ops.backend import FLOATING, Operator, by_device
 from trady_kernels.ops.layout import is_dense
 from trady_kernels.ops.quantize_blocks.reference import BLOCK
 from trady_kernels.ops.quantize_blocks.reference import dequantize_blocks as dequantize_reference
 from trady_kernels.ops.quantize_blocks.reference import quantize_blocks as quantize_reference
-
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def blocks_of(elements: int) -> int:
@@ -29,7 +27,7 @@ def _fake_dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dty
 
 
 def _validate_quantize(input: torch.Tensor) -> None:
-    if input.dtype not in _FLOATING:
+    if input.dtype not in FLOATING:
         raise ValueError(f"input: got {input.dtype}, expected float32, float64, bfloat16 or float16")
     if not is_dense(input):
         raise ValueError(
@@ -49,7 +47,7 @@ def _validate_dequantize(codes: torch.Tensor, scales: torch.Tensor, dtype: torch
             f"scales: got shape {tuple(scales.shape)} of {scales.dtype}, expected {expected} of torch.float32, "
             f"contiguous, one for each {BLOCK} codes"
         )
-    if dtype not in _FLOATING:
+    if dtype not in FLOATING:
         raise ValueError(f"dtype: got {dtype}, expected float32, float64, bfloat16 or float16")
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator, by_device_or_fused
+from trady_kernels.ops.backend import FLOATING, Operator, by_device_or_fused
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.rectify.reference import rectify as reference
 from trady_kernels.ops.rectify.reference import rectify_ as reference_
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _fake_bits(input: torch.Tensor, min: float, max: float | None, slope: float | None) -> torch.Tensor:
@@ -23,8 +21,8 @@ def _fake(
 
 
 def _validate(input: torch.Tensor, min: float, max: float | None, slope: float | None) -> None:
-    if input.dtype not in DTYPES:
-        raise ValueError(f"input: got {input.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if input.dtype not in FLOATING:
+        raise ValueError(f"input: got {input.dtype}, expected one of {', '.join(map(str, FLOATING))}")
     if slope is not None and max is not None:
         raise ValueError(f"max: got {max} beside slope {slope}, expected one of them to be None")
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator, by_device_or_fused
+from trady_kernels.ops.backend import FLOATING, Operator, by_device_or_fused
 from trady_kernels.ops.pack_bits import bytes_of_bits
-from trady_kernels.ops.rectify import DTYPES
 from trady_kernels.ops.scale_by_bits.reference import scale_by_bits as reference
 
 
@@ -15,8 +14,8 @@ def _fake(input: torch.Tensor, bits: torch.Tensor, on: float, off: float | None)
 
 
 def _validate(input: torch.Tensor, bits: torch.Tensor, on: float, off: float | None) -> None:
-    if input.dtype not in DTYPES:
-        raise ValueError(f"input: got {input.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if input.dtype not in FLOATING:
+        raise ValueError(f"input: got {input.dtype}, expected one of {', '.join(map(str, FLOATING))}")
     if bits.dtype is not torch.uint8 or bits.dim() != 1 or bits.shape[0] != bytes_of_bits(input.numel()):
         raise ValueError(
             f"bits: got shape {tuple(bits.shape)} of {bits.dtype}, expected ({bytes_of_bits(input.numel())},) of "

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import FLOATING, Operator
 from trady_kernels.ops.layout import in_a_memory_format
 from trady_kernels.ops.shift_channels.reference import shift_channels_ as reference
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _fake(input: torch.Tensor, shift: torch.Tensor) -> None:
@@ -16,8 +14,8 @@ def _fake(input: torch.Tensor, shift: torch.Tensor) -> None:
 
 
 def _validate(input: torch.Tensor, shift: torch.Tensor) -> None:
-    if input.dtype not in DTYPES:
-        raise ValueError(f"input: got {input.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if input.dtype not in FLOATING:
+        raise ValueError(f"input: got {input.dtype}, expected one of {', '.join(map(str, FLOATING))}")
     if input.dim() < 2 or shift.shape != input.shape[1:2]:
         raise ValueError(
             f"shift: got shape {tuple(shift.shape)} for input {tuple(input.shape)}, expected (C,) for (N, C, ...)"
