@@ -46,11 +46,23 @@ def requirements(name: str) -> list[str]:
     return list(ast.literal_eval(found.group(1)))
 
 
+def compiler() -> str | None:
+    """The C++ compiler that setup.py takes."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def nvcc() -> str | None:
+    """The one that setup.py takes."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    folders = [str(Path(home, "bin"))] if home else [None, "/usr/local/cuda/bin"]
+    return next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
+
+
 def build_inputs() -> str:
     """Digest of everything that the build of the package depends on."""
-    digest = hashlib.sha256(
-        repr([os.environ.get(k) for k in ("TRADY_CUDA", "TRADY_CUDA_ARCHS", "TRADY_ISAS", "CXX")]).encode()
-    )
+    settings = [os.environ.get(k) for k in ("TRADY_CUDA", "TRADY_CUDA_ARCHS", "TRADY_ISAS", "CXX")]
+    # Also whether there are any: a build without them installs the package without compiled code.
+    digest = hashlib.sha256(repr([*settings, compiler(), nvcc()]).encode())
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     for path in (*(ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt")), *sources):
         digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
@@ -210,8 +222,7 @@ def checked(command: list[str | Path], **environment: str) -> None:
 
 def preloaded(name: str) -> str:
     """Path of a library that Python has to load first where extensions were built with a sanitizer."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++"))), None)
-    asked = [compiler or "c++", f"-print-file-name={name}"]
+    asked = [compiler() or "c++", f"-print-file-name={name}"]
     try:
         path = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     except FileNotFoundError:

@@ -252,6 +252,19 @@ def test_sets_that_are_asked_for(source: Path) -> None:
     assert "avx512 (left out by TRADY_ISAS)" in plan and "apply(avx2,__VA_ARGS__)" in plan
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are those of x86-64")
+@pytest.mark.parametrize(
+    ("asked", "unknown"), [("avx3", "avx3"), ("avx2;sve256", "sve256"), ("baseline", None)]
+)
+def test_sets_that_no_cpu_of_this_kind_has(source: Path, asked: str, unknown: str | None) -> None:
+    options = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}", f"-DTRADY_ISAS={asked}")
+    done = run(program("cmake"), "-S", source, "-B", source / "build", *options)
+    assert (done.returncode == 0) == (unknown is None), done.stdout + done.stderr
+    known = "baseline;avx2;avx512;avx512_bf16;avx512_amx"
+    sentence = f"TRADY_ISAS: got {unknown}, expected some of {known}"
+    assert (sentence in " ".join(done.stderr.split())) == (unknown is not None)
+
+
 def test_compiler_that_links_a_static_standard_library(source: Path) -> None:
     """The libraries run on torch's all the same: with another, exceptions of the operators would crash the process."""
     program("c++")

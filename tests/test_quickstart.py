@@ -129,6 +129,24 @@ def test_the_build_depends_on_its_sources(quickstart: ModuleType, tmp_path: Path
     assert len(set(digests)) == 3
 
 
+def test_the_build_depends_on_the_compilers_there_are(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("setup.py", "CMakeLists.txt"):
+        (tmp_path / name).touch()
+    for name in ("CXX", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    digests = [quickstart.build_inputs()]
+    for program in ("bin/clang++", "bin/c++", "cuda/bin/nvcc"):
+        (tmp_path / program).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / program).touch(0o755)
+        digests.append(quickstart.build_inputs())
+    (tmp_path / "bin" / "g++").touch(0o755)  # c++ is taken as before
+    assert len(set(digests)) == 4 and quickstart.build_inputs() == digests[-1]
+
+
 def test_arm_says_what_to_install(quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quickstart.shutil, "which", lambda name: None)
     sentence = (
