@@ -16,9 +16,6 @@ def _fake(input: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype | None
     )
 
 
-#: What ``dtype`` may be, and of what.
-
-
 def _validate(input: torch.Tensor, channels: torch.Tensor, dtype: torch.dtype | None = None) -> None:
     if input.dim() < 2:
         raise ValueError(f"input: got {input.dim()} dimensions, expected at least 2, (N, C, ...)")
