@@ -86,6 +86,13 @@ def verdict(p: float, effect: float) -> str:
     return "holds" if effect > 0 else "the opposite was found"
 
 
+def held(count: int, total: int) -> str:
+    """Verdict of a claim that was found in so many of all cases, of which there is at least one."""
+    if count == total:
+        return "holds"
+    return "holds in part" if count else "does not hold"
+
+
 def p_words(p: float) -> str:
     """A probability, as it is printed."""
     return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
