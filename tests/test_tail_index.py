@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from trady_kernels.study.gradients import BLOCKS
-from trady_kernels.study.tail_index import TailIndex, on_known_draws
-from trady_kernels.study.tails import KNOWN
+from trady_kernels.study.tail_index import TailIndex, on_known_draws, on_mixed_draws
+from trady_kernels.study.tails import KNOWN, MIXED
 
 
 def test_by_hand() -> None:
@@ -32,12 +32,21 @@ def test_draws_of_a_known_index(alpha: float) -> None:
 
 def test_a_stream_is_its_whole() -> None:
     draws = torch.randn(1600)
-    whole, first, second = TailIndex(), TailIndex(), TailIndex()
+    whole, parts = TailIndex(), TailIndex()
     whole.add(draws)
-    first.add(draws[:800])
-    second.add(draws[800:])
-    first.include(second)
-    assert first.alpha == pytest.approx(whole.alpha, rel=1e-12) and first.samples == whole.samples == 1600
+    parts.add(draws[:800])
+    parts.add(draws[800:])
+    assert parts.alpha == pytest.approx(whole.alpha, rel=1e-12) and parts.samples == whole.samples == 1600
+
+
+def test_a_mixture_of_gaussians_has_no_index_of_its_own() -> None:
+    """The estimate is below 2, and the lower the more the scales differ; longer sums come closer to a Gaussian."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    found = [on_mixed_draws(MIXED, block) for block in (16, 256, 4096)]
+    assert [spread.mean for spread in found] == pytest.approx([0.945, 1.154, 1.3], abs=0.06)
+    assert found[0].mean + 3 * found[0].deviation < found[1].mean
+    one_scale, gaussian = on_mixed_draws(0.0, 16), on_known_draws(2.0, 16)
+    assert one_scale.mean == pytest.approx(2.0, abs=3 * gaussian.deviation)
 
 
 def test_nothing_and_constants() -> None:
@@ -52,5 +61,3 @@ def test_nothing_and_constants() -> None:
     assert alternating.alpha == math.inf
     with pytest.raises(ValueError, match="block: got 1, expected at least 2"):
         TailIndex(1)
-    with pytest.raises(ValueError, match="other: got a block of 2, expected 16"):
-        index.include(alternating)

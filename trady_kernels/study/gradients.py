@@ -94,6 +94,17 @@ def finished(looks: Looks) -> dict[Look, Gradients]:
     return found
 
 
+def by_task(looks: Looks) -> dict[str, list[Gradients]]:
+    """The finished runs of each task that has any, in the order of the file's recipes, and then of seeds.
+
+    Raises:
+        NothingFinished: no task has.
+    """
+    found = finished(looks)
+    runs = {task: [run for cell, run in found.items() if cell.task == task] for task in looks.recipes}
+    return {task: of_task for task, of_task in runs.items() if of_task}
+
+
 _SIZES: Mapping[str, Size] = {
     "quick": Size(2, {"train_samples": 128, "test_samples": 100, "epochs": 2}),
     "usual": Size(3, {"epochs": 3}),

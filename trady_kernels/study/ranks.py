@@ -3,34 +3,50 @@
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from trady_kernels.selection import LayerRanking
 from trady_kernels.study.gradients import Gradients, Look, Looks, finished
 from trady_kernels.study.markdown import markdown, spread
-from trady_kernels.study.plot import heat_maps, write_figure
-from trady_kernels.study.statistics import paired_test
+from trady_kernels.study.permutation import GroupTest, group_test
+from trady_kernels.study.plot import LETTERS, heat_maps, write_figure
+from trady_kernels.study.statistics import held, p_words, verdict
 
 #: Spearman's correlation between any two of TraDy's tasks and seeds.
 PUBLISHED_AGREEMENT = 0.8
 #: Of a ranking with the one at the end of the run, from which on it counts as stable.
 STABLE = 0.95
+#: Accuracy below the best run of the task from which on a training counts as failed.
+FAR_BELOW = 0.1
+
+#: Inches that a scale of colours is high, with its numbers and words.
+_BAR = 0.5
 
 Pair = tuple[Look, Look]
+_Found = TypeVar("_Found")
 
 
 def _by_network(looks: Looks) -> dict[str, list[Look]]:
+    """Finished runs, task by task in the order of the file's recipes."""
     networks: dict[str, list[Look]] = {}
-    for cell in finished(looks):
+    tasks = list(looks.recipes)
+    for cell in sorted(finished(looks), key=lambda cell: (tasks.index(cell.task), cell.seed)):
         networks.setdefault(looks.recipes[cell.task].model, []).append(cell)
     return networks
+
+
+def far_below(looks: Looks, cells: Sequence[Look]) -> list[Look]:
+    """The runs that end more than ``FAR_BELOW`` under the best one of their task."""
+    best: dict[str, float] = {}
+    for cell in cells:
+        best[cell.task] = max(best.get(cell.task, 0.0), looks[cell].top1)
+    return [cell for cell in cells if looks[cell].top1 < best[cell.task] - FAR_BELOW]
 
 
 def layer_agreement(first: Gradients, second: Gradients, place: int = -1, other: int = -1) -> float:
@@ -42,20 +58,33 @@ def layer_agreement(first: Gradients, second: Gradients, place: int = -1, other:
     return LayerRanking(scores[0]).agreement(scores[1])
 
 
+def _ends(run: Gradients, epochs: int) -> list[int]:
+    """Places in ``steps`` of the last step of every epoch."""
+    steps = run.steps[-1] // epochs
+    return [run.steps.index(steps * epoch) for epoch in range(1, 1 + epochs)]
+
+
+def _between(run: Gradients, start: int | None, end: int) -> LayerRanking:
+    """Layers by their norms between two places in ``steps``; None is before the first step."""
+    return LayerRanking(
+        {
+            name: max(norms[end] - (norms[start] if start is not None else 0.0), 0.0)
+            for name, norms in run.layer_norms.items()
+        }
+    )
+
+
 def epoch_agreements(run: Gradients, epochs: int) -> list[float]:
     """Spearman's correlation of the layer norms of any two epochs of a run, each added up over its own steps alone."""
-    steps = run.steps[-1] // epochs
-    ends = [run.steps.index(steps * epoch) for epoch in range(1, 1 + epochs)]
-    rankings = [
-        LayerRanking(
-            {
-                name: max(norms[end] - (norms[before] if before is not None else 0.0), 0.0)
-                for name, norms in run.layer_norms.items()
-            }
-        )
-        for before, end in zip([None, *ends[:-1]], ends, strict=True)
-    ]
+    ends = _ends(run, epochs)
+    rankings = [_between(run, before, end) for before, end in zip([None, *ends[:-1]], ends, strict=True)]
     return [a.agreement(b) for a, b in combinations(rankings, 2)]
+
+
+def later_agreements(run: Gradients, epochs: int) -> list[float]:
+    """Spearman's correlation of the layer norms up to the end of each epoch but the last, with those of all later steps."""
+    *ends, last = _ends(run, epochs)
+    return [_between(run, None, end).agreement(_between(run, end, last)) for end in ends]
 
 
 def channel_agreement(first: Gradients, second: Gradients) -> float:
@@ -74,23 +103,26 @@ def channel_agreement(first: Gradients, second: Gradients) -> float:
     return math.fsum(found) / len(found) if found else math.nan
 
 
-def channel_p(first: Gradients, second: Gradients) -> float:
-    """The p of a paired t-test of two runs' cumulated channel norms, over all channels of all layers.
+def channel_test(first: Gradients, second: Gradients) -> tuple[float, float]:
+    """Student's t and p of a paired t-test of two runs' cumulated channel norms, over all channels of all layers.
 
-    It tells whether one run's gradients are larger in all, not whether other channels have them.
+    It tells whether one run's gradients are larger in all, not whether other channels have them. Both are NaN where all
+    differences are equal.
 
     Raises:
         ModuleNotFoundError: scipy is not installed.
     """
-    norms = [
-        {
-            (name, channel): norm
-            for name, values in run.channel_norms.items()
-            for channel, norm in enumerate(values)
-        }
+    from scipy.stats import ttest_1samp
+
+    norms, others = (
+        torch.cat([torch.tensor(norms, dtype=torch.float64) for norms in run.channel_norms.values()])
         for run in (first, second)
-    ]
-    return paired_test(norms[0], norms[1]).p
+    )
+    differences = norms - others
+    if (differences == differences[0]).all():
+        return math.nan, math.nan
+    test = ttest_1samp(differences.numpy(), 0.0)
+    return float(test.statistic), float(test.pvalue)
 
 
 def topology(run: Gradients) -> torch.Tensor:
@@ -116,76 +148,41 @@ def share_apart(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -
     return float((torch.from_numpy(test.pvalue) < 0.05).double().sum() / len(moving))
 
 
-@dataclass(frozen=True)
-class Apart:
-    """How far the channels of two tasks differ.
-
-    Attributes:
-        share: of channels that a t-test tells apart between the seeds of one task and those of the other.
-        mixed: the same between every other two groups of these runs, in which tasks are mixed: what chance makes of it.
-    """
-
-    share: float
-    mixed: list[float]
-
-    @property
-    def differ(self) -> bool:
-        """Whether tasks differ more than any groups in which they are mixed."""
-        return self.share > max(self.mixed)
-
-
-def tasks_apart(first: Sequence[Gradients], second: Sequence[Gradients]) -> Apart | None:
-    """Compare two tasks by the topologies of their runs; None with fewer than two runs of each.
-
-    Raises:
-        ModuleNotFoundError: scipy is not installed.
-    """
-    count = min(len(first), len(second))
-    if count < 2:
-        return None
-    runs = [topology(run) for run in (*first[:count], *second[:count])]
-    tasks = set(range(count))
-    mixed = []
-    for others in combinations(range(1, 2 * count), count - 1):
-        group = {0, *others}  # with the first run, so that no division counts twice
-        if group != tasks:
-            rest = [runs[at] for at in range(2 * count) if at not in group]
-            mixed.append(share_apart([runs[at] for at in sorted(group)], rest))
-    return Apart(share_apart(runs[:count], runs[count:]), mixed)
-
-
 def _compare(
-    looks: Looks, cells: list[Look], measure: Callable[[Gradients, Gradients], float]
-) -> dict[Pair, float]:
+    looks: Looks, cells: list[Look], measure: Callable[[Gradients, Gradients], _Found]
+) -> dict[Pair, _Found]:
     return {(a, b): measure(looks[a], looks[b]) for a, b in combinations(cells, 2)}
 
 
-def _of_task(looks: Looks, cells: list[Look], task: str) -> list[Gradients]:
-    return [looks[cell] for cell in cells if cell.task == task]
+def tasks_apart(looks: Looks, cells: list[Look]) -> list[float]:
+    """``share_apart`` of every two tasks that have two runs each."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for cell in cells:
+        groups.setdefault(cell.task, []).append(topology(looks[cell]))
+    several = [group for group in groups.values() if len(group) > 1]
+    return [share_apart(a, b) for a, b in combinations(several, 2)]
 
 
-def _all_apart(looks: Looks, cells: list[Look]) -> dict[tuple[str, str], Apart]:
-    """Every two tasks that have two runs each."""
+def tasks_test(agreements: dict[Pair, float], cells: list[Look]) -> GroupTest | None:
+    """Whether runs of a task agree more than runs of different tasks; None where there are too few.
+
+    One less the correlation is, but for a factor, the squared distance of ranks.
+    """
+    squares = [[1 - value for value in row] for row in _matrix(agreements, cells, 1.0)]
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    found = {
-        (a, b): tasks_apart(_of_task(looks, cells, a), _of_task(looks, cells, b))
-        for a, b in combinations(tasks, 2)
-    }
-    return {pair: apart for pair, apart in found.items() if apart is not None}
+    return group_test(squares, [tasks.index(cell.task) for cell in cells])
 
 
-def _kinds(values: dict[Pair, float]) -> tuple[list[float], list[float]]:
+def _kinds(values: Mapping[Pair, _Found]) -> tuple[list[_Found], list[_Found]]:
     """Between seeds of a task, and between tasks."""
     seeds = [value for (a, b), value in values.items() if a.task == b.task]
     return seeds, [value for (a, b), value in values.items() if a.task != b.task]
 
 
-def _words(pair: Pair) -> str:
-    return " and ".join(f"{cell.task}, seed {cell.seed}" for cell in pair)
-
-
-def _range(values: list[float]) -> str:
-    return f"{spread(values, 2)} ({min(values):.2f} to {max(values):.2f})" if values else ""
+def _range(values: list[float], digits: int = 2) -> str:
+    if not values:
+        return ""
+    return f"{spread(values, digits)} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def ranks_section(looks: Looks) -> list[str]:
@@ -195,48 +192,82 @@ def ranks_section(looks: Looks) -> list[str]:
         agreements = _compare(looks, cells, layer_agreement)
         if not agreements:
             continue
-        seeds, tasks = _kinds(agreements)
-        worst = min(agreements, key=agreements.__getitem__)
         epochs = [
             agreement
             for cell in cells
             for agreement in epoch_agreements(looks[cell], looks.recipes[cell.task].epochs)
         ]
         stable = [stable_from(looks[cell]) for cell in cells]
-        first_epochs = [looks[cell].steps[-1] // looks.recipes[cell.task].epochs for cell in cells]
+        steps = max(looks[cell].steps[-1] for cell in cells)
         rows.append(
             [
                 network,
                 str(len(cells)),
-                *(_range(found) for found in (seeds, tasks, epochs)),
-                f"{min(stable)} to {max(stable)}",
+                *(_range(found) for found in (*_kinds(agreements), epochs)),
+                f"{min(stable)} to {max(stable)} of {steps}",
             ]
         )
-        early = sum(found <= steps for found, steps in zip(stable, first_epochs, strict=True))
-        sentences += [
-            "",
-            f"*Ranks agree across tasks and seeds, at least {PUBLISHED_AGREEMENT} (TraDy)*, {network}: "
-            f"{_holds(agreements[worst] >= PUBLISHED_AGREEMENT)}, worst is {agreements[worst]:.2f}, of {_words(worst)}.",
-            "",
-            f"*A few epochs suffice for a ranking (TraDy)*, {network}: {_holds(early == len(cells))}, in {early} of {len(cells)} runs "
-            f"the ranking after the first epoch, or one before, agrees with the last by {STABLE} or more.",
-        ]
+        claim = f"*Ranks agree across tasks and seeds, at least {PUBLISHED_AGREEMENT} (TraDy)*, {network}"
+        sentences += ["", f"{claim}: {_agree(looks, agreements)}"]
+        if failed := far_below(looks, cells):
+            others = {pair: value for pair, value in agreements.items() if not set(failed) & set(pair)}
+            names = ", ".join(_run(looks, cell) for cell in failed)
+            if others:
+                sentences += ["", f"{claim}, without {names}: {_agree(looks, others)}"]
+        if early := _early(looks, cells, stable):
+            sentences += ["", f"*A few epochs suffice for a ranking (TraDy)*, {network}: {early}"]
     heads = [
         *("network", "runs", "between seeds", "between tasks", "between epochs"),
         f"steps to {STABLE} with the end",
     ]
     return [
         "Spearman's correlation of the layers' gradient norms: between runs, added up over a run; between epochs of a run, each "
-        "epoch's own. Mean and standard deviation over pairs, and range. The steps are those after which the norms so far rank "
-        "layers as those of the whole run do.",
+        "epoch's own. Mean and standard deviation over pairs, and range. Norms were noted after 1, 2, 4, 8, ... steps and at the "
+        f"end of every epoch: the steps are the first of these from which on the norms so far rank layers as those of the whole "
+        f"run do, with a correlation of {STABLE} or more. The whole run contains the steps so far, so that late ones agree with it "
+        "in any case.",
+        "",
+        f"Beside runs stands their top-1. A training more than {100 * FAR_BELOW:g} points below the best of its task counts as "
+        "failed; where there is one, the verdict is given without it too.",
         "",
         *markdown(heads, rows),
         *sentences,
     ]
 
 
-def _holds(claim: bool) -> str:
-    return "holds" if claim else "does not hold"
+def _agree(looks: Looks, agreements: dict[Pair, float]) -> str:
+    """Whether all pairs agree as TraDy's do, and which do least."""
+    worst = min(agreements, key=agreements.__getitem__)
+    runs = " and ".join(_run(looks, cell) for cell in worst)
+    return (
+        f"{held(agreements[worst] >= PUBLISHED_AGREEMENT, 1)}, worst is {agreements[worst]:.2f}, of {runs}."
+    )
+
+
+def _run(looks: Looks, cell: Look) -> str:
+    return f"{cell.task}, seed {cell.seed} ({100 * looks[cell].top1:.1f}%)"
+
+
+def _early(looks: Looks, cells: list[Look], stable: list[int]) -> str:
+    """Whether the ranking is stable before the last epoch, and how it is after the first; of one epoch nothing."""
+    last = min(looks.recipes[cell.task].epochs for cell in cells) - 1
+    if last < 1:
+        return ""
+    soon, alike = {}, {}
+    for epoch in dict.fromkeys((last, 1)):
+        ends = [
+            looks[cell].steps[_ends(looks[cell], looks.recipes[cell.task].epochs)[epoch - 1]]
+            for cell in cells
+        ]
+        later = [later_agreements(looks[cell], looks.recipes[cell.task].epochs)[epoch - 1] for cell in cells]
+        soon[epoch] = sum(found <= end for found, end in zip(stable, ends, strict=True))
+        alike[epoch] = f"{min(later):.2f} to {max(later):.2f}"
+    first = last > 1
+    return (
+        f"{held(soon[last], len(cells))}, after epoch {last} of {last + 1} the ranking agrees with the whole run's by {STABLE} or "
+        f"more in {soon[last]} of {len(cells)} runs{f' (after epoch 1 in {soon[1]})' * first}. With that of the epochs after it "
+        f"alone its correlation is {alike[last]}{f' (after epoch 1 {alike[1]})' * first}."
+    )
 
 
 def stable_from(run: Gradients) -> int:
@@ -255,37 +286,40 @@ def channels_section(looks: Looks) -> list[str]:
     for network, cells in _by_network(looks).items():
         if len(cells) < 2:
             continue
-        within = _kinds(_compare(looks, cells, channel_agreement))
-        paired = _kinds(_compare(looks, cells, channel_p))
-        larger = [f"{sum(p < 0.05 for p in group)} of {len(group)}" if group else "" for group in paired]
-        apart = _all_apart(looks, cells)
-        shares = [100 * found.share for found in apart.values()]
-        mixed = [100 * share for found in apart.values() for share in found.mixed]
-        rows.append([network, *map(_range, within), spread(shares), spread(mixed), *larger])
-        if apart:
-            differ = sum(found.differ for found in apart.values())
-            verdict = "holds" if differ == len(apart) else "holds in part" if differ else "does not hold"
+        agreements = _compare(looks, cells, channel_agreement)
+        tests = _compare(looks, cells, channel_test)
+        larger = [
+            f"{sum(p < 0.05 for _, p in group)} of {len(group)}" if group else "" for group in _kinds(tests)
+        ]
+        apart = _range([100 * share for share in tasks_apart(looks, cells)], 1)
+        rows.append([network, *map(_range, _kinds(agreements)), apart, *larger])
+        if (test := tasks_test(agreements, cells)) is not None:
             sentences += [
                 "",
-                f"*Channels differ between tasks (TraDy)*, {network}: {verdict}; {differ} of {len(apart)} pairs of tasks have more "
-                f"channels apart than any groups that mix them, {statistics.fmean(shares):.1f}% of channels against "
-                f"{statistics.fmean(mixed):.1f}%.",
+                f"*Channels differ between tasks (TraDy)*, {network}: {_differ(test, len(cells))}",
             ]
-    heads = [
-        *("network", "ranks, seeds", "ranks, tasks", "apart, tasks (%)", "apart, mixed (%)"),
-        *("larger, seeds", "larger, tasks"),
-    ]
+    heads = ["network", "ranks, seeds", "ranks, tasks", "apart (%)", "larger, seeds", "larger, tasks"]
     return [
         "Norms of the channels' gradients, added up over a run. Ranks: Spearman's correlation inside a layer, the mean over "
         "layers, between two runs of a task and of different ones. Apart: share of channels whose norms, over the mean of their "
-        "layer, Welch's t-test tells apart at 5% between the seeds of one task and those of another; mixed: between groups of "
-        "the same runs that have both tasks in them, which is what chance makes of so few seeds. Larger: pairs of runs that a "
-        "paired t-test over all channels tells apart at 5%, which it does where one run's gradients are larger in all, so that it "
-        "says nothing of which channels have them.",
+        "layer, Welch's t-test tells apart at 5% between the seeds of one task and those of another, the mean over pairs of tasks; "
+        "chance alone would tell 5% apart, and of so few seeds fewer. Larger: pairs of runs that a paired t-test over all channels "
+        "tells apart at 5%, which it does where one run's gradients are larger in all, so that it says nothing of which channels "
+        "have them. The picture has the ranks of every two runs below the diagonal, and that test's |t| above it: 2 is the level "
+        "of 5%.",
         "",
         *markdown(heads, rows),
+        "",
+        "Whether tasks differ is one permutation test a network: F is how much further apart, by one less the correlation of "
+        "ranks, runs of different tasks are than runs of one, and p the share of all divisions of the runs into groups of the "
+        "same sizes, the tasks among them, whose F is at least as large.",
         *sentences,
     ]
+
+
+def _differ(test: GroupTest, runs: int) -> str:
+    least = f"; p cannot be below {1 / test.divisions:.3f}" if test.divisions < 20 else ""
+    return f"{verdict(test.p, 1.0)}, F is {test.statistic:.1f} ({p_words(test.p)}, of {test.divisions} divisions of {runs} runs{least})."
 
 
 def _matrix(values: dict[Pair, float], cells: list[Look], diagonal: float) -> list[list[float]]:
@@ -294,43 +328,78 @@ def _matrix(values: dict[Pair, float], cells: list[Look], diagonal: float) -> li
     ]
 
 
-def _plot_runs(
-    path: Path, looks: Looks, measure: Callable[[Gradients, Gradients], float], words: str
-) -> None:
-    matrices = {}
-    for network, cells in _by_network(looks).items():
-        names = [f"{cell.task} {cell.seed}" for cell in cells]
-        matrices[network] = (_matrix(_compare(looks, cells, measure), cells, 1.0), names, names)
-    write_figure(path, heat_maps(matrices, words=words, low=0.0, high=1.0, axes_words=("task, seed",) * 2))
-
-
 def plot_ranks(path: Path, looks: Looks) -> None:
     """Draw the matrix of rank correlations of layers, a panel a network."""
-    _plot_runs(path, looks, layer_agreement, "Spearman's correlation of layers")
+    matrices = {}
+    for network, cells in _by_network(looks).items():
+        names = _names(looks, cells)
+        matrices[network] = (_matrix(_compare(looks, cells, layer_agreement), cells, 1.0), names, names)
+    write_figure(path, _heat_maps(matrices, "Spearman's correlation of layers"))
 
 
 def plot_channels(path: Path, looks: Looks) -> None:
-    """Draw the matrix of rank correlations of channels, a panel a network, and the share that tells two tasks apart."""
-    matrices: dict[str, tuple[list[list[float]], list[str], list[str]]] = {}
+    """Draw the matrix of rank correlations of channels below the diagonal and of t-tests above it, a panel a network."""
+    matrices, above = {}, []
     for network, cells in _by_network(looks).items():
-        names = [f"{cell.task} {cell.seed}" for cell in cells]
-        matrices[f"{network}, ranks"] = (
-            _matrix(_compare(looks, cells, channel_agreement), cells, 1.0),
-            names,
-            names,
-        )
-        tasks = list(dict.fromkeys(cell.task for cell in cells))
-        apart = _all_apart(looks, cells)
-        matrices[f"{network}, apart"] = (
-            [
-                [
-                    apart[pair].share if (pair := (a, b)) in apart or (pair := (b, a)) in apart else math.nan
-                    for b in tasks
-                ]
-                for a in tasks
-            ],
-            tasks,
-            tasks,
-        )
-    words = "ranks: Spearman's correlation; apart: share of channels"
-    write_figure(path, heat_maps(matrices, words=words, low=0.0, high=1.0, axes_words=("task, seed",) * 2))
+        names = _names(looks, cells)
+        agreements = _matrix(_compare(looks, cells, channel_agreement), cells, math.nan)
+        tests = {pair: abs(t) for pair, (t, _) in _compare(looks, cells, channel_test).items()}
+        matrices[network] = (_triangle(agreements, below=True), names, names)
+        above.append(_triangle(_matrix(tests, cells, math.nan), below=False))
+    figure = _heat_maps(matrices, "Spearman's correlation (below the diagonal)")
+    _draw_above(figure, above, "|t| of paired t-tests (above the diagonal)")
+    write_figure(path, figure)
+
+
+def _names(looks: Looks, cells: list[Look]) -> list[str]:
+    failed = far_below(looks, cells)
+    return [f"{cell.task} {cell.seed}{'*' * (cell in failed)}" for cell in cells]
+
+
+def _triangle(matrix: list[list[float]], *, below: bool) -> list[list[float]]:
+    """The part of a matrix on one side of its diagonal; NaN elsewhere."""
+    return [
+        [
+            value if column != row and (column < row) == below else math.nan
+            for column, value in enumerate(values)
+        ]
+        for row, values in enumerate(matrix)
+    ]
+
+
+def _heat_maps(matrices: Mapping[str, tuple[list[list[float]], list[str], list[str]]], words: str) -> Any:
+    """Of correlations, colours from the tenth below the lowest one to 1."""
+    found = [value for matrix, _, _ in matrices.values() for row in matrix for value in row if value == value]
+    low = math.floor(10 * min(found, default=0.0) - 1e-9) / 10
+    failed = any(name.endswith("*") for _, names, _ in matrices.values() for name in names)
+    note = f" (* over {100 * FAR_BELOW:g} points below its task's best)" * failed
+    return heat_maps(matrices, words=words, low=low, high=1.0, axes_words=("", f"task, seed{note}"))
+
+
+def _draw_above(figure: Any, matrices: list[list[list[float]]], words: str) -> None:
+    """Draw into the empty cells of a figure's heat maps others, in other colours with a scale of their own."""
+    panels = figure.axes[: len(matrices)]
+    most = max(
+        (value for matrix in matrices for row in matrix for value in row if value == value), default=1.0
+    )
+    for axes, matrix in zip(panels, matrices, strict=True):
+        image = axes.imshow(matrix, cmap="Purples", vmin=0.0, vmax=most, aspect=axes.get_aspect())
+        for row, values in enumerate(matrix):
+            for column, value in enumerate(values):
+                if value == value:
+                    ink = "white" if value > most / 2 else "black"
+                    axes.text(
+                        column,
+                        row,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=LETTERS["cells"],
+                        color=ink,
+                    )
+    figure.set_figheight(figure.get_figheight() + _BAR)
+    bar = figure.colorbar(
+        image, ax=panels, location="bottom", fraction=0.02, pad=0.02, aspect=30, label=words
+    )
+    bar.ax.tick_params(labelsize=LETTERS["ticks"])
+    bar.ax.xaxis.label.set_fontsize(LETTERS["label"])

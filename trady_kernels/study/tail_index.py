@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -51,19 +52,6 @@ class TailIndex:
         self._samples += count
         self._sums += len(sums)
 
-    def include(self, other: TailIndex) -> None:
-        """Take over what another one of the same block has noted.
-
-        Raises:
-            ValueError: its block is another.
-        """
-        if other.block != self.block:
-            raise ValueError(f"other: got a block of {other.block}, expected {self.block}")
-        self._logs_of_samples += other._logs_of_samples
-        self._logs_of_sums += other._logs_of_sums
-        self._samples += other._samples
-        self._sums += other._sums
-
     @property
     def samples(self) -> int:
         """How many were used."""
@@ -87,12 +75,35 @@ def on_known_draws(
     Raises:
         ModuleNotFoundError: scipy is not installed.
     """
+    return _estimates(block, (scale * _stable_draws(alpha, samples, seed) for seed in range(repeats)))
+
+
+@functools.lru_cache
+def _stable_draws(alpha: float, samples: int, seed: int) -> torch.Tensor:
     from scipy.stats import levy_stable
 
+    return torch.from_numpy(levy_stable.rvs(alpha, 0.0, size=samples, random_state=seed))
+
+
+@functools.lru_cache
+def on_mixed_draws(deviation: float, block: int, samples: int = 64_000, repeats: int = 10) -> Spread:
+    """Estimates from Gaussians each of whose scale is drawn too, lognormal with that deviation of its logarithm.
+
+    They have all moments, so that their sums tend to a Gaussian and the estimate rises to 2 with ``block``.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
+    from scipy.stats import norm
+
+    drawn = (torch.from_numpy(norm.rvs(size=(2, samples), random_state=seed)) for seed in range(repeats))
+    return _estimates(block, (draws * (deviation * logarithms).exp() for draws, logarithms in drawn))
+
+
+def _estimates(block: int, repeats: Iterable[torch.Tensor]) -> Spread:
     found = []
-    for seed in range(repeats):
+    for draws in repeats:
         index = TailIndex(block)
-        draws = levy_stable.rvs(alpha, 0.0, scale=scale, size=samples, random_state=seed)
-        index.add(torch.from_numpy(draws))
+        index.add(draws)
         found.append(index.alpha)
     return Spread.of(found)
