@@ -86,6 +86,9 @@ CASES = (
     Case("one input channel", 1, 3, 3, (6, 7), (0,), {"padding": 1}),
     Case("batch 1", 4, 3, 3, (6, 7), (0, 1), {"padding": 1}, batch=1),
     Case("empty batch", 4, 3, 3, (6, 7), (0, 1), {"padding": 1}, batch=0),
+    Case("empty batch, 1x1", 4, 3, 1, (6, 7), (0, 1), batch=0),
+    Case("empty batch, 1x1, stride", 4, 3, 1, (6, 7), (), {"stride": 2}, batch=0),
+    Case("empty batch, depthwise", 4, 4, 3, (6, 7), (0, 1), {"groups": 4}, batch=0),
 )
 
 # torch itself notes that even kernels under 'same' cost a padded copy

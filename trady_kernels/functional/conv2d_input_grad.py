@@ -67,7 +67,7 @@ def _product(
         batch, out_channels, height, width = grad_output.shape
         pixels = grad_output.permute(0, 2, 3, 1).reshape(-1, out_channels)
         grad = torch.mm(pixels, weight.reshape(out_channels, -1))
-        return grad.view(batch, height, width, -1).permute(0, 3, 1, 2)
+        return grad.view(batch, height, width, weight.shape[1]).permute(0, 3, 1, 2)
     return torch.convolution(
         grad_output, weight.transpose(0, 1), None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1
     )
