@@ -309,6 +309,18 @@ def test_equals_the_dense_network(loop: Loop) -> None:
     check_gradients(lean, dense)
 
 
+def test_forward_mode_without_gradients_equals_the_dense_network() -> None:
+    lean, dense = pair(Net)
+    x, tangent = batch(1), batch(2)
+    with pytest.raises(NotImplementedError, match="sparse and lean layers have no forward-mode derivative"):
+        torch.func.jvp(lean, (x,), (tangent,))
+    with torch.no_grad():
+        for found, expected in zip(
+            *(torch.func.jvp(m.eval(), (x,), (tangent,)) for m in (lean, dense)), strict=True
+        ):
+            check(found, expected, "output or derivative")
+
+
 # -- compiled --------------------------------------------------------------------------------------
 
 
