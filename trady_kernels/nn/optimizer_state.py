@@ -9,6 +9,7 @@ after a ``select()`` or after a ``load_state_dict()``.
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import warnings
 import weakref
@@ -228,7 +229,9 @@ def _rule_of(optimizer: Optimizer) -> _Rule | None:
     cls = type(optimizer)
     for base in cls.__mro__:
         if base in RULES:
-            return RULES[base] if cls.step is base.step else None
+            # torch wraps `step` in the first instance's class: in this one, where no `base` has been made before.
+            inherits = cls.step is base.step or inspect.unwrap(cls.step) is inspect.unwrap(base.step)
+            return RULES[base] if inherits else None
     return None
 
 
@@ -419,6 +422,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 # Layers that some optimiser has held at a step, and layers warned of.
 _stepped: weakref.WeakSet[Any] = weakref.WeakSet()
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()
+# Optimiser -> layers that had a gradient at a step of it and were held by none yet: another one may step after it.
+_suspects: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 # Optimiser -> layers that share no module with its parameters.
 _strangers: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
@@ -426,10 +431,10 @@ _strangers: weakref.WeakKeyDictionary[Optimizer, weakref.WeakSet[Any]] = weakref
 def _warn_of_forgotten(optimizer: Optimizer) -> None:
     """Warn once of layers that have a gradient which no optimiser has ever used.
 
-    The rule: a layer with selected channels and a gradient, held by no optimiser that has stepped so far,
-    in a module that also has a parameter which this optimiser holds.
+    The rule: a layer with selected channels and a gradient, held by no optimiser that has stepped so far, at the
+    second such step of this optimiser, in a module that also has a parameter which this optimiser holds.
     """
-    forgotten = [
+    idle = [
         layer
         for layer in list(_layers.values())
         if layer.channel_weight.grad is not None
@@ -438,6 +443,11 @@ def _warn_of_forgotten(optimizer: Optimizer) -> None:
         and layer not in _warned
         and layer not in _strangers.get(optimizer, ())
     ]
+    if not idle:
+        return
+    suspects = _suspects.setdefault(optimizer, weakref.WeakSet())
+    forgotten = [layer for layer in idle if layer in suspects]
+    suspects.update(idle)
     if not forgotten:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
