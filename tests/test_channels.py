@@ -278,7 +278,7 @@ def test_load_state_dict_is_strict(dense: Any) -> None:
     layer = sparse_of(dense)
     state = dense.state_dict()
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "channel_weight"'):
-        layer.load_state_dict({**state, "channel_weight": layer.channel_weight})
+        layer.load_state_dict({**state, "channel_weight": layer.channel_weight.detach()})
     del state["weight"]
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight"'):
         layer.load_state_dict(state)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import TWO_FORWARDS, WORLD, in_processes, needs_gloo
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from trady_kernels import ChannelSampler, SparseConv2d, SparseLinear, sparsify, trainable_parameters
@@ -127,3 +134,42 @@ def test_fixed_counts_are_drawn_anew_in_one_wrapper(tmp_path: Path) -> None:
     for selections, state in in_processes(resample, tmp_path):
         assert selections == expected_selections
         assert_same(state, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({}, {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}, {"cpu_offload": True}),
+    ids=str,
+)
+@pytest.mark.parametrize("cls", (torch.optim.Adam, torch.optim.SGD))
+def test_distributed_checkpoint_of_a_selection(cls: Any, options: dict[str, bool]) -> None:
+    def make() -> tuple[nn.Sequential, torch.optim.Optimizer]:
+        model = nn.Sequential(SparseLinear(6, 4, channels=[0, 1]), nn.Linear(4, 2))
+        arguments = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+        return model, cls(trainable_parameters(model), lr=0.01, **arguments)
+
+    def steps(model: nn.Sequential, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for number in range(count):
+            generator = torch.Generator().manual_seed(number)
+            model(torch.randn(5, 6, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = make()
+    steps(model, optimizer, 2)
+    model[0].select([1, 2, 5], optimizer)  # type: ignore[operator]
+    steps(model, optimizer, 1)
+    kind = StateDictOptions(**options)
+    saved = copy.deepcopy(get_state_dict(model, optimizer, options=kind))
+    other, fresh = make()
+    other[0].select([1, 2, 5])  # type: ignore[operator]
+    missing, unexpected = set_state_dict(
+        other, fresh, model_state_dict=saved[0], optim_state_dict=saved[1], options=kind
+    )
+    assert not missing and not unexpected
+    for one in ((model, optimizer), (other, fresh)):
+        steps(*one, 2)
+        one[0][0].select([0, 5], one[1])  # type: ignore[operator]
+        steps(*one, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name

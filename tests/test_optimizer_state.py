@@ -178,6 +178,7 @@ def test_state_has_the_size_of_the_rows(case: Case) -> None:
         shapes = {value.shape for value in state.values() if isinstance(value, torch.Tensor) and value.dim()}
         assert shapes == {layer.channel_weight.shape}
         assert state[CHANNELS] == tuple(selection)
+        assert (ENTERED in state) == (RULES[case.cls].update is not None)
         assert CHANNELS not in optimizer.state[dense] and ENTERED not in optimizer.state[dense]
 
 
@@ -229,10 +230,10 @@ def test_old_rows_need_no_correction_any_more() -> None:
     optimizer = optim.Adam([layer.channel_weight], betas=(0.5, 0.6))
     step(layer, optimizer, gradients(1)[0])
     layer.select([0, 3], optimizer)
-    assert ENTERED in optimizer.state[layer.channel_weight]
+    assert optimizer.state[layer.channel_weight][ENTERED] == (0, 1)
     for grad in gradients(100):
         step(layer, optimizer, grad)
-    assert ENTERED not in optimizer.state[layer.channel_weight]
+    assert optimizer.state[layer.channel_weight][ENTERED] == ()
 
 
 def test_step_skipped_by_a_gradient_scaler_moves_nothing() -> None:
@@ -358,7 +359,7 @@ def test_two_parameter_groups_and_two_layers() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert optimizer.state[model[1].channel_weight][CHANNELS] == (2,)
-    assert ENTERED not in optimizer.state[model[1].channel_weight]
+    assert optimizer.state[model[1].channel_weight][ENTERED] == ()
 
 
 def test_deepcopied_optimiser_state_is_its_own() -> None:
@@ -370,8 +371,47 @@ def test_deepcopied_optimiser_state_is_its_own() -> None:
     step(layer, optimizer, gradients(1)[0])
     layer.select([0, 1, 4])
     optimizer.load_state_dict(saved)
+    layer.select([0, 1, 4], optimizer)
     assert optimizer.state[layer.channel_weight][CHANNELS] == (0, 1, 4)
     assert optimizer.state[layer.channel_weight]["exp_avg"].shape[0] == 3
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64), ids=str)
+def test_loaded_channels_and_ages_are_exact(dtype: torch.dtype) -> None:
+    layer = SparseLinear(70_000, 1, bias=False, dtype=dtype, channels=[0, 257, 65_537])
+    optimizer = optim.Adam([layer.channel_weight])
+    layer.channel_weight.grad = torch.ones_like(layer.channel_weight)
+    optimizer.step()
+    state = optimizer.state[layer.channel_weight]
+    state["step"].fill_(70_001)
+    layer.select([257, 65_537, 69_999], optimizer)
+    expected = {CHANNELS: (257, 65_537, 69_999), ENTERED: (0, 0, 70_001)}
+    assert {name: state[name] for name in expected} == expected
+    for source in (optimizer, optim.Adam([layer.channel_weight])):  # loaded twice, without a step in between
+        other = optim.Adam([layer.channel_weight])
+        source.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        other.load_state_dict(copy.deepcopy(source.state_dict()))
+        layer.select([65_537, 69_999], other)
+        state = other.state[layer.channel_weight]
+        assert state[CHANNELS] == (65_537, 69_999) and state[ENTERED] == (0, 70_001)
+        layer.select([257, 65_537, 69_999])
+
+
+def test_state_dicts_with_tuples_still_load() -> None:
+    layer = layer_of([0])
+    optimizer = optim.Adam([layer.channel_weight])
+    for channels in ([0], [0, 3]):
+        layer.select(channels)
+        step(layer, optimizer, gradients(1)[0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name, value in ((CHANNELS, (0, 3)), (ENTERED, (0, 1))):
+        assert isinstance(saved["state"][0][name], torch.Tensor)
+        saved["state"][0][name] = value
+    other = optim.Adam([layer.channel_weight])
+    other.load_state_dict(saved)
+    layer.select([3], other)
+    assert other.state[layer.channel_weight][CHANNELS] == (3,)
+    assert other.state[layer.channel_weight][ENTERED] == (1,)
 
 
 # -- forgotten layers ------------------------------------------------------------------------------

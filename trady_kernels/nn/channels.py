@@ -420,6 +420,10 @@ class SparseChannels(nn.Module):
             self._push()
         before = _stamp(self.weight)
         rows = self._parameters.pop("channel_weight")
+        # torch.distributed.checkpoint fills up what it loads with the model's own parameters.
+        name = f"{prefix}channel_weight"
+        if state_dict.get(name) is rows:
+            state_dict = {key: value for key, value in state_dict.items() if key != name}
         try:
             super()._load_from_state_dict(state_dict, prefix, *args)
         finally:

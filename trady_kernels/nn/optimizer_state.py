@@ -2,8 +2,8 @@
 
 Two hooks on every optimiser's step do it, so nothing in a training loop has to know. What an optimiser keeps
 for a ``channel_weight`` says itself which channels its rows belong to (two tuples in ``optimizer.state``, which
-``state_dict()`` carries along), so it is rearranged whenever the selection is another one at a step, be it
-after a ``select()`` or after a ``load_state_dict()``.
+``state_dict()`` carries along as tensors), so it is rearranged whenever the selection is another one at a step, be
+it after a ``select()`` or after a ``load_state_dict()``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 #: Entry of ``optimizer.state[channel_weight]``: the channel of each row.
 CHANNELS = "trady_channels"
 #: Entry beside it, where an optimiser's step count is shared: the step at which each row entered, 0 for a
-#: row that was there from the start or whose age no longer matters.
+#: row that was there from the start or whose age no longer matters; empty where that holds for all rows.
 ENTERED = "trady_entered"
 
 
@@ -235,6 +235,48 @@ def _rule_of(optimizer: Optimizer) -> _Rule | None:
     return None
 
 
+# -- the two entries in a state_dict ---------------------------------------------------------------
+
+# Optimisers whose state_dict() carries the entries as tensors.
+_packing: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+# load_state_dict() gives tensors the parameter's dtype; these digits are exact in all of them.
+_DIGITS, _BASE = 4, 256
+
+
+def _as_tensor(numbers: tuple[int, ...]) -> torch.Tensor:  # (k, 4)
+    digits = [[number // _BASE**place % _BASE for place in range(_DIGITS)] for number in numbers]
+    return torch.tensor(digits, dtype=torch.int64, device="cpu").view(-1, _DIGITS)
+
+
+def _as_tuple(digits: torch.Tensor) -> tuple[int, ...]:
+    return tuple(sum(int(digit) * _BASE**place for place, digit in enumerate(row)) for row in digits.tolist())
+
+
+def _pack(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Hook of ``state_dict()``: the entries as tensors, since torch.distributed.checkpoint takes no tuples."""
+    state_dict["state"] = {
+        key: _packed(state) if isinstance(state, dict) and CHANNELS in state else state
+        for key, state in state_dict["state"].items()
+    }
+
+
+def _packed(state: State) -> State:
+    device = next((state[name].device for name in _row_shaped(state)), None)
+    tensors = {
+        name: _as_tensor(state[name]).to(device)
+        for name in (CHANNELS, ENTERED)
+        if isinstance(state.get(name), tuple)
+    }
+    return {**state, **tensors}
+
+
+def _unpack(state: State) -> None:
+    """Undo ``_pack`` after a ``load_state_dict()``."""
+    for name in (CHANNELS, ENTERED):
+        if isinstance(state.get(name), torch.Tensor):
+            state[name] = _as_tuple(state[name])
+
+
 # -- state follows its channels --------------------------------------------------------------------
 
 # Optimiser -> parameter id -> selection, for classes without a rule: LBFGS keeps the history of all its
@@ -262,6 +304,7 @@ def _holds_more_than_scalars(value: Any) -> bool:
 def _refusal(optimizer: Optimizer, layer: Layer) -> str | None:
     """Why the state of a layer's rows cannot be rearranged, or None."""
     state, rule = optimizer.state.get(layer.channel_weight, {}), _rule_of(optimizer)
+    _unpack(state)
     name = type(optimizer).__name__
     advice = f"make a new {name} after select()"
     if rule is None:
@@ -304,6 +347,7 @@ def rearrange(optimizer: Optimizer, layer: Layer) -> None:
     rows, selection, rule = layer.channel_weight, layer.selection, _rule_of(optimizer)
     group = _group_of(optimizer, rows)
     state = optimizer.state.get(rows, {})
+    _unpack(state)
     if rule is None:
         owners = state.get(CHANNELS, _seen.get(optimizer, {}).get(id(rows), selection))
         if owners != selection:
@@ -317,7 +361,7 @@ def rearrange(optimizer: Optimizer, layer: Layer) -> None:
     old = {channel: row for row, channel in enumerate(owners)}
     staying = [(row, old[channel]) for row, channel in enumerate(selection) if channel in old]
     step = int(state["step"]) if rule.update is not None and staying else 0
-    entered = state.pop(ENTERED, (0,) * len(owners))
+    entered = state.get(ENTERED) or (0,) * len(owners)
     target, source = (
         to_device(torch.tensor(positions, dtype=torch.int64), rows.device)
         for positions in ([to for to, _ in staying], [origin for _, origin in staying])
@@ -330,6 +374,8 @@ def rearrange(optimizer: Optimizer, layer: Layer) -> None:
             state[name].copy_(fresh)
         else:
             state[name] = fresh
+    if rule.update is not None:
+        state[ENTERED] = ()
     if not staying:
         for name, value in rule.scalars.items():
             if name in state:
@@ -346,9 +392,12 @@ def rearrange(optimizer: Optimizer, layer: Layer) -> None:
 def _correct_young(optimizer: Optimizer, layer: Layer, group: Group, state: State) -> None:
     """Give rows younger than the shared step count the step that a fresh optimiser would have taken."""
     rule, rows = _rule_of(optimizer), layer.channel_weight
-    entered: tuple[int, ...] = state.get(ENTERED, ())
+    if rule is None or rule.update is None or rule.remaining is None:
+        return
+    # There from the first step on: what loads a flat state_dict looks for the entries that it finds here.
+    entered: tuple[int, ...] = state.setdefault(ENTERED, ())
     found_inf = getattr(optimizer, "found_inf", None)  # a fused step under GradScaler, skipped on overflow
-    if rule is None or rule.update is None or rule.remaining is None or not any(entered):
+    if not entered:
         return
     if found_inf is not None and float(found_inf):
         return
@@ -358,7 +407,7 @@ def _correct_young(optimizer: Optimizer, layer: Layer, group: Group, state: Stat
     )
     young = [row for row, start in enumerate(entered) if start]
     if not young:
-        del state[ENTERED]
+        state[ENTERED] = ()
         return
     state[ENTERED] = entered
     if step <= min(entered[row] for row in young):
@@ -404,6 +453,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 @torch._disable_dynamo
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    packs = optimizer in _packing
     for group, layer in _held(optimizer):
         rows = layer.channel_weight
         _stepped.add(layer)
@@ -412,6 +462,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         state = optimizer.state.get(rows, {})
         if state:
             state[CHANNELS] = layer.selection
+            if not packs:
+                optimizer.register_state_dict_post_hook(_pack)
+                _packing.add(optimizer)
+                packs = True
             _correct_young(optimizer, layer, group, state)
         if _rule_of(optimizer) is None:
             _seen.setdefault(optimizer, {})[id(rows)] = layer.selection
