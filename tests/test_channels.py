@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from trady_kernels import SparseConv2d, SparseLinear
+from trady_kernels import SparseConv2d, SparseLinear, trainable_parameters
+from trady_kernels.nn.channels import SparseChannels
 
 Layer = SparseConv2d | SparseLinear
 
@@ -66,6 +69,19 @@ def test_constructed_as_dense(dense: Any) -> None:
     assert layer.channel_weight.requires_grad and layer.channel_weight.is_contiguous()
     assert [name for name, _ in layer.named_parameters()] == ["weight", "bias", "channel_weight"]
     assert_agree(layer)
+
+
+def test_complex_weights_are_refused() -> None:
+    makers = (
+        lambda: SparseLinear(4, 6, dtype=torch.complex64),
+        lambda: SparseConv2d.from_dense(nn.Conv2d(2, 2, 1, dtype=torch.complex64)),
+        lambda: setattr(SparseLinear(2, 2), "weight", nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))),
+    )
+    for make in makers:
+        with pytest.raises(
+            TypeError, match=r"^dtype: got torch\.complex64, expected a real floating-point type"
+        ):
+            make()
 
 
 def test_row_shapes() -> None:
@@ -196,6 +212,84 @@ def test_both_written_is_an_error(dense: Any) -> None:
     assert torch.equal(layer.weight, dense.weight)
 
 
+def test_initialising_every_parameter_is_an_error_that_says_what_to_do(dense: Any) -> None:
+    layer = sparse_of(dense)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    with pytest.raises(RuntimeError, match=r"both written .* initialise weight alone, whose rows follow"):
+        layer(input_of(layer))
+
+
+def test_optimiser_that_writes_frozen_parameters_too(dense: Any) -> None:
+    layer = sparse_of(dense)
+    x = input_of(layer)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"both written .* give optimisers trainable_parameters\(model\)"):
+        optimizer.step(closure)  # type: ignore[arg-type]
+    layer = sparse_of(dense)
+    optimizer = torch.optim.LBFGS(trainable_parameters(layer), max_iter=2)
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert_agree(layer)
+
+
+PAST_ASSIGNMENT: dict[str, Callable[[Layer, str, nn.Parameter], object]] = {
+    "register_parameter": lambda layer, name, value: layer.register_parameter(name, value),
+    "_parameters": lambda layer, name, value: layer._parameters.update({name: value}),
+}
+
+
+@pytest.mark.parametrize("way", PAST_ASSIGNMENT)
+def test_weight_replaced_past_assignment_trains(dense: Any, way: str) -> None:
+    layer = sparse_of(dense)
+    rows = layer.channel_weight
+    layer(input_of(layer))
+    weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    PAST_ASSIGNMENT[way](layer, "weight", weight)
+    twin = copy.deepcopy(dense)
+    twin.weight = nn.Parameter(weight.detach().clone())
+    sgd, twin_sgd = (torch.optim.SGD(module.parameters(), lr=0.1) for module in (layer, twin))
+    with torch.no_grad():
+        assert torch.equal(layer(input_of(layer).zero_()), twin(input_of(layer).zero_()))
+    for _ in range(2):
+        x = input_of(layer)
+        layer(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        for optimizer in (sgd, twin_sgd):
+            optimizer.step()
+            optimizer.zero_grad()
+        others = [0, 2, 3, 5]
+        with torch.no_grad():  # only the selected rows train
+            start = layer.read_rows(weight.detach(), torch.tensor(others))
+            layer.write_rows(twin.weight, torch.tensor(others), start)
+    assert layer.weight is weight and layer.channel_weight is rows and not weight.requires_grad
+    torch.testing.assert_close(layer.state_dict()["weight"], twin.weight.detach())
+    assert_agree(layer)
+
+
+@pytest.mark.parametrize("way", PAST_ASSIGNMENT)
+@pytest.mark.parametrize("use", (nn.Module.state_dict, copy.deepcopy, SparseChannels.synchronize))
+def test_rows_replaced_past_assignment_are_taken(dense: Any, way: str, use: Any) -> None:
+    layer = sparse_of(dense)
+    layer(input_of(layer))
+    rows = nn.Parameter(torch.ones_like(layer.channel_weight))
+    PAST_ASSIGNMENT[way](layer, "channel_weight", rows)
+    use(layer)
+    assert layer.channel_weight is rows and (rows == 1).all()
+    assert_agree(layer)
+    torch.optim.SGD([rows], lr=0.1).step(lambda: layer(input_of(layer)).sum().backward())  # type: ignore[arg-type, return-value]
+    assert_agree(layer)
+    layer._parameters["channel_weight"] = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"channel_weight: got shape \(3,\), expected"):
+        use(layer)
+
+
 def test_two_forwards_before_one_backward(dense: Any) -> None:
     layer = sparse_of(dense)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -290,6 +384,29 @@ def test_load_state_dict_is_strict(dense: Any) -> None:
     assert_agree(layer)
 
 
+@pytest.mark.parametrize("way", ("load_state_dict", "assignment"))
+def test_rows_take_the_dtype_of_an_assigned_weight(dense: Any, way: str) -> None:
+    layer = sparse_of(dense)
+    rows = layer.channel_weight
+    alive = layer(input_of(layer)).sum()
+    alive.backward(retain_graph=True)
+    state = {name: value.double() for name, value in dense.state_dict().items()}
+    if way == "load_state_dict":
+        layer.load_state_dict(state, assign=True)
+    else:
+        for name, value in state.items():
+            setattr(layer, name, nn.Parameter(value))
+    assert layer.channel_weight is rows and rows.dtype == torch.float64 and rows.grad is None
+    assert_agree(layer)
+    optimizer = torch.optim.SGD([rows], lr=0.1)
+    x = input_of(layer)
+    assert x.dtype == torch.float64 and torch.equal(layer(x), copy.deepcopy(dense).double()(x))
+    layer(x).square().sum().backward()
+    optimizer.step()
+    layer(x)
+    assert_agree(layer)
+
+
 def test_load_through_a_network() -> None:
     def network(conv: Any, linear: Any) -> nn.Sequential:
         return nn.Sequential(conv(3, 8, 3), nn.Flatten(), linear(8 * 9, 5))
@@ -333,6 +450,37 @@ def test_copies_live_on_their_own(dense: Any, way: str) -> None:
     assert_agree(other)
     assert torch.equal(layer.weight, before) and layer.channels.tolist() == [1, 4]
     assert not torch.equal(other.weight, before)
+
+
+def test_shallow_copy_shares_and_the_original_goes_on(dense: Any) -> None:
+    layer = sparse_of(dense)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+
+    def train(layer: Layer, channels: list[int]) -> None:
+        layer.select(channels)
+        x = input_of(layer).requires_grad_()
+        loss = layer(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert layer.read_rows(layer.weight.detach(), layer.channels).equal(layer.channel_weight)
+        assert optimizer.state[layer.channel_weight]["momentum_buffer"].shape == layer.channel_weight.shape
+
+    other = copy.copy(layer)
+    for channels in ([1, 4], [0], [0, 2, 3]):
+        for one in (layer, other):
+            train(one, channels)
+    x = input_of(layer).requires_grad_()
+    (layer(x).sum() + other(x).sum()).backward()  # neither writes to what the other has saved
+    assert copy.copy(other).weight is layer.weight
+    del other
+    gc.collect()
+    train(layer, [1])
+    other = copy.copy(layer)
+    del layer
+    gc.collect()
+    train(other, [1, 5])
+    train(other, [2])
 
 
 @pytest.mark.parametrize("change", ("half", "double", "bfloat16", "channels_last", "share_memory"))
@@ -429,6 +577,24 @@ def test_averaging_over_a_select_is_an_error_not_a_mixture(dense: Any) -> None:
         average(input_of(layer))
 
 
+def test_average_of_state_dicts_over_selects(dense: Any) -> None:
+    layer = sparse_of(dense)
+    average = {name: value.clone() for name, value in layer.state_dict().items()}
+    reference, optimizer = layer.weight.detach().clone(), torch.optim.SGD(layer.parameters(), lr=0.1)
+    for channels in ([1, 4], [0, 5], [2]):
+        layer.select(channels, optimizer)
+        optimizer.zero_grad()
+        layer(input_of(layer)).square().mean().backward()
+        optimizer.step()
+        for name, value in layer.state_dict().items():
+            average[name].lerp_(value, 0.1)
+        reference.lerp_(layer.to_dense().weight.detach(), 0.1)
+    other = copy.deepcopy(layer)
+    other.load_state_dict(average)
+    assert torch.equal(other.weight, reference)
+    assert_agree(other)
+
+
 # -- functional_call -------------------------------------------------------------------------------
 
 
@@ -463,6 +629,52 @@ def test_torch_func_grad(dense: Any) -> None:
     torch.testing.assert_close(grads["channel_weight"], layer.channel_weight.grad)
     torch.testing.assert_close(grad_x, x.grad)
     assert grads["weight"].abs().sum() == 0
+
+
+def test_functional_call_with_the_keys_of_a_state_dict(dense: Any) -> None:
+    layer = sparse_of(dense)
+    x = input_of(layer)
+    other = copy.deepcopy(dense)
+    nn.init.normal_(other.weight)
+    before = layer.weight.detach().clone()
+    x.requires_grad_()
+    output = torch.func.functional_call(layer, other.state_dict(), (x,))
+    assert torch.equal(output, other(x))
+    output.square().sum().backward()  # the layer's own rows took no part
+    assert layer.channel_weight.grad is None and torch.equal(layer.weight, before)
+    expected = x.grad
+    x.grad = None
+    other(x).square().sum().backward()
+    torch.testing.assert_close(expected, x.grad)
+    with torch.no_grad():
+        lent = torch.func.functional_call(layer, dict(other.named_parameters()), (x,))
+    assert torch.equal(lent, output)
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    for call in (loss, torch.func.grad(loss)):
+        with pytest.raises(
+            RuntimeError, match=r"^weight: got one that requires grad in the place of the layer's own"
+        ):
+            call(dict(other.named_parameters()))
+    assert_agree(layer)
+
+
+def test_forward_mode_is_refused_while_something_trains(dense: Any) -> None:
+    layer = sparse_of(dense)
+    x, tangent = input_of(layer), input_of(layer)
+    with pytest.raises(NotImplementedError, match="sparse and lean layers have no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (tangent,))
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="sparse and lean layers have no forward-mode derivative"),
+    ):
+        layer(forward_ad.make_dual(x, tangent))
+    with torch.no_grad():
+        output, derivative = torch.func.jvp(layer, (x,), (tangent,))
+        expected = torch.func.jvp(dense, (x,), (tangent,))
+    assert torch.equal(output, expected[0]) and torch.equal(derivative, expected[1])
 
 
 def test_second_derivatives_through_torch_func_are_refused(dense: Any) -> None:

@@ -106,6 +106,21 @@ def test_another_number_of_channels_needs_a_new_wrapper(tmp_path: Path) -> None:
         ]
 
 
+@needs_gloo
+def test_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for model in (SparseLinear(4, 3, channels=2), nn.Sequential(SparseConv2d(4, 3, 3, channels=2))):
+            with pytest.raises(TypeError, match=r"^weight: got a DTensor, expected a plain parameter"):
+                fully_shard(model, mesh=mesh)
+        with pytest.raises(TypeError, match=r"^weight: got a DTensor, expected a plain parameter"):
+            parallelize_module(nn.Sequential(SparseLinear(4, 4)), mesh, {"0": ColwiseParallel()})
+    finally:
+        dist.destroy_process_group()
+
+
 def resample(rank: int | None) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     model = nn.Sequential(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trady_kernels.functional.stored import Stored, check_stored
 from trady_kernels.nn import optimizer_state
@@ -87,7 +88,23 @@ def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 #: Attributes of a sparse layer that hold identities and addresses of this process.
-_IDENTITIES = ("_own", "_settled", "_unread", "_selection", "_wrapper")
+_IDENTITIES = ("_own", "_original", "_settled", "_unread", "_selection", "_wrapper")
+
+
+def computes_as(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether ``module`` computes what ``base`` does: neither its class nor somebody else has put in another forward."""
+    return all(
+        method not in module.__dict__ and getattr(type(module), method, None) is getattr(base, method, None)
+        for method in ("forward", "_conv_forward")
+    )
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(
+            f"dtype: got {dtype}, expected a real floating-point type, whose gradients alone the sparse layers "
+            "compute: keep the dense layer for others"
+        )
 
 
 @contextlib.contextmanager
@@ -118,7 +135,7 @@ class SparseChannels(nn.Module):
     trainable parameter, one row per selected input channel. Whichever of the two was written last is copied
     to the other: rows after every ``optimizer.step()``, everything else at the next eager forward,
     ``state_dict()``, ``select()`` or ``synchronize()``. Writes are seen by version counter and address, so
-    in-place writes through ``.data`` are not seen, except those before the first use.
+    in-place writes through ``.data`` or NumPy are not seen, except those before the first use.
     """
 
     weight: torch.Tensor
@@ -143,14 +160,14 @@ class SparseChannels(nn.Module):
         raise NotImplementedError
 
     def compute(
-        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
+        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None, channels: torch.Tensor
     ) -> torch.Tensor:
         """The output for these operands, whatever the layer has selected; ``rows`` get the gradient.
 
         Args:
             input: what ``forward`` takes.
             weight: the whole weight.
-            rows: in the shape of ``channel_weight``; equal to ``weight`` at ``channels``.
+            rows: in the shape of ``channel_weight``; equal to ``weight`` at ``channels``. None: no weight trains.
             channels: ``(k,)`` int64, sorted, unique, on the weight's device.
         """
         raise NotImplementedError
@@ -209,16 +226,19 @@ class SparseChannels(nn.Module):
         return self
 
     def _copy_to(self, dense: _Dense) -> _Dense:
-        if self._holds_own():
-            self.synchronize()
+        self._synchronize_held()
         _copy_parameters(self, dense)
         return dense
 
     def _adopt(self) -> None:
         """Take the parameters that the module holds now as its own, rows and weight being equal."""
+        _check_dtype(self.weight.dtype)
         self._own = (self.weight, self.channel_weight)
-        optimizer_state.register(self)
-        self._selection: tuple[int, tuple[int, ...]] | None = None
+        known = optimizer_state.register(self)
+        # A shallow copy shares its parameters with the original, which the optimisers' hooks go on to know; not by
+        # __setattr__, to which a module is a submodule.
+        self.__dict__["_original"] = None if known is self else known
+        self._selection: tuple[torch.Tensor, int, tuple[int, ...]] | None = None
         self._wrapper: tuple[weakref.ref[nn.Module], int] | None = None
         self._settle()
         # Somebody may still initialise `weight` through `.data`, which no version counter sees.
@@ -241,17 +261,25 @@ class SparseChannels(nn.Module):
         Raises:
             RuntimeError: both were written, and they differ.
         """
+        self._take_replaced()
+        self._reconcile()
+
+    def _synchronize_held(self) -> None:
+        """``synchronize()`` where the layer does not hold others' tensors: ``state_dict()`` may be asked for theirs."""
+        self._take_replaced()
+        if self._holds_own():
+            self._reconcile()
+
+    def _reconcile(self) -> None:
+        """``synchronize()`` where neither of the two has been replaced."""
         weight, rows = self._own
         stamps = _stamp(weight), _stamp(rows)
         if stamps == self._settled and not self._unread:  # the usual case, at every forward
             return
         weight_written, rows_written = self._written()
-        if weight_written:
-            if rows_written and not self._rows_equal_weight():
-                raise RuntimeError(
-                    "weight and channel_weight were both written since they last agreed, expected one of "
-                    "them: load_state_dict() takes the weight, and equal rows are accepted"
-                )
+        if weight_written and rows_written:
+            self._pull_equal()
+        elif weight_written:
             self._pull()
         elif rows_written:
             self._push()
@@ -268,10 +296,11 @@ class SparseChannels(nn.Module):
     @property
     def selection(self) -> tuple[int, ...]:
         """``channels`` as ints; read from the device once a selection."""
-        version = _stamp(self.channels)[0]
-        if self._selection is None or self._selection[0] != version:
-            self._selection = (version, tuple(self.channels.tolist()))
-        return self._selection[1]
+        channels, version = self.channels, _stamp(self.channels)[0]
+        # A shallow copy may have put in another tensor.
+        if self._selection is None or self._selection[0] is not channels or self._selection[1] != version:
+            self._selection = (channels, version, tuple(channels.tolist()))
+        return self._selection[2]
 
     def _written(self) -> tuple[bool, bool]:
         """Which of weight and rows somebody wrote to since they last agreed."""
@@ -279,14 +308,24 @@ class SparseChannels(nn.Module):
         weight_stamp, rows_stamp = self._settled
         return _stamp(weight) != weight_stamp, _stamp(rows) != rows_stamp
 
-    def _rows_equal_weight(self) -> bool:
+    def _pull_equal(self) -> None:
+        """Take the weight where both were written, to the same values."""
         weight, rows = (tensor.detach() for tensor in self._own)
         from_weight = self.read_rows(weight, self.channels)
-        if from_weight.shape != rows.shape:
-            return False
+        if torch.equal(from_weight, rows):  # a shallow copy of this layer may have done it
+            self._settle()
+            return
         # Equal up to rounding: an averaged copy of both is not bit-equal.
         tolerance = 8 * torch.finfo(rows.dtype).eps
-        return torch.allclose(from_weight, rows, rtol=tolerance, atol=tolerance, equal_nan=True)
+        if from_weight.shape != rows.shape or not torch.allclose(
+            from_weight, rows, rtol=tolerance, atol=tolerance, equal_nan=True
+        ):
+            raise RuntimeError(
+                "weight and channel_weight were both written since they last agreed, expected one of them: initialise "
+                "weight alone, whose rows follow, give optimisers trainable_parameters(model), average state_dict()s; "
+                "load_state_dict() takes the weight, and equal rows are accepted"
+            )
+        self._pull()
 
     def _pull(self) -> None:
         weight, rows = self._own
@@ -300,11 +339,8 @@ class SparseChannels(nn.Module):
             self.write_rows(weight, self.channels, rows)
         self._settle()
 
-    def _operands(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``weight`` and ``channel_weight`` for a forward, equal at the selected channels.
-
-        A channel_weight that is not the layer's own (``torch.func.functional_call``) is written into a copy
-        of the weight, for this call.
 
         Raises:
             RuntimeError: one of the two is computed from something else, or DDP was made for another number of rows.
@@ -312,16 +348,67 @@ class SparseChannels(nn.Module):
         weight, rows = self.weight, self.channel_weight
         own_weight, own_rows = self._own
         if weight is not own_weight or rows is not own_rows:
-            self._refuse_computed()
-        if rows is own_rows or isinstance(rows, torch.fx.Proxy):
-            if weight is own_weight and not torch.compiler.is_compiling():
-                if DistributedDataParallel._active_ddp_module is not None:
-                    self._check_wrapper(DistributedDataParallel._active_ddp_module)
-                self.synchronize()
+            return self._others_operands(weight, rows)
+        if not torch.compiler.is_compiling():
+            if DistributedDataParallel._active_ddp_module is not None:
+                self._check_wrapper(DistributedDataParallel._active_ddp_module)
+            self._reconcile()
+        return weight, rows
+
+    def _others_operands(
+        self, weight: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``_operands`` where one of the two is not the layer's own: lent for this call by ``torch.func.functional_call``.
+
+        Rows are written into a copy of the weight. A weight alone gives no gradient to the layer's own rows, but for
+        a parameter that was put in its place, and that ``_take_replaced`` takes at the next step.
+        """
+        self._refuse_computed()
+        if isinstance(rows, torch.fx.Proxy):
             return weight, rows
-        merged = weight.detach().clone()
-        self.write_rows(merged, self.channels, rows.detach())
-        return merged, rows
+        if rows is not self._own[1]:
+            merged = weight.detach().clone()
+            self.write_rows(merged, self.channels, rows.detach())
+            return merged, rows
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "weight: got one that requires grad in the place of the layer's own, expected channel_weight beside it, "
+                "which its gradient goes to: lend what named_parameters() gives, not state_dict(), or assign to layer.weight"
+            )
+        return weight, rows if isinstance(weight, nn.Parameter) else None
+
+    def _take_replaced(self) -> None:
+        """Take parameters that somebody put in the place of the layer's own, past ``register_parameter`` too.
+
+        Not to be called in a forward, for whose time ``torch.func.functional_call`` does the same.
+        """
+        weight, rows = self._parameters.get("weight"), self._parameters.get("channel_weight")
+        if weight is self._own[0] and rows is self._own[1]:  # the usual case, at every step
+            return
+        if not isinstance(weight, nn.Parameter) or not isinstance(rows, nn.Parameter):
+            return
+        self._check_replacement("weight", weight)
+        self._check_replacement("channel_weight", rows)
+        if weight is not self._own[0]:
+            weight.requires_grad_(False)
+            self._take_weight()
+        else:
+            self._adopt()
+            self._push()
+
+    def _check_replacement(self, name: str, value: torch.Tensor) -> None:
+        expected = self._own[name == "channel_weight"].shape
+        if is_traceable_wrapper_subclass(value):
+            raise TypeError(
+                f"{name}: got a {type(value).__name__}, expected a plain parameter: shard no sparse layer (FSDP2, tensor "
+                "parallelism), DistributedDataParallel trains them"
+            )
+        if value.shape != expected:
+            raise ValueError(
+                f"{name}: got shape {tuple(value.shape)}, expected {tuple(expected)}; select() changes the number of "
+                "rows"
+            )
+        _check_dtype(value.dtype)
 
     def _check_wrapper(self, wrapper: nn.Module) -> None:
         """Refuse another number of rows than DDP has made its buckets for: it would average other elements, or none."""
@@ -398,7 +485,8 @@ class SparseChannels(nn.Module):
                 rows.requires_grad_(len(indices) > 0)
         # What came from the host need not be read back from a GPU.
         on_host = given.device.type == "cpu"
-        self._selection = (_stamp(self.channels)[0], tuple(given.tolist())) if on_host else None
+        selection = self.channels, _stamp(self.channels)[0]
+        self._selection = (*selection, tuple(given.tolist())) if on_host else None
         self._settle()
         if optimizer is not None:
             optimizer_state.rearrange(optimizer, self)
@@ -406,8 +494,8 @@ class SparseChannels(nn.Module):
     # -- what nn.Module does with parameters -------------------------------------------------------
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not torch.compiler.is_compiling() and self._holds_own():
-            self.synchronize()
+        if not torch.compiler.is_compiling():
+            self._synchronize_held()
         rows = self._parameters.pop("channel_weight")
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -432,19 +520,21 @@ class SparseChannels(nn.Module):
             self._take_weight()
 
     def _take_weight(self) -> None:
-        """The weight as it is now wins, whatever was written to the rows."""
-        if self.channel_weight.is_meta and not self.weight.is_meta:
-            rows = self.channel_weight
-            self.channels = self.channels.to(self.weight.device)
-            self._parameters["channel_weight"] = nn.Parameter(
-                self.read_rows(self.weight.detach(), self.channels), requires_grad=rows.requires_grad
-            )
+        """The weight as it is now wins, whatever was written to the rows, which take its dtype and device."""
+        weight, rows = self.weight, self.channel_weight
+        if (rows.dtype, rows.device) != (weight.dtype, weight.device):
+            if not weight.is_meta:
+                self.channels = self.channels.to(weight.device)
+            selected = self.read_rows(weight.detach(), self.channels)
+            if rows.is_meta or weight.is_meta:  # no tensor goes to or from there
+                self._parameters["channel_weight"] = nn.Parameter(selected, requires_grad=rows.requires_grad)
+            else:
+                rows.data, rows.grad = selected, None
         self._adopt()
         self._pull()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        if self._holds_own():
-            self.synchronize()
+        self._synchronize_held()
         # `to_empty` and the like would leave indices that point anywhere.
         indices = self._buffers.pop("channels")
         try:
@@ -458,30 +548,25 @@ class SparseChannels(nn.Module):
     def _holds_own(self) -> bool:
         return self.weight is self._own[0] and self.channel_weight is self._own[1]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # While a state_dict is being loaded the rows are hidden, and it takes the weight itself afterwards.
-        known = self.__dict__.get("_parameters", {})
-        adopts = (
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if not (
             name in ("weight", "channel_weight")
-            and "channel_weight" in known
-            and isinstance(value, nn.Parameter)
-        )
-        if adopts and value.shape != known[name].shape:
-            raise ValueError(
-                f"{name}: got shape {tuple(value.shape)}, expected {tuple(known[name].shape)}; select() "
-                "changes the number of rows"
-            )
+            and isinstance(param, nn.Parameter)
+            and "_own" in self.__dict__
+        ):
+            super().register_parameter(name, param)
+            return
+        self._check_replacement(name, param)
+        super().register_parameter(name, param)
+        # While a state_dict is being loaded the rows are hidden, and it takes the weight itself afterwards.
+        self._take_replaced()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 writes to `_parameters` itself where a class does not define this.
         super().__setattr__(name, value)
-        if adopts and name == "weight":
-            value.requires_grad_(False)
-            self._take_weight()
-        elif adopts:
-            self._adopt()
-            self._push()
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._holds_own():
-            self.synchronize()
+        self._synchronize_held()
         state = self.__dict__.copy()
         for name in _IDENTITIES:
             del state[name]

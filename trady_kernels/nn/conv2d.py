@@ -181,7 +181,7 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
         return self.compute(input, *self._operands(), self.channels)
 
     def compute(
-        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
+        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None, channels: torch.Tensor
     ) -> torch.Tensor:
         padding, padding_mode = self.padding, self.padding_mode
         if self.folded_margins is not None:

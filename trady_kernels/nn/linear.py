@@ -78,7 +78,7 @@ class SparseLinear(SparseChannels, nn.Linear):
         return self.compute(input, *self._operands(), self.channels)
 
     def compute(
-        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, channels: torch.Tensor
+        self, input: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None, channels: torch.Tensor
     ) -> torch.Tensor:
         return sparse_linear(input, weight, self.bias, rows, channels, self.stored)
 

@@ -49,9 +49,16 @@ class Layer(Protocol):
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def register(layer: Layer) -> None:
-    """Let optimiser steps know the layer that owns ``layer.channel_weight``."""
-    _layers[id(layer.channel_weight)] = layer
+def register(layer: Layer) -> Layer:
+    """Let optimiser steps know the layer that owns ``layer.channel_weight``.
+
+    Returns:
+        The layer that they know: another one of which this is a shallow copy, if it was there before.
+    """
+    known = layer_of(layer.channel_weight)
+    if known is None:
+        _layers[id(layer.channel_weight)] = known = layer
+    return known
 
 
 def unregister(layer: Layer) -> None:
