@@ -117,6 +117,30 @@ def test_from_dense_refuses_other_modules() -> None:
         SparseLinear.from_dense(nn.Conv2d(2, 2, 1))  # type: ignore[arg-type]
 
 
+def test_from_dense_refuses_another_forward(dense: Any) -> None:
+    class Renamed(type(dense)):  # type: ignore[misc]
+        """Computes as the class it is derived from."""
+
+    class Doubled(Renamed):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input)
+
+    x = input_of(dense)
+    expected = dense(x)
+    dense.__class__ = Renamed
+    assert torch.equal(sparse_of(dense)(x), expected)
+    assert torch.equal(sparse_of(sparse_of(dense))(x), expected)
+    dense.__class__ = Doubled
+    with pytest.raises(
+        TypeError, match=r"^module: got a Doubled with a forward of its own, expected that of nn\."
+    ):
+        sparse_of(dense)
+    dense.__class__ = Renamed
+    dense.forward = lambda x: 2 * x
+    with pytest.raises(TypeError, match=r"^module: got a Renamed with a forward of its own"):
+        sparse_of(dense)
+
+
 # -- rows and weight -------------------------------------------------------------------------------
 
 

@@ -300,6 +300,17 @@ def test_backward_holds_one_full_size_tensor(case: Case) -> None:
     )  # the rest: packed weights, a quarter of the pixels under stride 2
 
 
+def test_a_folded_layer_is_no_dense_one() -> None:
+    for arguments in ({"norm": nn.BatchNorm2d(4)}, {"margins": (1, 0, 0, 1)}):
+        sparse = SparseConv2d(3, 4, 3, channels=2).fold(**arguments)  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=r"^to_dense\(\): got a layer with a folded norm or padding, expected"
+        ):
+            sparse.to_dense()
+        with pytest.raises(ValueError, match=r"^module: got a layer with a folded norm or padding, expected"):
+            SparseConv2d.from_dense(sparse)
+
+
 def test_double_backward_is_refused() -> None:
     sparse = SparseConv2d(4, 4, 3, channels=2)
     x = torch.randn(1, 4, 5, 5, requires_grad=True)

@@ -459,10 +459,10 @@ def test_unfold_and_hand_back() -> None:
     assert isinstance(conv, SparseConv2d) and conv.is_folded
     assert "folded_margins=(2, 0, 0, 1)" in str(conv) and "folded_norm=(eps=0.001)" in str(conv)
     x = torch.randn(2, 5, 9, 8, dtype=torch.float64)
-    assert torch.equal(conv.to_dense()(x), dense[1](x))
-    assert torch.equal(SparseConv2d.from_dense(conv)(x), dense[1](x))
     assert conv.unfold() is conv and not conv.is_folded
     assert torch.equal(conv(x), dense[1](x)) and "folded" not in str(conv)
+    assert torch.equal(conv.to_dense()(x), dense[1](x))
+    assert torch.equal(SparseConv2d.from_dense(conv)(x), dense[1](x))
     conv.fold(folded[2], (1, 1, 1, 1))
     conv.hand_back(nn.Conv2d)
     assert type(conv) is nn.Conv2d and not [name for name in conv.__dict__ if "folded" in name]

@@ -14,6 +14,7 @@ from torch import nn
 
 from trady_kernels.functional import frozen_batch_norm
 from trady_kernels.nn import FrozenBatchNorm2d
+from trady_kernels.nn.norm import FoldedBatchNorm2d
 
 
 def dense_norm(affine: bool = True, dtype: torch.dtype = torch.float64) -> nn.BatchNorm2d:
@@ -161,6 +162,16 @@ def test_compiles() -> None:
             lambda: FrozenBatchNorm2d.from_dense(nn.BatchNorm2d(3, track_running_stats=False)),
             ValueError,
             "module: got track_running_stats=False",
+        ),
+        (
+            lambda: FrozenBatchNorm2d.from_dense(FoldedBatchNorm2d(3)),
+            TypeError,
+            "module: got a FoldedBatchNorm2d with a forward of its own",
+        ),
+        (
+            lambda: FoldedBatchNorm2d(3).to_dense(),
+            TypeError,
+            r"to_dense\(\): got a FoldedBatchNorm2d with a forward of its own",
         ),
         (lambda: FrozenBatchNorm2d(3)(torch.ones(3, 4)), ValueError, "expected 4D input"),
     ),

@@ -215,6 +215,17 @@ class SparseChannels(nn.Module):
             del self.__dict__[name]
         self.__class__ = dense  # type: ignore[assignment]
 
+    @staticmethod
+    def _check_dense(module: nn.Module, dense: type[nn.Module], sparse: type[nn.Module]) -> None:
+        """Check that ``module`` computes what the class ``dense`` or ``sparse`` does."""
+        if not isinstance(module, dense):
+            raise TypeError(f"module: got {type(module).__name__}, expected an nn.{dense.__name__}")
+        if not (computes_as(module, dense) or computes_as(module, sparse)):
+            raise TypeError(
+                f"module: got a {type(module).__name__} with a forward of its own, expected that of "
+                f"nn.{dense.__name__}: derive the class from {sparse.__name__} instead"
+            )
+
     def _copy_from(self, module: nn.Module, channels: Channels) -> Self:
         """Fill a layer made on the meta device with copies of a dense one's values."""
         if isinstance(module, SparseChannels):

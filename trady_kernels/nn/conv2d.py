@@ -89,22 +89,36 @@ class SparseConv2d(SparseChannels, nn.Conv2d):
             channels, stored: as for the constructor.
 
         Raises:
-            TypeError: ``module`` is not an ``nn.Conv2d``.
+            TypeError: ``module`` is not an ``nn.Conv2d``, or has a forward of its own.
+            ValueError: ``module`` is a sparse layer that ``fold`` gave another one's work.
             TypeError, ValueError, IndexError: bad ``channels`` or ``stored``.
         """
-        if not isinstance(module, nn.Conv2d):
-            raise TypeError(f"module: got {type(module).__name__}, expected an nn.Conv2d")
+        cls._check_dense(module, nn.Conv2d, SparseConv2d)
+        if isinstance(module, SparseConv2d):
+            module._check_unfolded("module")
         sparse = cls(**_arguments(module), channels=0, stored=stored)
         return sparse._copy_from(module, channels)
 
     def to_dense(self) -> nn.Conv2d:
-        """An ``nn.Conv2d`` with copies of this layer's values, in its mode and on its device."""
+        """An ``nn.Conv2d`` with copies of this layer's values, in its mode and on its device.
+
+        Raises:
+            ValueError: this layer does the work of a folded norm or padding too, which the copy would not.
+        """
+        self._check_unfolded("to_dense()")
         return self._copy_to(nn.Conv2d(**_arguments(self)))
 
     @property
     def is_folded(self) -> bool:
         """Whether ``fold`` took anything in."""
         return self.folded_norm is not None or self.folded_margins is not None
+
+    def _check_unfolded(self, what: str) -> None:
+        if self.is_folded:
+            raise ValueError(
+                f"{what}: got a layer with a folded norm or padding, expected a convolution alone: densify(model) first, "
+                "or unfold() the layer"
+            )
 
     def _own_margins(self) -> Margins:
         return margins_of(self.padding, self.kernel_size, self.dilation)

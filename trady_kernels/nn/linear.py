@@ -62,11 +62,10 @@ class SparseLinear(SparseChannels, nn.Linear):
             channels, stored: as for the constructor.
 
         Raises:
-            TypeError: ``module`` is not an ``nn.Linear``.
+            TypeError: ``module`` is not an ``nn.Linear``, or has a forward of its own.
             TypeError, ValueError, IndexError: bad ``channels`` or ``stored``.
         """
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"module: got {type(module).__name__}, expected an nn.Linear")
+        cls._check_dense(module, nn.Linear, SparseLinear)
         sparse = cls(**_arguments(module), channels=0, stored=stored)
         return sparse._copy_from(module, channels)
 

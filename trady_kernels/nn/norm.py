@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trady_kernels.functional.norm import frozen_batch_norm
+from trady_kernels.nn.channels import computes_as
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
@@ -52,11 +53,15 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
             module: an ``nn.BatchNorm2d`` with running statistics, left as it is.
 
         Raises:
-            TypeError: ``module`` is not an ``nn.BatchNorm2d``.
+            TypeError: ``module`` is not an ``nn.BatchNorm2d``, or has a forward of its own.
             ValueError: it tracks no running statistics, so there is nothing to freeze.
         """
         if not isinstance(module, nn.BatchNorm2d):
             raise TypeError(f"module: got {type(module).__name__}, expected an nn.BatchNorm2d")
+        if not (computes_as(module, nn.BatchNorm2d) or computes_as(module, FrozenBatchNorm2d)):
+            raise TypeError(
+                f"module: got a {type(module).__name__} with a forward of its own, expected that of nn.BatchNorm2d"
+            )
         if module.running_mean is None or module.running_var is None:
             raise ValueError("module: got track_running_stats=False, expected running statistics to freeze")
         place = (module.running_mean.device, module.running_mean.dtype)
@@ -65,7 +70,16 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return frozen.train(module.training)
 
     def to_dense(self) -> nn.BatchNorm2d:
-        """An ``nn.BatchNorm2d`` with copies of this layer's values, in its mode and on its device."""
+        """An ``nn.BatchNorm2d`` with copies of this layer's values, in its mode and on its device.
+
+        Raises:
+            TypeError: this layer does not compute what an ``nn.BatchNorm2d`` does.
+        """
+        if not computes_as(self, FrozenBatchNorm2d):
+            raise TypeError(
+                f"to_dense(): got a {type(self).__name__} with a forward of its own, expected that of "
+                "FrozenBatchNorm2d: densify(model) gives a network its classes back"
+            )
         place = (self.running_mean.device, self.running_mean.dtype)
         dense = nn.BatchNorm2d(self.num_features, self.eps, self.momentum, self.affine, True, *place)
         dense.load_state_dict(self.state_dict())
