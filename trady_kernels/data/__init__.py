@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from trady_kernels.data.sentences import CLASSES as SENTENCE_CLASSES
 from trady_kernels.data.sentences import FILES, LabelledSentences, find_sentences, read_sentences
 
 __all__ = [
+    "CLASSES",
     "DATA_SETS",
     "DataSet",
     "LabelledImages",
@@ -46,21 +47,31 @@ class _Parts:
     test: Samples | None  # None: a share of train is held out
 
 
+_DIGITS = tuple("0123456789")
+#: Classes of the data sets that go by a name.
+CLASSES: Mapping[str, tuple[str, ...]] = {
+    "mnist": _DIGITS,
+    "digits": _DIGITS,
+    "fashion-mnist": FASHION_CLASSES,
+    **dict.fromkeys(FILES, SENTENCE_CLASSES),
+}
+
+
 def _resized(images: LabelledImages, size: int) -> LabelledImages:
     return LabelledImages(resize(images.images, size), images.labels)
 
 
 def _mnist(size: int) -> _Parts:
-    return _Parts("mnist", tuple("0123456789"), _resized(read_mnist(find_mnist()), size), None)
+    return _Parts("mnist", CLASSES["mnist"], _resized(read_mnist(find_mnist()), size), None)
 
 
 def _digits(size: int) -> _Parts:
-    return _Parts("digits", tuple("0123456789"), _resized(read_digits(find_digits()), size), None)
+    return _Parts("digits", CLASSES["digits"], _resized(read_digits(find_digits()), size), None)
 
 
 def _sentences(name: str) -> Callable[[int], _Parts]:
     def read(size: int) -> _Parts:
-        return _Parts(name, SENTENCE_CLASSES, read_sentences(find_sentences(name), name), None)
+        return _Parts(name, CLASSES[name], read_sentences(find_sentences(name), name), None)
 
     return read
 
@@ -77,7 +88,7 @@ def _fashion_mnist(size: int) -> _Parts:
             f"data: 'fashion-mnist' needs its IDX files in {DEBIAN_FOLDER}; install them with "
             "apt-get install dataset-fashion-mnist, or give the folder that has them"
         )
-    return _idx_folder(DEBIAN_FOLDER, size, "fashion-mnist", FASHION_CLASSES)
+    return _idx_folder(DEBIAN_FOLDER, size, "fashion-mnist", CLASSES["fashion-mnist"])
 
 
 def _class_folders(folder: Path, size: int) -> _Parts:

@@ -17,6 +17,11 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{found.mean:.{digits}f}{deviation}"
 
 
+def counted(count: int, unit: str) -> str:
+    """A number of things, as it is read: "1 seed", "3 seeds"."""
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table whose columns align in the source too: the first to the left, the others to the right where they are figures."""
     columns = [[head, *(row[index] for row in rows)] for index, head in enumerate(heads)]

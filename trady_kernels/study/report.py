@@ -21,7 +21,14 @@ from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.results import rows_of
 from trady_kernels.study.statistics import PairedTest, Spread, p_words, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, Timings, row_of, step_times, timings_beside
-from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
+from trady_kernels.study.trainings import (
+    Series,
+    Training,
+    TrainingOutcome,
+    Trainings,
+    accuracies,
+    top1_words,
+)
 from trady_kernels.training.ingredients import PRESETS, Spec, tuned_as
 from trady_kernels.training.settings import Settings
 
@@ -293,18 +300,11 @@ def _not_run(recipe: Settings, finals: dict[Training, TrainingOutcome]) -> list[
     return [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
 
 
-Series = dict[tuple[str, int], TrainingOutcome]  # of one scheme, by task and seed
-
-
 def _by_scheme(finals: dict[Training, TrainingOutcome]) -> dict[str, Series]:
     grouped: dict[str, Series] = defaultdict(dict)
     for cell, outcome in finals.items():
         grouped[cell.scheme][cell.task, cell.seed] = outcome
     return dict(grouped)
-
-
-def _accuracies(series: Series) -> dict[object, float]:
-    return {key: 100 * outcome.top1 for key, outcome in series.items()}
 
 
 def _table(
@@ -330,8 +330,8 @@ def _table(
     ]
 
     def mean(series: Series) -> float:
-        by_task = (_accuracies(_of_task(series, task)).values() for task in _tasks(series))
-        return Spread.of([Spread.of(list(accuracies)).mean for accuracies in by_task]).mean
+        by_task = (accuracies(_of_task(series, task)).values() for task in _tasks(series))
+        return Spread.of([Spread.of(list(values)).mean for values in by_task]).mean
 
     rows = []
     for name, series in sorted(schemes.items(), key=lambda item: -mean(item[1])):
@@ -405,7 +405,7 @@ def _measured(series: Series) -> list[str]:
 
 def _against(first: Series, second: Series) -> PairedTest | None:
     try:
-        return paired_test(_accuracies(first), _accuracies(second))
+        return paired_test(accuracies(first), accuracies(second))
     except ValueError:
         return None
 

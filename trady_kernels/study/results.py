@@ -34,13 +34,14 @@ RATES: Mapping[str, Mapping[str, float]] = {
     "efficientnet_lite0": {"": 0.05, "full": 0.01, "velocity": 0.02},
     "minilm": {"": 0.2, "full": 0.05, "velocity": 0.1, "head-only": 0.5},
 }
-#: Rows by network and budget, in the order in which they run: what others are compared with comes first. 2.2% of the full
-#: figure is the papers' smallest budget (27,946 of 1,252,320 elements of MobileNetV2 0.35). A budget after an @ is what makes
-#: a step of a scheme need no more measured bytes than one of trady at the table's; of MiniLM, most of whose bytes are not
-#: selected channels, frugal does so with all channels of its layers, and ample with most of the network's.
+#: The papers' smallest budget: 27,946 of the 1,252,320 elements of MobileNetV2 0.35.
+SMALLEST_BUDGET = "2.2%"
+#: Rows by network and budget, in the order in which they run: what others are compared with comes first. A budget after
+#: an @ is what makes a step of a scheme need no more measured bytes than one of trady at the table's; of MiniLM, most of whose
+#: bytes are not selected channels, frugal does so with all channels of its layers, and ample with most of the network's.
 SCHEMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "efficientnet_lite0": {
-        "2.2%": (
+        SMALLEST_BUDGET: (
             "trady",
             "medyate",
             "frugal@5.2%",
@@ -69,7 +70,7 @@ SCHEMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "7%": ("trady", "medyate", "frugal@14%"),
     },
     "minilm": {
-        "2.2%": (
+        SMALLEST_BUDGET: (
             "trady",
             "medyate",
             "frugal@5.2%",

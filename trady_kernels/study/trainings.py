@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from trady_kernels.data import DataSet
+from trady_kernels.data import CLASSES, DataSet
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.markdown import spread
 from trady_kernels.training.loop import Diverged, train_scheme
@@ -24,6 +25,11 @@ from trady_kernels.training.settings import Settings
 HELD_OUT_SHARE = 0.2
 #: Of every epoch, what is kept.
 _CURVES = ("train_loss", "cost", "weight_share", "activation_share", "gradient_share", "saved_bytes")
+
+
+def rule_words(rule: str) -> str:
+    """When channels are drawn again, as it is read."""
+    return "1 step" if rule == "1 steps" else rule
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Training:
         on = "held-out" if self.held_out else "test"
         result = "diverged" if outcome.diverged else f"{on} {outcome.top1:.1%}"
         budget = f" at {self.budget}" if self.budget else ""
-        drawn = "" if self.resampling == "epoch" else f", drawn every {self.resampling}"
+        drawn = "" if self.resampling == "epoch" else f", drawn every {rule_words(self.resampling)}"
         pool = f", {self.pool}" if self.pool else ""
         return f"{self.task}, {self.scheme}{budget}{pool}, rate {self.learning_rate:g}{drawn}, seed {self.seed}: {result}"
 
@@ -129,6 +135,27 @@ class TrainingOutcome:
             curves={name: [round(getattr(e, name), 6) for e in result.epochs] for name in _CURVES},
             notes=list(result.notes),
         )
+
+
+#: Runs of one kind, by task and seed.
+Series = dict[tuple[str, int], TrainingOutcome]
+
+
+def accuracies(series: Series) -> dict[object, float]:
+    """In percent."""
+    return {key: 100 * outcome.top1 for key, outcome in series.items()}
+
+
+#: A run whose last epoch's training loss is not under that share of the loss of equal guesses has learned nothing.
+CHANCE = 0.99
+
+
+def at_chance(outcome: TrainingOutcome, recipe: Settings) -> bool:
+    """Whether a run that did not diverge ended at ``CHANCE``; not known of data sets that go by no name."""
+    losses = outcome.curves.get("train_loss")
+    if not losses or recipe.data not in CLASSES:
+        return False
+    return losses[-1] >= CHANCE * math.log(len(CLASSES[recipe.data]))
 
 
 def top1_words(outcomes: Sequence[TrainingOutcome]) -> str:
