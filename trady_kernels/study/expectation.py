@@ -1,4 +1,4 @@
-"""What a sparse update is on average over draws, beside the full gradient."""
+"""What a sparse update is on average over draws, beside the gradient of all channels."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Expectation:
     """The mean and the scatter of an update that has the gradient of the drawn channels and zeros elsewhere.
 
     Attributes:
-        bias: length of what the mean update lacks of the full gradient at its best scale, over the gradient's: 0 where the
-            mean points along the gradient, 1 where it is orthogonal.
+        bias: sine of the angle between the mean update and the gradient, whatever their lengths: 0 where the mean points
+            along the gradient, 1 where it is orthogonal.
         variance: mean squared distance of an update from the mean one, over the mean one's squared length. Of uniform
             draws of a share p of channels, all of a price: (1 - p) / p.
         draws: how many.
@@ -28,6 +28,15 @@ class Expectation:
     bias: float
     variance: float
     draws: int
+
+
+def length_of(bias: float, variance: float) -> float:
+    """Length of the mean update over that of the gradient.
+
+    What is drawn has the gradient's own values, so that the mean squared length of an update is the product of the mean update
+    with the gradient; bias and variance then leave one length.
+    """
+    return math.sqrt(1 - bias**2) / (1 + variance)
 
 
 def expected_update(

@@ -33,7 +33,7 @@ _EVALUATION_BATCH = 250
 _MEMORY_FORMAT = torch.channels_last
 #: Batches that schemes measure on which draw by gradients or outputs: the first of the first epoch, always the same, so
 #: that a resumed run measures as the whole one does.
-_MEASURED_BATCHES = 4
+MEASURED_BATCHES = 4
 
 
 class Diverged(RuntimeError):
@@ -146,7 +146,7 @@ def prepare(
                 ingredient.prepare(model, _whole_batches(data, settings, to_input))
 
     def batches(number: int = 0) -> Iterator[tuple[Example, torch.Tensor]]:
-        count = _MEASURED_BATCHES * settings.batch_size
+        count = MEASURED_BATCHES * settings.batch_size
         for part in first_images.roll(-number * count)[:count].split(settings.batch_size):
             yield to_input(data.train, part)
 
