@@ -371,12 +371,12 @@ def _far_below(name: str, series: Series) -> list[str]:
     """Runs that other seeds leave far behind: a mean of such a row says little."""
     found = []
     for task in _tasks(series):
-        accuracies = _accuracies(_of_task(series, task))
-        median = statistics.median(accuracies.values())
+        top1 = accuracies(_of_task(series, task))
+        median = statistics.median(top1.values())
         found += [
-            f"{task} with seed {seed} ends at {accuracies[task, seed]:.1f}, with a training loss of {outcome.curves['train_loss'][-1]:.2f}"
+            f"{task} with seed {seed} ends at {top1[task, seed]:.1f}, with a training loss of {outcome.curves['train_loss'][-1]:.2f}"
             for (_, seed), outcome in _of_task(series, task).items()
-            if accuracies[task, seed] < median - _FAR_BELOW and not outcome.diverged
+            if top1[task, seed] < median - _FAR_BELOW and not outcome.diverged
         ]
     return [f"* {name}: {', '.join(found)}, far below its other seeds"] if found else []
 
@@ -418,7 +418,7 @@ def _bytes(series: Series) -> float:
 def _of_means(first: Series, second: Series) -> str:
     """The paired test over the tasks' means, in words; nothing for a single task."""
     means = [
-        {task: statistics.fmean(_accuracies(_of_task(series, task)).values()) for task in _tasks(series)}
+        {task: statistics.fmean(accuracies(_of_task(series, task)).values()) for task in _tasks(series)}
         for series in (first, second)
     ]
     p = paired_test(*means).p
