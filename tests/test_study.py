@@ -24,7 +24,7 @@ from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import FACTORS, Matrix, Row
 from trady_kernels.study.report import CLAIMS, report, write_report
 from trady_kernels.study.results import SCHEMES, Request, results_matrix
-from trady_kernels.study.statistics import PairedTest, Spread, paired_test
+from trady_kernels.study.statistics import PairedTest, Quartiles, Spread, held, paired_test
 from trady_kernels.study.steps import STEPS, StepTimes, Timing, Timings
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings
 from trady_kernels.training.ingredients import Spec, tuned_as
@@ -256,10 +256,31 @@ def test_paired_test_is_scipys() -> None:
 def test_few_pairs() -> None:
     lone = paired_test({1: 2.0}, {1: 1.0})
     assert lone.difference == 1 and math.isnan(lone.p) and not lone.significant
-    assert paired_test({1: 2.0, 2: 3.0}, {1: 2.0, 2: 3.0}).p == 1
     with pytest.raises(ValueError, match="expected a key in common"):
         paired_test({1: 2.0}, {2: 1.0})
     assert Spread.of([1.0, 3.0]) == Spread(2.0, math.sqrt(2), 2)
+
+
+@pytest.mark.parametrize("difference", [0.5, 0.0, -0.1])
+def test_equal_differences_decide_nothing(difference: float) -> None:
+    """They have no spread to tell chance by, also where they are equal but for the rounding of percentages."""
+    first = {seed: 100 * (0.8 + seed / 7) for seed in range(3)}
+    test = paired_test(first, {seed: value - difference for seed, value in first.items()})
+    assert test.difference == pytest.approx(difference) and test.pairs == 3
+    assert math.isnan(test.p) and math.isnan(test.statistic)
+    assert not test.significant and test.verdict == "not decided at the level of 5%"
+    assert test.interval == "" and test.words == f"{difference:+.2f}"
+
+
+def test_quartiles() -> None:
+    """Of five values the second, third and fourth; of four between two each; of one itself."""
+    assert Quartiles.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Quartiles(2.0, 3.0, 4.0)
+    assert Quartiles.of([1.0, 2.0, 3.0, 4.0]) == Quartiles(1.75, 2.5, 3.25)
+    assert Quartiles.of([7.0]).words(1) == "7.0 (7.0 to 7.0)"
+
+
+def test_verdicts_of_several_places() -> None:
+    assert [held(count, 3) for count in (0, 1, 3)] == ["does not hold", "holds in part", "holds"]
 
 
 def test_versions_of_what_results_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +308,7 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     assert len({len(line) for line in table}) == 1, "columns align"
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table[2:]}
     assert rows["medyate"][:3] == ["90.1 ± 0.1", "90.1 ± 0.1", "90.1"]
-    assert rows["full"][4] == "+0.00 (p 1.000)"
+    assert rows["full"][4] == "+0.00", "equal differences are no test"
     assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "", ""]
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
     assert "not decided" in text and "    trady study all" in text

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+#: Of the values of a series: how far two equal differences between them may be apart.
+_ROUNDING = 1e-12
+
 
 def significant(value: float, digits: int) -> float:
     """The number with so many significant digits: nobody needs all of them, of thousands of channels."""
@@ -36,13 +39,38 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Quartiles:
+    """The middle of some values and of each half of them.
+
+    Attributes:
+        low, median, high: a quarter, a half and three quarters of the values are no larger; between two values in proportion.
+    """
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Of at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*statistics.quantiles(values, n=4, method="inclusive"))
+
+    def words(self, digits: int) -> str:
+        """The median and, in brackets, the other two."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+@dataclass(frozen=True)
 class PairedTest:
     """A two-sided paired t-test: whether the mean of differences is zero.
 
     Attributes:
         difference: mean of first minus second.
-        statistic: Student's t, with ``pairs - 1`` degrees of freedom; NaN where all differences are equal.
-        p: probability of a t at least as far from zero if there were no difference; NaN with fewer than two pairs.
+        statistic: Student's t, with ``pairs - 1`` degrees of freedom; NaN where there is no test: with fewer than two pairs,
+            or where all differences are equal, whose spread says nothing of what chance does.
+        p: probability of a t at least as far from zero if there were no difference; NaN where there is no test.
         pairs: how many.
         wins: pairs in which the first is larger.
         deviation: sample standard deviation of the differences; NaN with fewer than two pairs.
@@ -72,8 +100,8 @@ class PairedTest:
 
     @property
     def interval(self) -> str:
-        """95% confidence interval of the mean difference, by Student's t; of one pair nothing."""
-        if self.pairs < 2:
+        """95% confidence interval of the mean difference, by Student's t; nothing where there is no test."""
+        if math.isnan(self.statistic):
             return ""
         half = float(_student().ppf(0.975, self.pairs - 1)) * self.deviation / math.sqrt(self.pairs)
         return f"{self.difference - half:+.2f} to {self.difference + half:+.2f}"
@@ -111,10 +139,10 @@ def paired_test(first: Mapping[Any, float], second: Mapping[Any, float]) -> Pair
     differences = [first[key] - second[key] for key in keys]
     wins = sum(difference > 0 for difference in differences)
     spread = Spread.of(differences)
-    if len(keys) < 2:
-        return PairedTest(spread.mean, math.nan, math.nan, len(keys), wins, math.nan)
-    if spread.deviation == 0:
-        return PairedTest(spread.mean, math.nan, 1.0 if spread.mean == 0 else 0.0, len(keys), wins, 0.0)
+    # Equal differences of rounded numbers differ in their last digits.
+    rounding = _ROUNDING * max(abs(series[key]) for series in (first, second) for key in keys)
+    if len(keys) < 2 or spread.deviation <= rounding:
+        return PairedTest(spread.mean, math.nan, math.nan, len(keys), wins, spread.deviation)
     statistic = spread.mean / (spread.deviation / math.sqrt(len(keys)))
     p = 2 * float(_student().sf(abs(statistic), len(keys) - 1))
     return PairedTest(spread.mean, statistic, p, len(keys), wins, spread.deviation)
