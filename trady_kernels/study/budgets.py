@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from trady_kernels.study.cells import NothingFinished
@@ -12,17 +13,19 @@ from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.matrix import Matrix
 from trady_kernels.study.plot import plot_budgets, plot_savings
 from trady_kernels.study.results import SMALLEST_BUDGET, Request, results_matrix
-from trady_kernels.study.statistics import paired_test
-from trady_kernels.study.steps import row_of, times_beside
+from trady_kernels.study.statistics import Quartiles, held, paired_test
+from trady_kernels.study.steps import StepTime, row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
+from trady_kernels.study.verdicts import Verdict
 
-#: What TraDy reports of its smallest budget, percent of what is counted: what it is, and the least.
+#: What TraDy reports that it leaves out at its smallest budget, percent of what is counted: what it is, and the least.
 _PUBLISHED = {
     "weight_share": ("weights", 93.0),
     "activation_share": ("activations", 97.5),
     "gradient_share": ("gradient FLOPs", 97.0),
 }
-_SMALLEST = ("trady", SMALLEST_BUDGET)
+#: Who says of a scheme that a larger budget buys accuracy.
+_SOURCES = {"trady": " (TraDy)", "medyate": " (MeDyate)"}
 #: Rows and task where it has to be quick.
 _QUICK_SCHEMES, _QUICK_TASKS = ("trady", "frugal@5.2%", "head-only"), ("digits",)
 
@@ -59,6 +62,17 @@ def first_budget(finals: Iterable[Training]) -> str:
     return max(sorted(schemes), key=lambda budget: len(schemes[budget]), default="")
 
 
+Runs = Mapping[Training, TrainingOutcome]
+
+
+def by_network(cells: Trainings, finals: Runs) -> dict[str, dict[Training, TrainingOutcome]]:
+    """Runs of each network."""
+    networks: dict[str, dict[Training, TrainingOutcome]] = {}
+    for cell, outcome in finals.items():
+        networks.setdefault(cells.recipes[cell.task].model, {})[cell] = outcome
+    return networks
+
+
 def _rows(cells: Trainings) -> dict[tuple[str, str, str], dict[Training, TrainingOutcome]]:
     """Final runs by network, scheme and budget; the budget behind an @ is that of the row."""
     rows: dict[tuple[str, str, str], dict[Training, TrainingOutcome]] = {}
@@ -93,36 +107,41 @@ def budget_section(cells: Trainings) -> list[str]:
     ]
 
 
-def _budget_verdicts(found: Mapping[tuple[str, str, str], Mapping[Training, TrainingOutcome]]) -> list[str]:
-    """Whether more memory buys accuracy, of every scheme that was run at several budgets."""
-    lines = []
+def _budget_verdicts(found: Mapping[tuple[str, str, str], Runs]) -> Iterator[str]:
+    """Whether more memory buys accuracy, of every scheme with two budgets that have at least two pairs of runs."""
     for model, scheme in dict.fromkeys((model, scheme) for model, scheme, _ in found):
-        budgets = sorted((b for m, s, b in found if (m, s) == (model, scheme) and b), key=_size)
-        if len(budgets) < 2:
-            continue
-        least, most = (
-            {(c.task, c.seed): 100 * o.top1 for c, o in found[model, scheme, budget].items()}
-            for budget in (budgets[0], budgets[-1])
-        )
-        if least.keys() & most.keys():
-            test = paired_test(most, least)
-            lines += [
-                "",
-                f"*A larger budget buys accuracy (TraDy, MeDyate)*, {model}, {scheme}, {budgets[-1]} against {budgets[0]}: "
-                f"{test.verdict}, {test.words}, {test.wins} of {test.pairs} won.",
-            ]
-    return lines
+        accuracies = {
+            budget: {(cell.task, cell.seed): 100 * outcome.top1 for cell, outcome in runs.items()}
+            for (of, name, budget), runs in found.items()
+            if (of, name) == (model, scheme) and budget
+        }
+        compared = [
+            (least, most)
+            for least, most in combinations(sorted(accuracies, key=_size), 2)
+            if len(accuracies[least].keys() & accuracies[most].keys()) > 1
+        ]
+        if compared:
+            least, most = max(compared, key=lambda pair: _size(pair[1]) - _size(pair[0]))
+            test = paired_test(accuracies[most], accuracies[least])
+            yield ""
+            yield Verdict.of(
+                f"a larger budget buys accuracy{_SOURCES.get(scheme, '')}",
+                f"{model}, {scheme}, {most} against {least}",
+                test.verdict,
+                f"{test.words}, {test.wins} of {test.pairs} won",
+            )
 
 
 def plot_budget(path: Path, cells: Trainings) -> None:
-    """Draw accuracy against measured bytes, a panel a task."""
-    plot_budgets(path, finals_of(cells))
+    """Draw accuracy against measured bytes, a panel a network."""
+    plot_budgets(path, by_network(cells, finals_of(cells)))
 
 
 def efficiency_section(cells: Trainings) -> list[str]:
     """What each scheme leaves out, counted, and what that comes to, measured."""
     found, times = _rows(cells), times_beside(cells)
-    rows, sentences = [], []
+    rows: list[list[str]] = []
+    sentences: list[str] = []
     for model, scheme, budget in sorted(found, key=lambda key: (key[0], key[1], _size(key[2]))):
         first = next(iter(found[model, scheme, budget]))
         runs = [outcome for outcome in found[model, scheme, budget].values() if outcome.curves]
@@ -130,60 +149,64 @@ def efficiency_section(cells: Trainings) -> list[str]:
             continue
 
         left = {name: _left_out(runs, name) for name in _PUBLISHED}
-        saved = spread(
-            [100 * (1 - kept / run.dense_saved_bytes) for run in runs for kept in run.curves["saved_bytes"]]
-        )
-        step = times.get((model, row_of(first.scheme, first.budget)))
-        time = "" if step is None or step.of_full is None else f"{100 * (1 - step.of_full):.0f}"
-        rows.append([model, scheme, budget or "-", *map(spread, left.values()), saved, time])
-        if (scheme, budget) == _SMALLEST:
-            parts = [
-                f"{words} {statistics.fmean(left[name]):.1f}% (at least {least:g}%)"
-                for name, (words, least) in _PUBLISHED.items()
-            ]
-            holds = all(statistics.fmean(left[name]) >= least for name, (_, least) in _PUBLISHED.items())
-            sentences += [
-                "",
-                f"*At its smallest budget the method leaves out nearly everything (TraDy)*, {model}: "
-                f"{'holds' if holds else 'does not hold'}, of {', '.join(parts)}.",
-            ]
+        saved = [
+            100 * (1 - kept / run.dense_saved_bytes) for run in runs for kept in run.curves["saved_bytes"]
+        ]
+        time = _time_saved(times.get((model, row_of(first.scheme, first.budget))))
+        rows.append([model, scheme, budget or "-", *map(spread, left.values()), spread(saved), time])
+        if (scheme, budget) == ("trady", SMALLEST_BUDGET):
+            sentences += ["", _left_out_verdict(model, left, saved)]
     heads = [
-        "network",
-        "scheme",
-        "budget",
-        "weights (%)",
-        "activations (%)",
-        "gradient FLOPs (%)",
-        "saved bytes (%)",
-        "step time (%)",
+        *("network", "scheme", "budget", "weights (%)", "activations (%)", "gradient FLOPs (%)"),
+        *("saved bytes (%)", "step time (%)"),
     ]
     return [
         "Left out of what full fine-tuning takes: counted for weight gradients, stored inputs and their multiply-accumulates, "
         "measured for the bytes that a step saves for its backward pass (mean and standard deviation over tasks, seeds and "
-        "epochs) and for the time of a step, of `trady study steps`.",
+        "epochs) and for the time of a step, of `trady study steps` (median and quartiles). The picture has what is kept, of "
+        "some rows.",
         "",
         *markdown(heads, rows),
         *sentences,
     ]
 
 
-def _left_out(runs: list[TrainingOutcome], name: str) -> list[float]:
+def _left_out(runs: Sequence[TrainingOutcome], name: str) -> list[float]:
     """Percent of a share, of every run and epoch."""
     return [100 * (1 - share) for run in runs for share in run.curves[name]]
 
 
+def _time_saved(step: StepTime | None) -> str:
+    if step is None or step.of_full is None:
+        return ""
+    saved = (100 * (1 - ratio) for ratio in (step.of_full.high, step.of_full.median, step.of_full.low))
+    return Quartiles(*saved).words(0)
+
+
+def _left_out_verdict(model: str, left: Mapping[str, Sequence[float]], saved: Sequence[float]) -> Verdict:
+    """Of TraDy's figures, which are counted, beside what is measured."""
+    means = {name: statistics.fmean(shares) for name, shares in left.items()}
+    parts = [
+        f"{words} {means[name]:.1f}% (at least {least:g}%)" for name, (words, least) in _PUBLISHED.items()
+    ]
+    return Verdict.of(
+        f"at {SMALLEST_BUDGET}, the papers' smallest budget, nearly everything is left out, as it is counted (TraDy)",
+        model,
+        held(sum(means[name] >= least for name, (_, least) in _PUBLISHED.items()), len(_PUBLISHED)),
+        f"of {', '.join(parts)}; measured, {statistics.fmean(saved):.1f}% of the bytes that a step saves",
+    )
+
+
 def plot_efficiency(path: Path, cells: Trainings) -> None:
-    """Draw what is left out by epoch, of the budget that most schemes have, and what step times have of full fine-tuning's."""
+    """Draw what is kept by epoch, of the budget that most schemes have, and what step times have of full fine-tuning's."""
     finals = finals_of(cells)
     first = first_budget(finals)
-    shown: dict[str, dict[Training, TrainingOutcome]] = {}
-    ratios: dict[tuple[str, str], float] = {}
+    shown = {cell: outcome for cell, outcome in finals.items() if cell.budget in ("", first)}
     times = times_beside(cells)
-    for cell, outcome in finals.items():
-        if cell.budget in ("", first):
-            model = cells.recipes[cell.task].model
-            shown.setdefault(model, {})[cell] = outcome
-            step = times.get((model, row_of(cell.scheme, cell.budget)))
-            if step is not None and step.of_full is not None:
-                ratios[model, cell.scheme] = step.of_full
-    plot_savings(path, shown, ratios)
+    ratios: dict[tuple[str, str], Quartiles] = {}
+    for cell in shown:
+        model = cells.recipes[cell.task].model
+        step = times.get((model, row_of(cell.scheme, cell.budget)))
+        if step is not None and step.of_full is not None:
+            ratios[model, cell.scheme] = step.of_full
+    plot_savings(path, by_network(cells, shown), ratios)

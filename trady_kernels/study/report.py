@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
-from trady_kernels.data import kind_of
 from trady_kernels.study.budgets import finals_of, first_budget
 from trady_kernels.study.cells import CellFile, made_with
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import MOST_MOVES, final_rates
-from trady_kernels.study.plot import plot_budgets, plot_savings
+from trady_kernels.study.plot import figure_files, plot_budgets, plot_savings
+from trady_kernels.study.recipes import recipe_table
 from trady_kernels.study.results import rows_of
 from trady_kernels.study.statistics import PairedTest, Spread, p_words, paired_test
 from trady_kernels.study.steps import STEPS, StepTime, Timings, row_of, step_times, timings_beside
@@ -34,8 +34,6 @@ from trady_kernels.training.settings import Settings
 
 #: Of the names of plots of what is left out.
 _SAVINGS = "-savings"
-#: A sample's size, by its kind.
-_SIZES = {"images": "{0.image_size}x{0.image_size}", "sentences": "{0.max_length} tokens"}
 #: What a training step needs beside the weights.
 _BYTES = ("saved_bytes", "gradient_bytes", "optimizer_bytes")
 #: What is to be known of the figures of a scheme or an ingredient, beside the notes of its runs.
@@ -149,11 +147,11 @@ def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[
     plots = []
     for model in _models(cells):
         here = {c: o for c, o in finals_of(cells).items() if cells.recipes[c.task].model == model}
-        for kind in ("png", "svg"):
-            plots += [folder / f"{_plot_stem(name, model)}{part}.{kind}" for part in ("", _SAVINGS)]
-            plot_budgets(plots[-2], here)
-            shown = {c: o for c, o in here.items() if c.budget in ("", first_budget(here))}
-            plot_savings(plots[-1], {model: shown})
+        shown = {c: o for c, o in here.items() if c.budget in ("", first_budget(here))}
+        stem = _plot_stem(name, model)
+        plot_budgets(folder / stem, {model: here})
+        plot_savings(folder / f"{stem}{_SAVINGS}", {model: shown})
+        plots += [*figure_files(folder / stem), *figure_files(folder / f"{stem}{_SAVINGS}")]
     return [document, *plots]
 
 
@@ -205,7 +203,7 @@ def _making(cells: Trainings, timings: Timings | None) -> list[str]:
         "test over the tasks' means says more, and three of them say little. No p is corrected for how many there are. The presets "
         "were put together, and their budgets chosen, with earlier results on the same tasks at hand. "
         "Steps were timed apart, all rows of a network turn by turn "
-        f"(`trady study steps`, {STEPS}){timed}",
+        f"(`trady study steps`, {STEPS}; median and quartiles){timed}",
     ]
 
 
@@ -229,7 +227,7 @@ def _model(
     lines = [
         f"## {model}",
         "",
-        *_recipes(tasks, cells),
+        *recipe_table({task: cells.recipes[task] for task in tasks}),
         "",
         f"![Accuracy against measured bytes]({plot}.png)",
         "",
@@ -258,7 +256,7 @@ def _model(
         lines += _notes({**bound, **free} if budget == first else bound)
         ours += _ours(budget, tasks, bound)
         left_out += _in_more_bytes(budget, bound)
-    savings = f"![Sparsity and saved FLOPs by epoch]({plot}{_SAVINGS}.png)"
+    savings = f"![What is kept by epoch]({plot}{_SAVINGS}.png)"
     lines += _ours_section(tasks, _seeds(cells), ours, left_out)
     return [
         *lines,
@@ -269,23 +267,6 @@ def _model(
         *_rates(tasks, cells, finals),
         "",
     ]
-
-
-def _recipes(tasks: list[str], cells: Trainings) -> list[str]:
-    rows = []
-    for task in tasks:
-        recipe = cells.recipes[task]
-        rows.append(
-            [
-                task,
-                str(recipe.train_samples or "all"),
-                str(recipe.test_samples or "all"),
-                str(recipe.epochs),
-                str(recipe.batch_size),
-                _SIZES[kind_of(recipe.data)].format(recipe),
-            ]
-        )
-    return markdown(["task", "training samples", "test samples", "epochs", "batch", "input"], rows)
 
 
 def _not_run(recipe: Settings, finals: dict[Training, TrainingOutcome]) -> list[str]:
@@ -346,8 +327,8 @@ def _table(
                     for other in references
                 ),
                 *_measured(series),
-                "" if (step := steps[name]) is None else f"{step.milliseconds:.0f}",
-                "" if step is None or step.of_full is None else f"{step.of_full:.2f}",
+                "" if (step := steps[name]) is None else step.milliseconds.words(0),
+                "" if step is None or step.of_full is None else step.of_full.words(2),
             ]
         )
     return markdown(heads, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,8 @@ import torch
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import Matrix
-from trady_kernels.study.plot import LETTERS, panels, style, write_figure
+from trady_kernels.study.plot import logarithmic, panels, style, write_figure
+from trady_kernels.study.statistics import Quartiles
 from trady_kernels.study.trainings import Trainings, load_samples
 from trady_kernels.training.loop import Prepared, prepare
 from trady_kernels.training.settings import Settings
@@ -24,6 +25,8 @@ STEPS = "steps.json"
 WHOLE = "full"
 #: Leaves the weights about where they are.
 _RATE = 1e-4
+#: Of a row in the plot.
+_INCHES = 0.13
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,12 @@ class StepTime:
     """A row's step.
 
     Attributes:
-        milliseconds: median over the rounds.
-        of_full: median of the rounds' ratios to full fine-tuning's step; None where that was not timed.
+        milliseconds: over the rounds.
+        of_full: of the rounds' ratios to full fine-tuning's step; None where that was not timed.
     """
 
-    milliseconds: float
-    of_full: float | None
+    milliseconds: Quartiles
+    of_full: Quartiles | None
 
 
 def step_times(timings: Timings) -> dict[tuple[str, str], StepTime]:
@@ -157,8 +160,9 @@ def step_times(timings: Timings) -> dict[tuple[str, str], StepTime]:
         rounds = timings[cell].milliseconds
         for row, values in rounds.items():
             ratios = [v / whole for v, whole in zip(values, rounds.get(WHOLE, []), strict=False)]
-            ratio = statistics.median(ratios) if ratios else None
-            found[timings.recipes[cell.task].model, row] = StepTime(statistics.median(values), ratio)
+            found[timings.recipes[cell.task].model, row] = StepTime(
+                Quartiles.of(values), Quartiles.of(ratios) if ratios else None
+            )
     return found
 
 
@@ -182,25 +186,41 @@ def times_beside(cells: Trainings) -> dict[tuple[str, str], StepTime]:
     return {} if timings is None else step_times(timings)
 
 
+def _ordered(timings: Timings) -> dict[str, list[tuple[str, StepTime]]]:
+    """Rows by network, the shortest of full fine-tuning's first; those without a ratio by their milliseconds, last."""
+    networks: dict[str, list[tuple[str, StepTime]]] = {}
+    for (network, row), found in step_times(timings).items():
+        networks.setdefault(network, []).append((row, found))
+
+    def place(item: tuple[str, StepTime]) -> tuple[float, float]:
+        ratio = item[1].of_full
+        return (math.inf if ratio is None else ratio.median, item[1].milliseconds.median)
+
+    return {network: sorted(networks[network], key=place) for network in sorted(networks)}
+
+
 def steps_section(timings: Timings) -> list[str]:
     """A step's time of every row, beside full fine-tuning's."""
-    times = step_times(timings)
     rows = [
         [
             network,
             _label(row),
-            f"{found.milliseconds:.0f}",
-            "" if found.of_full is None else f"{found.of_full:.2f}",
+            found.milliseconds.words(0),
+            "" if found.of_full is None else found.of_full.words(2),
         ]
-        for (network, row), found in sorted(
-            times.items(), key=lambda item: (item[0][0], item[1].milliseconds)
-        )
+        for network, times in _ordered(timings).items()
+        for row, found in times
     ]
+    batches = ", ".join(
+        f"{timings.recipes[task].batch_size} samples of {task}"
+        for task in dict.fromkeys(cell.task for cell in timings)
+    )
     rounds = {cell.rounds for cell in timings}
     threads = {recipe.threads for recipe in timings.recipes.values()}
     return [
-        f"Forward, backward and the optimiser's step on a batch of the results table, {_listed(threads)} thread(s), median of "
-        f"{_listed(rounds)} rounds in which every row had its turn; of full: median of the rounds' ratios.",
+        f"Forward, backward and the optimiser's step on a batch of {batches}, {_listed(threads)} thread(s): median and quartiles "
+        f"of {_listed(rounds)} rounds in which every row had its turn; of full: those of the rounds' ratios. Rows whose quartiles "
+        "overlap are not told apart.",
         "",
         *markdown(["network", "scheme", "ms a step", "of full"], rows),
     ]
@@ -211,17 +231,22 @@ def _listed(numbers: set[int]) -> str:
 
 
 def plot_steps(path: Path, timings: Timings) -> None:
-    """Draw the ratios to full fine-tuning's step, a panel a network."""
-    times = step_times(timings)
-    networks = list(dict.fromkeys(network for network, _ in times))
-    figure, axes_of = panels(len(networks), 3.0)
-    for axes, network in zip(axes_of, networks, strict=True):
-        rows = [(row, t) for (of, row), t in times.items() if of == network and t.of_full is not None]
-        rows.sort(key=lambda item: -(item[1].of_full or 0))
-        axes.barh([_label(row) for row, _ in rows], [t.of_full for _, t in rows], color=style(0)["color"])
+    """Draw the ratios to full fine-tuning's step from quartile to quartile, a panel a network, in the order of the table."""
+    shown = {
+        network: [(row, time.of_full) for row, time in times if time.of_full is not None]
+        for network, times in _ordered(timings).items()
+    }
+    figure, axes_of = panels(
+        len(shown), height=1.0, columns=1, ratios=[0.6 + _INCHES * len(rows) for rows in shown.values()]
+    )
+    for axes, (network, rows) in zip(axes_of, shown.items(), strict=True):
+        for place, (_, ratio) in enumerate(rows):
+            bar = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+            axes.errorbar(ratio.median, place, xerr=bar, capsize=1.5, **style(0))
+        logarithmic(axes, "x")
         axes.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axes.tick_params(axis="y", labelsize=LETTERS["many ticks"])
+        axes.set_yticks(range(len(rows)), [_label(row) for row, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_title(network)
         axes.set_xlabel("step time, of full fine-tuning's")
-        axes.grid(alpha=0.3, axis="x")
     write_figure(path, figure)
