@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from figures import assert_drawn
+from figures import assert_drawn, saved_figures
 from image_folders import write_images
+from in_print import assert_readable
 from networks import load_tiny
 from provenance import PROVENANCE
 from test_gradient_studies import AGREEING
 from test_importance import FOUND
 
 from trady_kernels.cli import main
-from trady_kernels.study import draws as draws_module
-from trady_kernels.study import plot as plot_module
 from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency_section
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.draws import (
@@ -314,13 +313,14 @@ def test_sections_of_the_results_table(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["resampling", "sensitivity", "budget", "efficiency"])
-def test_reports_and_plots(name: str, folder: Path) -> None:
+def test_reports_and_plots(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    figures = saved_figures(monkeypatch)
     written, png, svg = STUDIES[name].report(folder)
     assert written.read_text() == document(folder)
     assert document(folder).count("## From results.json") == 1, "studies of the same cells stand together"
-    assert png.stat().st_size and svg.stat().st_size
+    assert figures[0] is figures[1] and png.stat().st_size and svg.stat().st_size
+    assert_drawn(figures[0])
 
 
 def test_a_file_that_has_nothing_yet_is_no_obstacle(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -333,7 +333,8 @@ def test_a_file_that_has_nothing_yet_is_no_obstacle(folder: Path, capsys: pytest
     cells.add(Training("mnist", "medyate", "2.2%", 0.1, 0, True), outcome_of(0.1))
     assert main(["study", "resampling", "--report-only", "--output", str(folder)]) == 0
     text = (folder / "study.md").read_text()
-    assert "trady study resampling" in text and "trady study budget" not in text
+    assert "Not run yet: `trady study resampling" not in text
+    assert "Not run yet: `trady study budget --output FOLDER`." in text
     assert main(["study", "budget", "--report-only", "--output", str(folder)]) == 2
     assert "has no run on test samples yet" in capsys.readouterr().err
     (folder / "results.json").unlink()
@@ -349,54 +350,17 @@ def test_bad_devices_and_studies_that_are_timed(tmp_path: Path, capsys: pytest.C
     assert [name for name, study in STUDIES.items() if study.alone] == ["steps"]
 
 
-def test_panels_say_what_they_show(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every axis has a name, and every figure is as wide as a column."""
+@pytest.mark.parametrize("name", ["resampling", "sensitivity", "budget", "efficiency"])
+def test_panels_say_what_they_show(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every axis has a name, its own or that of a row, and letters are as large as print needs."""
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
-    figures: list[Any] = []
-    written = plot_module.write_figure
-    for module in (draws_module, plot_module):
-        monkeypatch.setattr(
-            module, "write_figure", lambda path, figure: (figures.append(figure), written(path, figure))
-        )
-    for name in ("resampling", "sensitivity", "budget", "efficiency"):
-        STUDIES[name].report(folder)
-    assert len(figures) == 8, "PNG and SVG"
-    for figure in figures:
-        assert figure.get_size_inches()[0] < 5
-        for axes in figure.axes:
-            if axes.get_label() != "<colorbar>":
-                beside = axes.get_shared_y_axes().get_siblings(axes)
-                assert axes.get_xlabel() and axes.get_title() and any(one.get_ylabel() for one in beside)
-        assert_drawn(figure)
-
-
-def test_an_empty_panel_is_found() -> None:
-    """Title, labels, grid, ticks, lines across the whole panel and data without a number are no data."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
-    figure, (full, empty) = plot_module.panels(2)
-    full.plot([1, 2], [3, 4])
-    for axes in (full, empty):
-        axes.set_title("title")
-        axes.set_xlabel("x")
-        axes.grid()
-        axes.axhline(1)
-        axes.axvline(1)
-        axes.axvspan(1, 2)
-    empty.plot([], [])
-    empty.errorbar([1, 2], [float("nan")] * 2, yerr=1)
-    empty.imshow([[float("nan")]])
-    with pytest.raises(AssertionError, match="nothing in panel 'title'"):
-        assert_drawn(figure)
-    for draw in (
-        lambda: empty.scatter([1], [2]),
-        lambda: empty.bar(["a"], [1]),
-        lambda: empty.imshow([[1.0]]),
-        lambda: empty.errorbar([1], [2]),
-    ):
-        artist = draw()
-        assert_drawn(figure)
-        artist.remove()
+    figures = saved_figures(monkeypatch)
+    STUDIES[name].report(folder)
+    assert_readable(figures[0])
+    for axes in figures[0].axes:
+        if axes.get_label() != "<colorbar>":
+            beside = axes.get_shared_y_axes().get_siblings(axes)
+            assert axes.get_xlabel() and axes.get_title() and any(one.get_ylabel() for one in beside)
 
 
 def test_a_scheme_looks_the_same_everywhere() -> None:
@@ -424,6 +388,7 @@ def test_all_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["study", "all", "--quick", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert not re.search(r"\d+ of \d+:", out), "nothing was trained"
+    assert re.search(r"\nall: done in (\d+ min )?\d+ s\n$", out)
     text = (tmp_path / "study.md").read_text()
     for name in STUDIES:
         assert f"{name}: {STUDIES[name].words[:20]}" in out or name == "results"

@@ -20,9 +20,9 @@ from trady_kernels.atomic_write import alone_in
 from trady_kernels.cli import INTERRUPTED, usage_errors
 from trady_kernels.cli.console import in_time, make_console
 from trady_kernels.provenance import describe
-from trady_kernels.study.cells import CellFile, Plan, run_cells
+from trady_kernels.study.cells import CellFile, NothingFinished, Plan, run_cells
 from trady_kernels.study.results import RECIPES, SIZES, Request
-from trady_kernels.study.studies import STUDIES, Study
+from trady_kernels.study.studies import STUDIES, Reports, Study
 from trady_kernels.training.run import check_device
 
 _EPILOG = """\
@@ -107,36 +107,82 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, write the report."""
-    console = make_console()
+    """Run what is missing of each study, and write its report."""
+    console, started = make_console(), time.monotonic()
     with usage_errors():
         if args.jobs < 1:
             raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
         check_device(args.device)
-        studies = list(STUDIES.values()) if args.name == "all" else [STUDIES[args.name]]
+        studies = _asked_for(args.name)
         if args.scheme and not (len(studies) == 1 and studies[0].takes_schemes):
             raise ValueError(
                 f"scheme: got {','.join(args.scheme)}, expected none but for {_taking_schemes()}: {args.name} has its own"
             )
-        for study in [] if args.report_only else studies:
-            if study.name == "results" and len(studies) > 1:
-                continue  # budget has its runs; where it has to be quick, some of them
-            console.print(f"{study.name}: {study.words}")
-            try:
-                _run_missing(study, args, console)
-            except KeyboardInterrupt:
-                console.print("interrupted; the same command goes on with what is missing")
-                return INTERRUPTED
+        plans = {} if args.report_only else _plans(studies, args, console)
+        reports = Reports(args.output)
         for study in studies:
-            if len(studies) > 1 and not (args.output / study.cells).exists():
-                continue  # one that was never begun
-            for file in study.report(args.output):
-                console.print(f"written to {file}")
+            if study.name in plans:
+                console.print(f"{study.name}: {study.words}")
+                try:
+                    _run_missing(study, plans[study.name], args, console)
+                except KeyboardInterrupt:
+                    console.print("interrupted; the same command goes on with what is missing")
+                    return INTERRUPTED
+            _report(study, reports, args, console)
+    console.print(f"{args.name}: done in {in_time(time.monotonic() - started)}")
     return 0
 
 
-def _run_missing(study: Study, args: argparse.Namespace, console: Console) -> None:
-    plan = study.plan(Request(args.size, args.task, args.scheme, args.ranking, args.device))
+def _asked_for(name: str) -> list[Study]:
+    """The studies in the order in which they run: with all of them results comes last, whose runs budget has."""
+    if name != "all":
+        return [STUDIES[name]]
+    return [*(study for study in STUDIES.values() if study.name != "results"), STUDIES["results"]]
+
+
+def _plans(studies: list[Study], args: argparse.Namespace, console: Console) -> dict[str, Plan[Any, Any]]:
+    """What to run of each study, before anything runs; of several, those that cannot run are told of and left out.
+
+    Raises:
+        OSError, ValueError: no study can run, or a file of cells has other settings.
+    """
+    request = Request(args.size, args.task, args.scheme, args.ranking, args.device)
+    plans: dict[str, Plan[Any, Any]] = {}
+    refused: dict[str, Exception] = {}
+    for study in studies:
+        if study.name == "results" and args.name == "all":
+            continue  # budget has its runs; where it has to be quick, some of them
+        try:
+            plans[study.name] = study.plan(request)
+        except (OSError, ValueError) as error:
+            refused[study.name] = error
+    if not plans:
+        raise next(iter(refused.values()))
+    for name, reason in refused.items():
+        console.print(f"{name}: left out: {reason}", markup=False)
+    for name, plan in plans.items():
+        CellFile(
+            args.output / STUDIES[name].cells, STUDIES[name].kinds, plan.recipes
+        )  # raises if it cannot go on
+    return plans
+
+
+def _report(study: Study, reports: Reports, args: argparse.Namespace, console: Console) -> None:
+    """Write a study's report; where all were asked for, one that has nothing to report is passed over."""
+    if args.name == "all" and not (args.output / study.cells).exists():
+        return
+    try:
+        files = reports.write(study)
+    except NothingFinished as error:
+        if args.name != "all":
+            raise
+        console.print(f"{study.name}: {error}", markup=False)
+        return
+    for file in files:
+        console.print(f"written to {file}", markup=False)
+
+
+def _run_missing(study: Study, plan: Plan[Any, Any], args: argparse.Namespace, console: Console) -> None:
     jobs = 1 if study.alone else args.jobs
     args.output.mkdir(parents=True, exist_ok=True)
     with alone_in(args.output):

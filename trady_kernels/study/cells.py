@@ -163,7 +163,7 @@ def made_with(cells: CellFile[Any, Any]) -> list[str]:
     made = dict.fromkeys(_environment(cells.provenance[index]) for index in used)
     runs = "1 run" if len(cells) == 1 else f"{len(cells)} runs"
     return [
-        "Generated from its JSON, beside the rankings that ship and what scipy computes; no figure was typed. Made and made again with:",
+        "Generated from the runs of:",
         "",
         *(f"    {command}" for command in commands),
         "",

@@ -40,9 +40,11 @@ from trady_kernels.study.layers import (
     pool_plan,
     pool_section,
 )
+from trady_kernels.study.plot import figure_files
 from trady_kernels.study.ranks import channels_section, plot_channels, plot_ranks, ranks_section
+from trady_kernels.study.recipes import recipes_of
 from trady_kernels.study.report import write_report
-from trady_kernels.study.results import Request, results_matrix
+from trady_kernels.study.results import Request, middle_rate, results_matrix
 from trady_kernels.study.steps import (
     STEPS,
     StepTimes,
@@ -52,13 +54,21 @@ from trady_kernels.study.steps import (
     steps_section,
 )
 from trady_kernels.study.tails import histograms_section, plot_histograms, plot_tails, tails_section
-from trady_kernels.study.trainings import Training, TrainingOutcome
+from trady_kernels.study.trainings import KINDS, Training
+from trady_kernels.study.verdicts import overview
+from trady_kernels.training.settings import Settings
 
+#: Cells of the results table, and a link to what is made of them.
+RESULTS, _RESULTS_REPORT = "results.json", "[results.md](results.md)"
 #: The document that all studies but the results table write their sections of.
 DOCUMENT = "study.md"
 
 #: Of the steps that are timed, by size.
 _ROUNDS = {"quick": 3, "usual": 9, "full": 21}
+
+
+def _own_rate(cell: Training, recipe: Settings) -> float:
+    return cell.learning_rate
 
 
 @dataclass(frozen=True)
@@ -72,10 +82,12 @@ class Study:
         kinds: classes of the cells and their outcomes.
         plan: which cells there are.
         section: lines of its part of the document.
-        plot: draws it into a file; the studies with a section have one.
+        plot: draws it into files, as :func:`write_figure` takes them; the studies with a section have one.
         write: makes the files of its report, where that is not a section of the document.
         takes_schemes: whether a user may name schemes.
         alone: whether its cells are timed, so that only one may run at a time.
+        rate: peak learning rate of a cell with the settings of its task; None where nothing is trained.
+        beside: names of other files that its section is made of.
     """
 
     name: str
@@ -88,6 +100,8 @@ class Study:
     write: Callable[[CellFile[Any, Any], Path], list[Path]] | None = None
     takes_schemes: bool = False
     alone: bool = False
+    rate: Callable[[Any, Settings], float] | None = _own_rate
+    beside: tuple[str, ...] = ()
 
     def load(self, folder: Path) -> CellFile[Any, Any]:
         """The cells in a folder, of whatever tasks.
@@ -108,16 +122,7 @@ class Study:
             FileNotFoundError, ValueError: there are no finished cells.
             ModuleNotFoundError: scipy or matplotlib is not installed.
         """
-        cells = self.load(folder)
-        if self.write is not None:
-            return self.write(cells, folder)
-        assert self.plot is not None
-        text = document(folder)
-        write_atomically(folder / DOCUMENT, lambda file: file.write(text.encode()))
-        plots = [folder / f"study-{self.name}.{kind}" for kind in ("png", "svg")]
-        for path in plots:
-            self.plot(path, cells)
-        return [folder / DOCUMENT, *plots]
+        return Reports(folder).write(self)
 
 
 def _gradient_study(name: str, words: str, section: Any, plot: Any) -> Study:
@@ -129,6 +134,7 @@ def _gradient_study(name: str, words: str, section: Any, plot: Any) -> Study:
         gradient_plan,
         section,
         plot,
+        rate=lambda cell, recipe: recipe.learning_rate_of("full"),
     )
 
 
@@ -139,8 +145,8 @@ STUDIES: Mapping[str, Study] = {
             "results",
             "every scheme on every task with several seeds, each learning rate tuned first on held-out samples: "
             "accuracy beside measured bytes, with paired tests",
-            "results.json",
-            (Training, TrainingOutcome),
+            RESULTS,
+            KINDS,
             results_matrix,
             write=write_report,
             takes_schemes=True,
@@ -173,7 +179,7 @@ STUDIES: Mapping[str, Study] = {
             "pool",
             "accuracy by how many top layers channels are drawn from, and how much of the gradient these have",
             "pool.json",
-            (Training, TrainingOutcome),
+            KINDS,
             pool_plan,
             pool_section,
             plot_pool,
@@ -182,7 +188,7 @@ STUDIES: Mapping[str, Study] = {
             "ablation",
             "what training one layer alone brings, and what freezing it costs, beside its score in the rankings",
             "ablation.json",
-            (Training, TrainingOutcome),
+            KINDS,
             ablation_plan,
             ablation_section,
             plot_ablation,
@@ -196,12 +202,13 @@ STUDIES: Mapping[str, Study] = {
             importance_section,
             plot_importance,
             takes_schemes=True,
+            rate=lambda cell, recipe: middle_rate(recipe),
         ),
         Study(
             "resampling",
             "accuracy and loss by when channels are drawn again: once, every few epochs, epoch or steps, or by a criterion",
             "resampling.json",
-            (Training, TrainingOutcome),
+            KINDS,
             resampling_plan,
             resampling_section,
             plot_resampling,
@@ -216,12 +223,13 @@ STUDIES: Mapping[str, Study] = {
             steps_section,
             plot_steps,
             alone=True,
+            rate=None,
         ),
         Study(
             "budget",
             "accuracy against measured bytes, from the runs of results",
-            "results.json",
-            (Training, TrainingOutcome),
+            RESULTS,
+            KINDS,
             budgets_plan,
             budget_section,
             plot_budget,
@@ -229,17 +237,18 @@ STUDIES: Mapping[str, Study] = {
         Study(
             "efficiency",
             "sparsity, FLOPs, bytes and step time of every scheme, epoch by epoch, from the runs of results",
-            "results.json",
-            (Training, TrainingOutcome),
+            RESULTS,
+            KINDS,
             budgets_plan,
             efficiency_section,
             plot_efficiency,
+            beside=(STEPS,),
         ),
         Study(
             "sensitivity",
             "how much learning rate, budget and frequency matter together",
             "sensitivity.json",
-            (Training, TrainingOutcome),
+            KINDS,
             sensitivity_plan,
             sensitivity_section,
             plot_sensitivity,
@@ -250,35 +259,109 @@ STUDIES: Mapping[str, Study] = {
 
 
 def document(folder: Path) -> str:
-    """The document of all studies that a folder has finished cells of, made from its JSON files.
+    """The document of all studies, made from the JSON files in a folder.
 
     Raises:
         ValueError: a file is damaged or of another version.
         ModuleNotFoundError: scipy is not installed.
     """
-    lines = ["# The study behind the method", ""]
-    made: set[str] = set()
-    for study in STUDIES.values():
-        if study.section is None or not (folder / study.cells).exists():
-            continue
-        cells = study.load(folder)
-        try:
-            section = study.section(cells)
-        except NothingFinished:
-            continue
-        if study.cells not in made:
-            lines += [f"## From {study.cells}", "", *made_with(cells), ""]
-            made.add(study.cells)
-        picture = f"![{study.name}](study-{study.name}.png)"
-        sentence = study.words[0].upper() + study.words[1:]
-        lines += [
-            f"### `trady study {study.name}`",
+    return Reports(folder).document()
+
+
+class Reports:
+    """The reports of the studies in a folder; a section is made anew when the files that it is made of have changed.
+
+    Args:
+        folder: with the cells of the studies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sections: dict[str, tuple[Any, list[str] | None]] = {}
+
+    def write(self, study: Study) -> list[Path]:
+        """Write a study's plots, and the document or whatever else its report is.
+
+        Returns:
+            The files.
+
+        Raises:
+            FileNotFoundError, ValueError: there are no finished cells.
+            ModuleNotFoundError: scipy or matplotlib is not installed.
+        """
+        cells = study.load(self._folder)
+        if study.write is not None:
+            return study.write(cells, self._folder)
+        assert study.plot is not None
+        written, text = self._folder / DOCUMENT, self.document()
+        write_atomically(written, lambda file: file.write(text.encode()))
+        plots = self._folder / f"study-{study.name}"
+        study.plot(plots, cells)
+        return [written, *figure_files(plots)]
+
+    def document(self) -> str:
+        """What every study has found, or how to run it, below an overview of all claims.
+
+        Raises:
+            ValueError: a file is damaged or of another version.
+            ModuleNotFoundError: scipy is not installed.
+        """
+        sections = {study.name: self._section(study) for study in STUDIES.values() if study.section}
+        lines = [
+            "# The study behind the method",
             "",
-            f"{sentence}.",
-            "",
-            *section,
-            "",
-            picture,
+            "Generated from the JSON files beside it, the rankings that ship and what scipy computes; no figure was typed.",
             "",
         ]
-    return "\n".join(lines).rstrip() + "\n"
+        if claims := overview({name: section or () for name, section in sections.items()}):
+            lines += ["## Claims", "", *claims, ""]
+        if (self._folder / RESULTS).exists():
+            lines += [
+                f"Claims about schemes, each at its own tuned rate, are tested in {_RESULTS_REPORT}.",
+                "",
+            ]
+        for name in dict.fromkeys(STUDIES[name].cells for name in sections):
+            here = {study: section for study, section in sections.items() if STUDIES[study].cells == name}
+            lines += [f"## From {name}", ""]
+            if any(section is not None for section in here.values()):
+                lines += self._making(STUDIES[next(iter(here))])
+            for study, section in here.items():
+                lines += _with_head(STUDIES[study], section)
+        return "\n".join(lines).rstrip() + "\n"
+
+    def _section(self, study: Study) -> list[str] | None:
+        """Lines of its section; None where nothing is finished yet."""
+        state = [_state(self._folder / name) for name in (study.cells, *study.beside)]
+        if study.name not in self._sections or self._sections[study.name][0] != state:
+            self._sections[study.name] = (state, self._made(study) if state[0] else None)
+        return self._sections[study.name][1]
+
+    def _made(self, study: Study) -> list[str] | None:
+        assert study.section is not None
+        try:
+            return study.section(study.load(self._folder))
+        except NothingFinished:
+            return None
+
+    def _making(self, study: Study) -> list[str]:
+        """What made a file of cells: commands, commits and recipes."""
+        cells = study.load(self._folder)
+        recipes = [] if study.rate is None else [*recipes_of(cells, study.rate), ""]
+        return [*made_with(cells), "", *recipes]
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written; None where there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _with_head(study: Study, section: list[str] | None) -> list[str]:
+    """A section as it stands in the document; of a study without runs, how to run it."""
+    lines = [f"### `trady study {study.name}`", "", f"{study.words[0].upper()}{study.words[1:]}.", ""]
+    if section is None:
+        return [*lines, f"Not run yet: `trady study {study.name} --output FOLDER`.", ""]
+    return [*lines, *section, "", f"![{study.name}](study-{study.name}.png)", ""]
