@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import re
@@ -21,7 +22,7 @@ from trady_kernels.study import studies as studies_module
 from trady_kernels.study.cells import CellFile
 from trady_kernels.study.draws import resampling_plan, sensitivity_plan
 from trady_kernels.study.gradients import Gradients, Look
-from trady_kernels.study.importance import Importance, Watch
+from trady_kernels.study.importance import DRAWN, Importance, Watch, importance_plan
 from trady_kernels.study.recipes import recipe_table, recipes_of
 from trady_kernels.study.results import RECIPES, Request
 from trady_kernels.study.statistics import verdict
@@ -301,3 +302,30 @@ def test_one_that_has_nothing_to_report_keeps_no_other_one_from_it(
     assert all(f"{name}: cells: " in out for name in ("budget", "efficiency", "results"))
     assert "study-sensitivity.svg" in out and re.search(r"all: done in \d+ s\n$", out)
     assert main(["study", "results", "--report-only", "--output", str(folder)]) == 2
+
+
+@pytest.mark.parametrize("drawn", DRAWN)
+def test_every_way_of_drawing_can_be_asked_for(drawn: str) -> None:
+    """By the name that tables have, alone or among others."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["importance", "--scheme", f"{drawn},s-det-rgn", "--output", "out"])
+    plan = importance_plan(Request("quick", schemes=args.scheme))
+    assert [cell.drawn for cell in plan.cells] == [drawn, "s-det-rgn"]
+
+
+def test_ways_of_drawing_that_there_are_none_of() -> None:
+    with pytest.raises(ValueError, match="scheme: got 'full', expected one of trady"):
+        importance_plan(Request("quick", schemes=("trady in medyate's pool", "full")))
+
+
+def test_a_way_of_drawing_with_another_name_in_an_older_file(tmp_path: Path) -> None:
+    plan = importance_plan(Request("quick"))
+    cells: CellFile[Watch, Importance] = CellFile(tmp_path / "importance.json", plan.kinds, plan.recipes)
+    cells.begin(PROVENANCE)
+    for cell in plan.ready(cells):
+        cells.add(cell, FOUND)
+    text = cells.path.read_text()
+    assert text.count("trady in medyate's pool") == 1
+    cells.path.write_text(text.replace("trady in medyate's pool", "trady, medyate's pool"))
+    assert set(CellFile(cells.path, plan.kinds, plan.recipes)) == set(plan.ready(cells))

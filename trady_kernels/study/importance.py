@@ -38,12 +38,17 @@ from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
 from trady_kernels.training.settings import Settings
 
+#: A name without a comma, which would part it in two on the command line; what it is in older files.
+_IN_MEDYATES_POOL, _OLD_NAMES = (
+    "trady in medyate's pool",
+    {"trady, medyate's pool": "trady in medyate's pool"},
+)
 #: What draws the channels, and from which layers where that is not the scheme's own choice: by chance from the first by RGN,
 #: from all, and from those of medyate; by norms seen so far; by an oracle.
 DRAWN: Mapping[str, tuple[str, str]] = {
     "trady": ("trady", ""),
     "d-full-random": ("d-full-random", ""),
-    "trady, medyate's pool": ("trady", "alpha 20% by lara"),
+    _IN_MEDYATES_POOL: ("trady", "alpha 20% by lara"),
     "medyate": ("medyate", ""),
     "d-det-rgn": ("d-det-rgn", ""),
 }
@@ -70,6 +75,9 @@ class Watch:
     drawn: str
     seed: int
     draws: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "drawn", _OLD_NAMES.get(self.drawn, self.drawn))
 
     def words(self, outcome: Importance) -> str:
         """The run and its outcome in a line."""
@@ -128,12 +136,13 @@ def importance_plan(request: Request) -> Listed[Watch, Importance]:
         ValueError: no such size, task or scheme.
     """
     recipes = study_recipes(request, ("digits",) if request.size == "quick" else RECIPES, _SIZES)
+    choosing_channels(tuple(scheme for scheme in request.schemes if scheme not in DRAWN))
     seeds = range(_SIZES[request.size].seeds)
     cells = (
         Watch(task, drawn, seed, DRAWS[request.size])
         for seed in seeds
         for task in recipes
-        for drawn in choosing_channels(request.schemes) or DRAWN
+        for drawn in request.schemes or DRAWN
     )
     return Listed(recipes, tuple(cells), (Watch, Importance), watch, Watch.words)
 
@@ -425,13 +434,13 @@ _CLAIMS = (
         "at the same cost, the layers with most gradient for what they cost hold more of the gradient than all layers (TraDy)",
     ),
     _Claim(
-        "trady, medyate's pool",
+        _IN_MEDYATES_POOL,
         "d-full-random",
         "at the same cost, the layers by LaRa hold more of the gradient than all layers, equation 9 (MeDyate)",
     ),
     _Claim(
         "medyate",
-        "trady, medyate's pool",
+        _IN_MEDYATES_POOL,
         "from the second epoch on, drawing by the norms seen so far holds more of the gradient than drawing evenly from the same "
         "layers (MeDyate)",
         first=1,

@@ -163,7 +163,7 @@ def plot_savings(
         for axes, name in zip(here, names, strict=True):
             axes.set_title(name)
             logarithmic(axes, "y")
-        here[0].set_ylabel(f"{network}\nkept (%)")
+        here[0].set_ylabel(f"{network}\nkept (%)", linespacing=1.4)
     write_figure(path, figure)
 
 
