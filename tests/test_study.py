@@ -266,8 +266,9 @@ def test_few_pairs() -> None:
 @pytest.mark.parametrize("difference", [0.5, 0.0, -0.1])
 def test_equal_differences_decide_nothing(difference: float) -> None:
     """They have no spread to tell chance by, also where they are equal but for the rounding of percentages."""
-    first = {seed: 100 * (0.8 + seed / 7) for seed in range(3)}
-    test = paired_test(first, {seed: value - difference for seed, value in first.items()})
+    shares = [0.807, 0.803, 0.811]
+    second = [100 * (share - difference / 100) for share in shares]
+    test = paired_test(dict(enumerate(100 * share for share in shares)), dict(enumerate(second)))
     assert test.difference == pytest.approx(difference) and test.pairs == 3
     assert math.isnan(test.p) and math.isnan(test.statistic)
     assert not test.significant and test.verdict == "not decided at the level of 5%"
