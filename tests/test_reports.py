@@ -104,6 +104,7 @@ def test_the_document_begins_with_all_claims(folder: Path) -> None:
 def test_recipes_stand_once_below_each_file(folder: Path) -> None:
     pytest.importorskip("scipy", reason=SCIPY)
     text = document(folder)
+    assert "falls to 0 along a cosine" in text.split("## Claims")[0]
     resampling = table_below(text, "## From resampling.json")
     assert resampling == {
         "mnist": ["efficientnet_lite0", "250", "all", "12", "1", "32", "64x64", "3", "0.05"]

@@ -310,7 +310,8 @@ class Reports:
         lines = [
             "# The study behind the method",
             "",
-            "Generated from the JSON files beside it, the rankings that ship and what scipy computes; no figure was typed.",
+            "Generated from the JSON files beside it, the rankings that ship and what scipy computes; no figure was typed. "
+            "Networks train with SGD; the learning rate rises to its peak over the warm-up epochs and falls to 0 along a cosine.",
             "",
         ]
         if claims := overview({name: section or () for name, section in sections.items()}):
