@@ -301,11 +301,11 @@ def test_tails(looks: Looks) -> None:
     assert (
         f"{claim} 256: holds in part, in 2 of 8 epochs of all runs, with indices from 1.25 to 1.50." in tails
     )
-    assert "in 4 of 8" in in_published([1.5, 1.6, 2.0, 1.3, 1.25, 2.4, None, None], 16), (
+    assert "in 4 of 8" in in_published([1.5, 1.6, 2.0, 1.3, 1.25, 2.4, None, None], 16)[1], (
         "infinite ones are outside"
     )
-    assert in_published([None], 16) == "does not hold, in 0 of 1 epochs of all runs"
-    assert in_published([2.1], 16).startswith("does not") and in_published([2.1], 256).startswith("holds"), (
+    assert in_published([None], 16) == ("does not hold", "in 0 of 1 epochs of all runs")
+    assert in_published([2.1], 16)[0] == "does not hold" and in_published([2.1], 256)[0] == "holds", (
         "of long sums there are fewer, so that the estimate is worse"
     )
     assert "| Gaussians of lognormal scale | 0.945 ±" in tails

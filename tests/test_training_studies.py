@@ -17,6 +17,7 @@ from test_gradient_studies import AGREEING
 from test_importance import FOUND
 
 from trady_kernels.cli import main
+from trady_kernels.study import draws as draws_module
 from trady_kernels.study.budgets import budget_section, budgets_plan, efficiency_section
 from trady_kernels.study.cells import CellFile, Listed
 from trady_kernels.study.draws import (

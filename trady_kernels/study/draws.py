@@ -35,6 +35,7 @@ from trady_kernels.study.trainings import (
     rule_words,
     top1_words,
 )
+from trady_kernels.study.verdicts import Verdict
 from trady_kernels.training.plot import COLOURS
 from trady_kernels.training.settings import Settings
 
@@ -142,8 +143,12 @@ def resampling_section(cells: Trainings) -> list[str]:
             test = paired_test(accuracies(epoch), accuracies(found))
             sentences += [
                 "",
-                f"*Channels drawn anew each epoch beat channels drawn once (TraDy)*, {scheme}: {test.verdict}, {test.words}, "
-                f"{test.wins} of {test.pairs} won.",
+                Verdict.of(
+                    "channels drawn anew each epoch beat channels drawn once (TraDy)",
+                    scheme,
+                    test.verdict,
+                    f"{test.words}, {test.wins} of {test.pairs} won",
+                ),
             ]
     others = {key: found for key, found in series.items() if key[1] not in ("once", "epoch")}
     for scheme in dict.fromkeys(scheme for scheme, _ in others):

@@ -33,6 +33,7 @@ from trady_kernels.study.results import (
 )
 from trady_kernels.study.statistics import PairedTest, held, paired_test, significant, verdict
 from trady_kernels.study.trainings import load_samples
+from trady_kernels.study.verdicts import Verdict
 from trady_kernels.training.loop import MEASURED_BATCHES, Diverged, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
@@ -353,8 +354,8 @@ def importance_section(cells: Watched) -> list[str]:
         )
     for network in dict.fromkeys(network for network, _ in groups):
         drawn_by = {drawn: found for (n, drawn), found in groups.items() if n == network}
-        for claim, finding in (*_shares(drawn_by), *_lasting(drawn_by), *_updates(drawn_by)):
-            sentences += ["", f"*{claim[0].upper()}{claim[1:]}*, {network}: {finding}."]
+        for claim, verdict_words, words in (*_shares(drawn_by), *_lasting(drawn_by), *_updates(drawn_by)):
+            sentences += ["", Verdict.of(claim, network, verdict_words, words)]
     heads = [
         *("network", "drawn by", "held at start (%)", "at end (%)", "holdable (%)", "lag 1, all"),
         *("last lag, all", "lag 1, selected", "last lag, selected", "length (%)", "bias", "variance"),
@@ -448,7 +449,7 @@ _CLAIMS = (
 )
 
 
-def _shares(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str]]:
+def _shares(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str, str]]:
     """Claims and what was found, of the gradient's norm that selections hold."""
     for claim in _CLAIMS:
         more, less = (
@@ -465,7 +466,8 @@ def _shares(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str]]:
             of_more, of_less = (statistics.fmean(shares[key] for key in both) for shares in (more, less))
             yield (
                 claim.sentence,
-                f"{test.verdict}, {of_more:.1f}% of its norm against {of_less:.1f}%, {test.words} over {_pairs(test)}",
+                test.verdict,
+                f"{of_more:.1f}% of its norm against {of_less:.1f}%, {test.words} over {_pairs(test)}",
             )
 
 
@@ -477,7 +479,7 @@ def _pairs(test: PairedTest) -> str:
 _LASTING, _ALONG = 0.5, 0.1
 
 
-def _lasting(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str]]:
+def _lasting(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str, str]]:
     """That ranks of now tell those of later, and in how many runs they do."""
     runs = [run for found in drawn_by.values() for run in found.values()]
     lags = [[value for value in run.all_channels if value is not None] for run in runs]
@@ -487,7 +489,8 @@ def _lasting(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str]]:
         yield (
             f"a channel's rank in its layer lasts, with correlations of at least {_LASTING:g} at all lags (MeDyate draws by norms of "
             "earlier epochs)",
-            f"{held(sum(kept), len(kept))}, in {sum(kept)} of {counted(len(kept), 'run')}; on average {means[0]} after an epoch and "
+            held(sum(kept), len(kept)),
+            f"in {sum(kept)} of {counted(len(kept), 'run')}; on average {means[0]} after an epoch and "
             f"{means[1]} from the first epoch to the end, of selected channels {means[2]} and {means[3]}",
         )
 
@@ -497,13 +500,13 @@ _TRADES = (
     ("trady", "d-full-random", "drawing from the layers with most gradient for what they cost, not from all"),
     (
         "medyate",
-        "trady, medyate's pool",
+        _IN_MEDYATES_POOL,
         "drawing by the norms seen so far, not evenly from the same layers",
     ),
 )
 
 
-def _updates(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str]]:
+def _updates(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str, str]]:
     """Claims and what was found, of the mean update and the scatter around it."""
     even = drawn_by.get("d-full-random", {})
     biases, lengths = _biases(even), _lengths(even)
@@ -511,17 +514,18 @@ def _updates(drawn_by: Mapping[str, _Runs]) -> Iterator[tuple[str, str]]:
         along = sum(bias < _ALONG for bias in biases.values())
         yield (
             f"the mean of even draws from all layers points along the gradient, with a bias under {_ALONG:g} (ours)",
-            f"{held(along, len(biases))}, in {along} of {counted(len(biases), 'run')}; it has "
+            held(along, len(biases)),
+            f"in {along} of {counted(len(biases), 'run')}; it has "
             f"{statistics.fmean(lengths.values()):.1%} of the gradient's length",
         )
     for more, less, words in _TRADES:
         first, second = drawn_by.get(more, {}), drawn_by.get(less, {})
         if _biases(first).keys() & _biases(second).keys():
             bias = paired_test(_biases(first), _biases(second))
-            yield f"{words}, adds bias (ours)", f"{bias.verdict}, {bias.words} over {_pairs(bias)}"
+            yield f"{words}, adds bias (ours)", bias.verdict, f"{bias.words} over {_pairs(bias)}"
             test = paired_test(_variances(first), _variances(second))
             found = verdict(test.p, -test.difference)
-            yield f"{words}, takes variance (ours)", f"{found}, {test.words} over {_pairs(test)}"
+            yield f"{words}, takes variance (ours)", found, f"{test.words} over {_pairs(test)}"
 
 
 def plot_importance(path: Path, cells: Watched) -> None:

@@ -26,6 +26,7 @@ from trady_kernels.study.results import (
 )
 from trady_kernels.study.statistics import held, p_words, paired_test, verdict
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, listed, top1_words
+from trady_kernels.study.verdicts import Verdict
 from trady_kernels.training.regimes import find_ranking
 from trady_kernels.training.settings import Settings
 
@@ -190,9 +191,12 @@ def pool_section(cells: Trainings) -> list[str]:
         half = 1 + next(place for place, share in enumerate(shares) if share >= 0.5)
         sentences += [
             "",
-            f"*Half of the cumulative {next(iter(rankings)).upper()} sits in under a quarter of the layers (TraDy)*, {model}: "
-            f"{held(int(half < len(shares) / 4), 1)}, in {half} of {len(shares)}; {PUBLISHED_POOL:.0%} sit in "
-            f"{published_count(rankings)}.",
+            Verdict.of(
+                f"half of the cumulative {next(iter(rankings)).upper()} sits in under a quarter of the layers (TraDy)",
+                model,
+                held(int(half < len(shares) / 4), 1),
+                f"in {half} of {len(shares)}; {PUBLISHED_POOL:.0%} sit in {published_count(rankings)}",
+            ),
         ]
     return [*lines, *sentences]
 
@@ -259,7 +263,12 @@ def _verdict(claim: str, where: str, better: _Pools, worse: _Pools) -> list[str]
     over = "" if pairs == len(pools) else f", means over {counted(pairs, 'pair')} of runs"
     return [
         "",
-        f"*{claim}*, {where}: {test.verdict}, {test.words}, {test.wins} of {counted(test.pairs, 'seed')} won{over}.",
+        Verdict.of(
+            claim,
+            where,
+            test.verdict,
+            f"{test.words}, {test.wins} of {counted(test.pairs, 'seed')} won{over}",
+        ),
     ]
 
 
@@ -469,9 +478,13 @@ def ablation_section(cells: Trainings) -> list[str]:
             if found:
                 sentences += [
                     "",
-                    f"*A layer's score tells what it {words} (TraDy)*, {task}, rate {rate:g}: {verdict(found[0].p, found[0].correlation)}, Spearman's correlation of layers is "
-                    + ", ".join(f"{a.correlation:.2f} by {a.metric} ({p_words(a.p)})" for a in found)
-                    + ".",
+                    Verdict.of(
+                        f"a layer's score tells what it {words} (TraDy)",
+                        f"{task}, rate {rate:g}",
+                        verdict(found[0].p, found[0].correlation),
+                        "Spearman's correlation of layers is "
+                        + ", ".join(f"{a.correlation:.2f} by {a.metric} ({p_words(a.p)})" for a in found),
+                    ),
                 ]
     return [*lines, *sentences]
 

@@ -17,6 +17,7 @@ from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.permutation import GroupTest, group_test
 from trady_kernels.study.plot import LETTERS, heat_maps, write_figure
 from trady_kernels.study.statistics import held, p_words, verdict
+from trady_kernels.study.verdicts import Verdict
 
 #: Spearman's correlation between any two of TraDy's tasks and seeds.
 PUBLISHED_AGREEMENT = 0.8
@@ -207,15 +208,16 @@ def ranks_section(looks: Looks) -> list[str]:
                 f"{min(stable)} to {max(stable)} of {steps}",
             ]
         )
-        claim = f"*Ranks agree across tasks and seeds, at least {PUBLISHED_AGREEMENT} (TraDy)*, {network}"
-        sentences += ["", f"{claim}: {_agree(looks, agreements)}"]
+        claim = f"ranks agree across tasks and seeds, at least {PUBLISHED_AGREEMENT} (TraDy)"
+        sentences += ["", Verdict.of(claim, network, *_agree(looks, agreements))]
         if failed := far_below(looks, cells):
             others = {pair: value for pair, value in agreements.items() if not set(failed) & set(pair)}
             names = ", ".join(_run(looks, cell) for cell in failed)
             if others:
-                sentences += ["", f"{claim}, without {names}: {_agree(looks, others)}"]
+                where = f"{network}, without {names}"
+                sentences += ["", Verdict.of(claim, where, *_agree(looks, others))]
         if early := _early(looks, cells, stable):
-            sentences += ["", f"*A few epochs suffice for a ranking (TraDy)*, {network}: {early}"]
+            sentences += ["", Verdict.of("a few epochs suffice for a ranking (TraDy)", network, *early)]
     heads = [
         *("network", "runs", "between seeds", "between tasks", "between epochs"),
         f"steps to {STABLE} with the end",
@@ -235,24 +237,22 @@ def ranks_section(looks: Looks) -> list[str]:
     ]
 
 
-def _agree(looks: Looks, agreements: dict[Pair, float]) -> str:
+def _agree(looks: Looks, agreements: dict[Pair, float]) -> tuple[str, str]:
     """Whether all pairs agree as TraDy's do, and which do least."""
     worst = min(agreements, key=agreements.__getitem__)
     runs = " and ".join(_run(looks, cell) for cell in worst)
-    return (
-        f"{held(agreements[worst] >= PUBLISHED_AGREEMENT, 1)}, worst is {agreements[worst]:.2f}, of {runs}."
-    )
+    return held(agreements[worst] >= PUBLISHED_AGREEMENT, 1), f"worst is {agreements[worst]:.2f}, of {runs}"
 
 
 def _run(looks: Looks, cell: Look) -> str:
     return f"{cell.task}, seed {cell.seed} ({100 * looks[cell].top1:.1f}%)"
 
 
-def _early(looks: Looks, cells: list[Look], stable: list[int]) -> str:
-    """Whether the ranking is stable before the last epoch, and how it is after the first; of one epoch nothing."""
+def _early(looks: Looks, cells: list[Look], stable: list[int]) -> tuple[str, str] | None:
+    """Whether the ranking is stable before the last epoch, and how it is after the first; of one epoch None."""
     last = min(looks.recipes[cell.task].epochs for cell in cells) - 1
     if last < 1:
-        return ""
+        return None
     soon, alike = {}, {}
     for epoch in dict.fromkeys((last, 1)):
         ends = [
@@ -263,11 +263,12 @@ def _early(looks: Looks, cells: list[Look], stable: list[int]) -> str:
         soon[epoch] = sum(found <= end for found, end in zip(stable, ends, strict=True))
         alike[epoch] = f"{min(later):.2f} to {max(later):.2f}"
     first = last > 1
-    return (
-        f"{held(soon[last], len(cells))}, after epoch {last} of {last + 1} the ranking agrees with the whole run's by {STABLE} or "
-        f"more in {soon[last]} of {len(cells)} runs{f' (after epoch 1 in {soon[1]})' * first}. With that of the epochs after it "
-        f"alone its correlation is {alike[last]}{f' (after epoch 1 {alike[1]})' * first}."
+    found = (
+        f"after epoch {last} of {last + 1} the ranking agrees with the whole run's by {STABLE} or more in {soon[last]} of "
+        f"{len(cells)} runs{f' (after epoch 1 in {soon[1]})' * first}; with that of the epochs after it alone its correlation is "
+        f"{alike[last]}{f' (after epoch 1 {alike[1]})' * first}"
     )
+    return held(soon[last], len(cells)), found
 
 
 def stable_from(run: Gradients) -> int:
@@ -294,10 +295,8 @@ def channels_section(looks: Looks) -> list[str]:
         apart = _range([100 * share for share in tasks_apart(looks, cells)], 1)
         rows.append([network, *map(_range, _kinds(agreements)), apart, *larger])
         if (test := tasks_test(agreements, cells)) is not None:
-            sentences += [
-                "",
-                f"*Channels differ between tasks (TraDy)*, {network}: {_differ(test, len(cells))}",
-            ]
+            claim = "channels differ between tasks (TraDy)"
+            sentences += ["", Verdict.of(claim, network, verdict(test.p, 1.0), _differ(test, len(cells)))]
     heads = ["network", "ranks, seeds", "ranks, tasks", "apart (%)", "larger, seeds", "larger, tasks"]
     return [
         "Norms of the channels' gradients, added up over a run. Ranks: Spearman's correlation inside a layer, the mean over "
@@ -319,7 +318,9 @@ def channels_section(looks: Looks) -> list[str]:
 
 def _differ(test: GroupTest, runs: int) -> str:
     least = f"; p cannot be below {1 / test.divisions:.3f}" if test.divisions < 20 else ""
-    return f"{verdict(test.p, 1.0)}, F is {test.statistic:.1f} ({p_words(test.p)}, of {test.divisions} divisions of {runs} runs{least})."
+    return (
+        f"F is {test.statistic:.1f} ({p_words(test.p)}, of {test.divisions} divisions of {runs} runs{least})"
+    )
 
 
 def _matrix(values: dict[Pair, float], cells: list[Look], diagonal: float) -> list[list[float]]:

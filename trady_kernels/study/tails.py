@@ -16,6 +16,7 @@ from trady_kernels.study.markdown import markdown, spread
 from trady_kernels.study.plot import draw_means, panels, style, write_figure
 from trady_kernels.study.statistics import Spread, held, paired_test
 from trady_kernels.study.tail_index import on_known_draws, on_mixed_draws
+from trady_kernels.study.verdicts import Verdict
 
 #: Of the draws that show what the estimate is worth.
 KNOWN = (1.2, 1.4, 1.6, 1.8, 2.0)
@@ -109,27 +110,30 @@ def _verdicts(looks: Looks) -> list[str]:
     for network, runs in networks.items():
         for block in BLOCKS:
             alphas = [alpha for run in runs for alpha in run.alphas[str(block)]]
-            words = f"*The gradients' tail index is between {low:g} and {high:g} (TraDy)*, {network}, sums of {block}"
-            lines += ["", f"{words}: {in_published(alphas, block)}."]
+            claim = f"the gradients' tail index is between {low:g} and {high:g} (TraDy)"
+            lines += ["", Verdict.of(claim, f"{network}, sums of {block}", *in_published(alphas, block))]
     for network, runs in networks.items():
-        lines += [
-            "",
-            f"*The gradients are alpha-stable: sums of every length give one index*, {network}: {_stable(runs)}.",
-        ]
+        if found := _stable(runs):
+            claim = "the gradients are alpha-stable: sums of every length give one index (TraDy)"
+            lines += ["", Verdict.of(claim, network, *found)]
     return lines
 
 
-def in_published(alphas: Sequence[float | None], block: int) -> str:
-    """Whether the indices of runs and epochs are in TraDy's range; None is an estimate that is infinite, which is not."""
+def in_published(alphas: Sequence[float | None], block: int) -> tuple[str, str]:
+    """Whether the indices of runs and epochs are in TraDy's range; None is an estimate that is infinite, which is not.
+
+    Returns:
+        The verdict, and what was found.
+    """
     low, high = PUBLISHED[0], PUBLISHED[1] + _allowed(block)
     inside = sum(alpha is not None and low <= alpha <= high for alpha in alphas)
     finite = _finite(alphas)
     values = f", with indices from {min(finite):.2f} to {max(finite):.2f}" if finite else ""
-    return f"{held(inside, len(alphas))}, in {inside} of {len(alphas)} epochs of all runs{values}"
+    return held(inside, len(alphas)), f"in {inside} of {len(alphas)} epochs of all runs{values}"
 
 
-def _stable(runs: Sequence[Gradients]) -> str:
-    """Whether the first and the last of ``BLOCKS`` give runs the same index."""
+def _stable(runs: Sequence[Gradients]) -> tuple[str, str] | None:
+    """Whether the first and the last of ``BLOCKS`` give runs the same index; None where no run has both."""
     short, long = (
         {
             place: statistics.fmean(alphas)
@@ -139,10 +143,13 @@ def _stable(runs: Sequence[Gradients]) -> str:
         for block in (BLOCKS[0], BLOCKS[-1])
     )
     if not set(short) & set(long):
-        return "no run has both"
+        return None
     test = paired_test(long, short)
     verdict = "does not hold" if test.significant else "not refuted at the level of 5%"
-    return f"{verdict}, sums of {BLOCKS[-1]} give {test.words} against sums of {BLOCKS[0]}, more in {test.wins} of {test.pairs} runs"
+    return (
+        verdict,
+        f"sums of {BLOCKS[-1]} give {test.words} against sums of {BLOCKS[0]}, more in {test.wins} of {test.pairs} runs",
+    )
 
 
 def _estimator() -> list[str]:
@@ -342,12 +349,12 @@ def _heavier(looks: Looks) -> list[str]:
         )
     lines = []
     for network, heavier in counts.items():
-        lines += [
-            "",
-            f"*Gradients have heavier tails than a Gaussian (TraDy)*, {network}: {held(sum(heavier), len(heavier))}, in "
-            f"{sum(heavier)} of {len(heavier)} layers of its tasks the index is below 2 by more than {_MARGIN} standard deviations "
-            f"of the estimate, {_allowed(BLOCKS[0]):.2f}.",
-        ]
+        found = (
+            f"in {sum(heavier)} of {len(heavier)} layers of its tasks the index is below 2 by more than {_MARGIN} standard "
+            f"deviations of the estimate, {_allowed(BLOCKS[0]):.2f}"
+        )
+        claim = "gradients have heavier tails than a Gaussian (TraDy)"
+        lines += ["", Verdict.of(claim, network, held(sum(heavier), len(heavier)), found)]
     return lines
 
 
