@@ -331,7 +331,7 @@ def test_an_index_that_depends_on_the_sums_is_none_of_a_stable_law(
         for more in longer
     ]
     text = "\n".join(tails_section(looks_of({"mnist": runs}, tmp_path / "gradients.json")))
-    assert f"sums of every length give one index*, efficientnet_lite0: {words}" in text
+    assert f"sums of every length give one index (TraDy)*, efficientnet_lite0: {words}" in text
 
 
 def test_networks_have_verdicts_of_their_own(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_ranks(looks: Looks) -> None:
     # 2, 3, 4 of mnist beside 1, 1, 5, and 4, 3, 2 of digits beside 1, 1, 7.
     assert (
         "A few epochs suffice for a ranking (TraDy)*, efficientnet_lite0: holds in part, after epoch 1 of 2 the ranking agrees "
-        "with the whole run's by 0.95 or more in 2 of 4 runs. With that of the epochs after it alone its correlation is -0.87 to "
+        "with the whole run's by 0.95 or more in 2 of 4 runs; with that of the epochs after it alone its correlation is -0.87 to "
         "0.87." in ranks
     )
 
@@ -380,7 +380,7 @@ def test_a_few_epochs_are_all_but_the_last(tmp_path: Path) -> None:
         cells.add(Look("mnist", seed), run)
     assert (
         "efficientnet_lite0: holds, after epoch 2 of 3 the ranking agrees with the whole run's by 0.95 or more in 2 of 2 runs "
-        "(after epoch 1 in 0). With that of the epochs after it alone its correlation is 0.50 to 0.50 (after epoch 1 -1.00 to "
+        "(after epoch 1 in 0); with that of the epochs after it alone its correlation is 0.50 to 0.50 (after epoch 1 -1.00 to "
         "-1.00)." in "\n".join(ranks_section(cells))
     )
 

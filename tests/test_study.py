@@ -23,7 +23,7 @@ from trady_kernels.provenance import versions
 from trady_kernels.study import trainings
 from trady_kernels.study.cells import CellFile, run_cells
 from trady_kernels.study.markdown import markdown
-from trady_kernels.study.matrix import FACTORS, Matrix, Row
+from trady_kernels.study.matrix import FACTORS, MOST_MOVES, Matrix, Row
 from trady_kernels.study.report import CLAIMS, report, write_report
 from trady_kernels.study.results import SCHEMES, Request, results_matrix
 from trady_kernels.study.statistics import PairedTest, Quartiles, Spread, held, paired_test
@@ -40,7 +40,7 @@ RECIPES = {"digits": RECIPE, "clothes": dataclasses.replace(RECIPE, data="fashio
 RATES = {"efficientnet_lite0": {"": 0.3, "head-only": 0.06, "full": 0.03}}
 ROWS = {"2.2%": ("trady", "medyate", "head-only", "full", "full+checkpoint"), "7%": ("trady", "head-only")}
 OF_NETWORK = {"efficientnet_lite0": ROWS}
-MATRIX = Matrix(RECIPES, OF_NETWORK, RATES, 2, tuple(RECIPES), OF_NETWORK)
+MATRIX = Matrix(RECIPES, OF_NETWORK, RATES, 2, MOST_MOVES, tuple(RECIPES), OF_NETWORK)
 #: Peaks of the accuracy over the learning rate of the fake training below.
 BEST = {"trady": 0.9, "medyate": 0.3, "head-only": 0.02, "full": 0.03}
 

@@ -41,6 +41,7 @@ class Matrix:
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
             With momentum m it is 1 - m times that.
         seeds: how many.
+        moves: how often the three rates of a scheme move on at most.
         tasks, asked: the part of ``recipes`` and ``schemes`` that is to be run. A row's learning rate is the same whichever
             part it is run with.
     """
@@ -49,6 +50,7 @@ class Matrix:
     schemes: Schemes
     rates: Mapping[str, Mapping[str, float]]
     seeds: int
+    moves: int
     tasks: tuple[str, ...]
     asked: Schemes
 
@@ -74,7 +76,7 @@ class Matrix:
             cells: those that are done.
         """
         move, trials = 0, self._trials(row, 0)
-        while abs(move) < MOST_MOVES and all(cell in cells for cell in trials):
+        while abs(move) < self.moves and all(cell in cells for cell in trials):
             rates, best = {cell.learning_rate for cell in trials}, best_rate(cells, trials)
             if min(rates) < best < max(rates):
                 break

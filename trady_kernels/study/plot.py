@@ -46,7 +46,7 @@ _PLACES = {
 _LINES = 6
 SHOWN = (
     *("trady", "medyate", "sparse-update", "full"),
-    *("frugal@5.2%", "frugal@100%", "ample@1.9%", "ample@65%"),
+    *("frugal@5.2%", "frugal@100%", "ample@1.8%", "ample@65%"),
 )
 #: Of every epoch: what is kept, in the words of a panel, counted and then measured, from a run and its epoch.
 _KEPT: Mapping[str, Callable[[TrainingOutcome, int], float]] = {

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from trady_kernels.data import kind_of
 from trady_kernels.selection import SCHEMES as CHOOSE_CHANNELS
-from trady_kernels.study.matrix import Matrix
+from trady_kernels.study.matrix import MOST_MOVES, Matrix
 from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
 
@@ -105,11 +105,13 @@ class Size:
         seeds: of the final runs.
         settings: what differs from the recipes.
         budgets: how many of a network's; None for all.
+        moves: how often the learning rates tried move on at most, because the best of them is at an end.
     """
 
     seeds: int = 3
     settings: Mapping[str, Any] = field(default_factory=dict)
     budgets: int | None = None
+    moves: int = MOST_MOVES
 
 
 #: On a machine with a GPU: all samples, the papers' epochs.
@@ -121,7 +123,7 @@ FULL: Mapping[str, Any] = {
 }
 SIZES: Mapping[str, Size] = {
     "quick": Size(
-        2, {"train_samples": 100, "test_samples": 100, "epochs": 1, "warmup_epochs": 0.1}, budgets=1
+        2, {"train_samples": 100, "test_samples": 100, "epochs": 1, "warmup_epochs": 0.1}, budgets=1, moves=0
     ),
     "usual": Size(),
     "full": Size(settings=FULL),
@@ -260,4 +262,4 @@ def results_matrix(request: Request) -> Matrix:
             for budget, rows in asked[recipe.model].items()
         }
     rates = {recipe.model: _of_network(RATES, recipe) for recipe in recipes.values()}
-    return Matrix(recipes, schemes, rates, size.seeds, tasks, asked)
+    return Matrix(recipes, schemes, rates, size.seeds, size.moves, tasks, asked)
