@@ -237,10 +237,11 @@ class _Progress:
 
     def on_cell(self, cell: Any, outcome: Any, fresh: bool) -> None:
         self._done += 1
+        self._total = max(self._total, self._done)  # a plan may grow: learning rates that move on
         left = ""
         if fresh:
             self._fresh += 1
             pace = (time.monotonic() - self._started) / self._fresh
             left = f"{in_time(pace * (self._total - self._done))} left"
             self._console.print(f"{self._done} of {self._total}: {self._plan.words(cell, outcome)}, {left}")
-        self._bar.update(self._task, completed=self._done, left=left)
+        self._bar.update(self._task, completed=self._done, total=self._total, left=left)
