@@ -22,9 +22,10 @@ from trady_kernels.cli import main
 from trady_kernels.provenance import versions
 from trady_kernels.study import trainings
 from trady_kernels.study.cells import CellFile, run_cells
+from trady_kernels.study.comparisons import CLAIMS
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import FACTORS, MOST_MOVES, Matrix, Row
-from trady_kernels.study.report import CLAIMS, report, write_report
+from trady_kernels.study.report import report, write_report
 from trady_kernels.study.results import SCHEMES, Request, results_matrix
 from trady_kernels.study.statistics import PairedTest, Quartiles, Spread, held, paired_test
 from trady_kernels.study.steps import STEPS, StepTimes, Timing, Timings

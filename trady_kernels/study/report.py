@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
 from trady_kernels.study.budgets import finals_of, first_budget
 from trady_kernels.study.cells import CellFile, made_with
+from trady_kernels.study.comparisons import (
+    REFERENCES,
+    against,
+    claims_table,
+    of_task,
+    presets_left_out,
+    presets_rows,
+    presets_section,
+    tasks_of,
+)
 from trady_kernels.study.markdown import markdown
 from trady_kernels.study.matrix import MOST_MOVES, final_rates
 from trady_kernels.study.plot import figure_files, plot_budgets, plot_savings
 from trady_kernels.study.recipes import recipe_table
 from trady_kernels.study.results import rows_of
-from trady_kernels.study.statistics import PairedTest, Spread, p_words, paired_test
+from trady_kernels.study.statistics import Spread
 from trady_kernels.study.steps import STEPS, StepTime, Timings, row_of, step_times, timings_beside
 from trady_kernels.study.trainings import (
     Series,
@@ -29,7 +37,7 @@ from trady_kernels.study.trainings import (
     accuracies,
     top1_words,
 )
-from trady_kernels.training.ingredients import PRESETS, Spec, tuned_as
+from trady_kernels.training.ingredients import Spec, tuned_as
 from trady_kernels.training.settings import Settings
 
 #: Of the names of plots of what is left out.
@@ -45,85 +53,6 @@ _OF_FIGURES = {
 }
 #: Points of accuracy below the median of a row's seeds on a task, from which on a run is named.
 _FAR_BELOW = 10
-#: Schemes that every other one is set beside.
-REFERENCES = ("trady", "medyate")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What somebody says of two schemes.
-
-    Attributes:
-        better, worse: the schemes.
-        sentence: what is said, and who says it.
-        no_more_bytes: whether it says, too, that the better one needs no more measured bytes.
-    """
-
-    better: str
-    worse: str
-    sentence: str
-    no_more_bytes: bool = False
-
-    def verdict(self, test: PairedTest, better_bytes: float, worse_bytes: float) -> str:
-        """Of the test and of what a step of each scheme needs."""
-        return "in more bytes" if self.no_more_bytes and better_bytes > worse_bytes else test.verdict
-
-
-CLAIMS = (
-    Claim("trady", "s-topk-random", "channels drawn anew each epoch beat channels drawn once (TraDy)"),
-    Claim("trady", "d-full-random", "the top layers' channels beat those of all layers (TraDy)"),
-    Claim("trady", "d-det-rgn", "random channels of the pool beat those of the largest gradient (TraDy)"),
-    Claim("trady", "sparse-update", "trady beats a fixed scheme found by search (TraDy)"),
-    Claim("trady", "velocity", "trady beats the selection of neurons by velocity (TraDy)"),
-    Claim("medyate", "trady", "draws that follow the gradient norms beat uniform ones (MeDyate)"),
-    Claim("full", "medyate", "full fine-tuning stays the ceiling"),
-    Claim(
-        "late@4.5%",
-        "trady",
-        "the last layers beat trady in no more measured bytes (ours)",
-        no_more_bytes=True,
-    ),
-    Claim("frugal@5.2%", "trady", "frugal beats trady in no more measured bytes (ours)", no_more_bytes=True),
-    Claim(
-        "frugal@5.2%",
-        "medyate@0.4%",
-        "frugal beats medyate in no more measured bytes (ours)",
-        no_more_bytes=True,
-    ),
-    Claim(
-        "frugal@5.2%",
-        "medyate",
-        "frugal beats medyate at the papers' budget in no more measured bytes (ours)",
-        no_more_bytes=True,
-    ),
-    Claim(
-        "frugal@100%",
-        "trady",
-        "frugal with all channels of its layers beats trady in no more measured bytes (ours)",
-        no_more_bytes=True,
-    ),
-    Claim(
-        "frugal@100%",
-        "medyate",
-        "frugal with all channels of its layers beats medyate in no more measured bytes (ours)",
-        no_more_bytes=True,
-    ),
-    *(
-        Claim(row, other, f"ample beats {other} in no more measured bytes (ours)", no_more_bytes=True)
-        for row in ("ample@1.8%", "ample@65%")
-        for other in REFERENCES
-    ),
-    *(
-        Claim("trady", row, "trady beats the last layers whole, in about as many measured bytes")
-        for row in ("last-layers@16%", "last-layers@50%")
-    ),
-    Claim(
-        "frugal@5.2%",
-        "trady+momentum@1.9%",
-        "frugal beats trady with momentum in no more measured bytes (ours)",
-        no_more_bytes=True,
-    ),
-)
 
 
 def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[Path]:
@@ -251,13 +180,13 @@ def _model(
             "",
         ]
         if budget == first:
-            claims = _claims({**bound, **free}, _ends(tasks, cells, finals))
+            claims = claims_table({**bound, **free}, _ends(tasks, cells, finals))
             lines += [*claims, *([""] if claims else [])]
         lines += _notes({**bound, **free} if budget == first else bound)
-        ours += _ours(budget, tasks, bound)
-        left_out += _in_more_bytes(budget, bound)
+        ours += presets_rows(budget, tasks, bound)
+        left_out += presets_left_out(budget, bound)
     savings = f"![What is kept by epoch]({plot}{_SAVINGS}.png)"
-    lines += _ours_section(tasks, _seeds(cells), ours, left_out)
+    lines += presets_section(tasks, _seeds(cells), ours, left_out)
     return [
         *lines,
         "### What is left out, epoch by epoch",
@@ -311,19 +240,19 @@ def _table(
     ]
 
     def mean(series: Series) -> float:
-        by_task = (accuracies(_of_task(series, task)).values() for task in _tasks(series))
+        by_task = (accuracies(of_task(series, task)).values() for task in tasks_of(series))
         return Spread.of([Spread.of(list(values)).mean for values in by_task]).mean
 
     rows = []
     for name, series in sorted(schemes.items(), key=lambda item: -mean(item[1])):
-        complete = set(_tasks(series)) == set(tasks)
+        complete = set(tasks_of(series)) == set(tasks)
         rows.append(
             [
                 name if len(series) == runs else f"{name} ({len(series)} of {runs} runs)",
-                *(top1_words(list(_of_task(series, task).values())) for task in tasks),
+                *(top1_words(list(of_task(series, task).values())) for task in tasks),
                 f"{mean(series):.1f}" if complete else "",
                 *(
-                    "" if name == other or (test := _against(series, bound[other])) is None else test.words
+                    "" if name == other or (test := against(series, bound[other])) is None else test.words
                     for other in references
                 ),
                 *_measured(series),
@@ -351,23 +280,15 @@ def _notes(schemes: dict[str, Series]) -> list[str]:
 def _far_below(name: str, series: Series) -> list[str]:
     """Runs that other seeds leave far behind: a mean of such a row says little."""
     found = []
-    for task in _tasks(series):
-        top1 = accuracies(_of_task(series, task))
+    for task in tasks_of(series):
+        top1 = accuracies(of_task(series, task))
         median = statistics.median(top1.values())
         found += [
             f"{task} with seed {seed} ends at {top1[task, seed]:.1f}, with a training loss of {outcome.curves['train_loss'][-1]:.2f}"
-            for (_, seed), outcome in _of_task(series, task).items()
+            for (_, seed), outcome in of_task(series, task).items()
             if top1[task, seed] < median - _FAR_BELOW and not outcome.diverged
         ]
     return [f"* {name}: {', '.join(found)}, far below its other seeds"] if found else []
-
-
-def _tasks(series: Series) -> list[str]:
-    return list(dict.fromkeys(task for task, _ in series))
-
-
-def _of_task(series: Series, wanted: str) -> Series:
-    return {(task, seed): outcome for (task, seed), outcome in series.items() if task == wanted}
 
 
 def _measured(series: Series) -> list[str]:
@@ -381,117 +302,6 @@ def _measured(series: Series) -> list[str]:
         " + ".join(f"{part:.1f}" for part in parts),
         f"{Spread.of([o.saved_bytes / o.dense_saved_bytes for o in finished]).mean:.1%}",
         f"{Spread.of([o.gradient_share for o in finished]).mean:.1%}",
-    ]
-
-
-def _against(first: Series, second: Series) -> PairedTest | None:
-    try:
-        return paired_test(accuracies(first), accuracies(second))
-    except ValueError:
-        return None
-
-
-def _bytes(series: Series) -> float:
-    """Mean of what a step needs; NaN where every run diverged."""
-    return Spread.of([o.training_bytes for o in series.values() if not o.diverged] or [math.nan]).mean
-
-
-def _of_means(first: Series, second: Series) -> str:
-    """The paired test over the tasks' means, in words; nothing for a single task."""
-    means = [
-        {task: statistics.fmean(accuracies(_of_task(series, task)).values()) for task in _tasks(series)}
-        for series in (first, second)
-    ]
-    p = paired_test(*means).p
-    return "" if math.isnan(p) else p_words(p)
-
-
-def _claims(schemes: dict[str, Series], ends: Mapping[str, str]) -> list[str]:
-    """What others and we say, beside what came of it.
-
-    Args:
-        schemes: of the table.
-        ends: of a scheme, whether its learning rate is the lowest or the highest of those tried.
-    """
-    rows = []
-    for claim in CLAIMS:
-        if claim.better in schemes and claim.worse in schemes:
-            better, worse = schemes[claim.better], schemes[claim.worse]
-            test = _against(better, worse)
-            if test is not None:
-                rows.append(
-                    [
-                        claim.sentence,
-                        f"{claim.better} - {claim.worse}: {test.words}, {test.wins} of {test.pairs} won",
-                        test.interval,
-                        _of_means(better, worse),
-                        ", ".join(
-                            f"{name}: {ends[name]}" for name in (claim.better, claim.worse) if ends.get(name)
-                        ),
-                        claim.verdict(test, _bytes(better), _bytes(worse)),
-                    ]
-                )
-    heads = ["claim", "here", "95% interval", "over tasks' means", "rate at an end of those tried", "verdict"]
-    return markdown(heads, rows) if rows else []
-
-
-def _beside_references(schemes: dict[str, Series]) -> list[tuple[str, str]]:
-    """Each of our rows with each reference of its table."""
-    ours = [name for name in schemes if name.partition("@")[0] in PRESETS]
-    return [(name, other) for name, other in itertools.product(ours, REFERENCES) if other in schemes]
-
-
-def _in_more_bytes(budget: str, schemes: dict[str, Series]) -> list[str]:
-    """Our rows that need more bytes than a reference, in words."""
-    return [
-        f"{name} beside {other} at {budget} ({_bytes(schemes[name]) / 2**20:.2f} and {_bytes(schemes[other]) / 2**20:.2f} MiB)"
-        for name, other in _beside_references(schemes)
-        if not _bytes(schemes[name]) <= _bytes(schemes[other])
-    ]
-
-
-def _ours(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[list[str]]:
-    """Our rows that need no more bytes than a reference at the same budget, beside it: task by task and over all."""
-    rows = []
-    for name, other in _beside_references(schemes):
-        mine, theirs = schemes[name], schemes[other]
-        pooled = _against(mine, theirs)
-        if pooled is None or not _bytes(mine) <= _bytes(theirs):
-            continue
-        by_task = [_against(_of_task(mine, task), _of_task(theirs, task)) for task in tasks]
-        tests = [test for test in by_task if test is not None]
-        ahead = [test for test in tests if test.difference > 0]
-        rows.append(
-            [
-                f"{name} - {other}",
-                budget,
-                f"{_bytes(mine) / 2**20:.1f} of {_bytes(theirs) / 2**20:.1f}",
-                *("" if test is None else test.words for test in by_task),
-                f"{len(ahead)} of {len(tests)}",
-                f"{sum(test.significant for test in ahead)} of {len(tests)}",
-                pooled.words,
-                pooled.interval,
-            ]
-        )
-    return rows
-
-
-def _ours_section(tasks: list[str], seeds: int, rows: list[list[str]], left_out: list[str]) -> list[str]:
-    if not rows:
-        return []
-    heads = ["rows", "budget", "bytes (MiB)", *tasks, "tasks ahead", "significantly", "all", "95% interval"]
-    return [
-        f"### Do {' and '.join(PRESETS)} win?",
-        "",
-        f"Their rows that need no more measured bytes than {' or '.join(REFERENCES)} at the same budget: the "
-        "difference in accuracy with the paired test over the seeds of each task; on how many tasks it is ahead "
-        "by the mean, and by that test at the level of 5%; then the test over all pairs of task and seed with "
-        f"the 95% confidence interval of the difference (Student's t). A test over {seeds} seeds has little "
-        "power: it misses most differences that are no larger than those between seeds.",
-        "",
-        *markdown(heads, rows),
-        "",
-        *([f"Left out, for more bytes: {', '.join(left_out)}.", ""] if left_out else []),
     ]
 
 
