@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
 
 from trady_kernels.study import permutation
-from trady_kernels.study.permutation import divisions, group_test
+from trady_kernels.study.permutation import group_test
 
 
 def squares_of(values: list[float]) -> list[list[float]]:
     return [[(a - b) ** 2 for b in values] for a in values]
-
-
-@pytest.mark.parametrize("sizes", [(2, 2), (2, 2, 2), (3, 3, 2), (1, 2, 2), (4,)])
-def test_divisions_are_all_ways_and_each_once(sizes: tuple[int, ...]) -> None:
-    found = [frozenset(map(frozenset, division)) for division in divisions(tuple(range(sum(sizes))), sizes)]
-    ends = np.cumsum((0, *sizes))
-    expected = {
-        frozenset(frozenset(order[a:b]) for a, b in pairwise(ends))
-        for order in permutations(range(sum(sizes)))
-    }
-    assert len(found) == len(set(found)) and set(found) == expected
 
 
 @pytest.mark.parametrize("groups", [[0, 0, 0, 1, 1, 1], [0, 1, 0, 1, 2, 2, 2]])
@@ -41,18 +29,20 @@ def test_one_quantity_is_scipys_analysis_of_variance(groups: list[int]) -> None:
 
 
 def test_of_too_many_divisions_some_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     values = np.random.default_rng(1).normal(size=9) + np.array([0.0, 0, 0, 1, 1, 1, 2, 2, 2])
     groups = [0, 0, 0, 1, 1, 1, 2, 2, 2]
     every = group_test(squares_of(values.tolist()), groups)
     monkeypatch.setattr(permutation, "_MOST", 270)
     some = group_test(squares_of(values.tolist()), groups)
-    assert every is not None and some is not None and (every.divisions, some.divisions) == (280, 270)
+    assert every is not None and some is not None and (every.divisions, some.divisions) == (280, 271)
     assert some.statistic == every.statistic and some.p == pytest.approx(every.p, abs=0.05)
     apart = group_test(squares_of([0, 0.1, 0.2, 5, 5.1, 5.2, 9, 9.1, 9.2]), groups)
-    assert apart is not None and apart.p >= 1 / 270, "the groups themselves are among them"
+    assert apart is not None and apart.p >= 1 / 271, "the groups themselves are among them"
 
 
 def test_groups_far_apart_and_none() -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     apart = group_test(squares_of([0, 0, 0, 3, 3, 3, 7, 7, 7]), [0, 0, 0, 1, 1, 1, 2, 2, 2])
     assert apart is not None and apart.statistic == math.inf and apart.p == pytest.approx(1 / 280)
     two = group_test(squares_of([0, 1, 10, 11]), [0, 0, 1, 1])

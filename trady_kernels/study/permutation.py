@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations
+from typing import Any
 
-Division = tuple[tuple[int, ...], ...]
-
-#: Divisions up to which all are looked at; of more, so many.
+#: Arrangements up to which all are looked at; of more, so many by chance.
 _MOST = 10_000
 
 
@@ -38,51 +36,41 @@ def group_test(squares: Sequence[Sequence[float]], groups: Sequence[int]) -> Gro
         groups: each run's group.
 
     Returns:
-        The test; None with fewer than two groups, with no group of two runs, or where a distance is NaN.
+        The test; None with fewer than two groups, with a group of one run, or where a distance is NaN.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
 
     Source: M. J. Anderson, A new method for non-parametric multivariate analysis of variance, Austral Ecology 26 (2001).
     """
     runs = range(len(groups))
-    own = tuple(tuple(run for run in runs if groups[run] == group) for group in dict.fromkeys(groups))
-    if len(own) < 2 or len(own) == len(runs) or any(math.isnan(value) for row in squares for value in row):
+    own = [[run for run in runs if groups[run] == group] for group in dict.fromkeys(groups)]
+    if len(own) < 2 or min(map(len, own)) < 2 or any(math.isnan(value) for row in squares for value in row):
         return None
 
-    def within(division: Division) -> float:
-        return math.fsum(squares[a][b] / len(group) for group in division for a, b in combinations(group, 2))
+    def within(*division: Iterable[int]) -> float:
+        members = [list(map(int, group)) for group in division]
+        return math.fsum(squares[a][b] / len(group) for group in members for a, b in combinations(group, 2))
 
-    found = within(own)
-    # The sum over all pairs is the same, so that a larger F is a smaller sum within; in another order it may round.
-    as_close = [within(division) <= found * (1 + 1e-12) for division in _looked_at(own)]
-    between = (within((tuple(runs),)) - found) / (len(own) - 1)
+    found = within(*own)
+    between = (within(runs) - found) / (len(own) - 1)
     statistic = between / (found / (len(runs) - len(own))) if found else math.inf
-    return GroupTest(statistic, sum(as_close) / len(as_close), len(as_close))
+    # The sum over all pairs is the same, so that a larger F is a smaller sum within.
+    test = _scipy_stats().permutation_test(
+        own, within, vectorized=False, n_resamples=_MOST, alternative="less", random_state=0
+    )
+    arrangements = math.factorial(len(runs)) // math.prod(math.factorial(len(group)) for group in own)
+    # Of arrangements those that give groups of a size other names are one division.
+    same = math.prod(map(math.factorial, Counter(map(len, own)).values()))
+    divisions = arrangements // same if arrangements <= _MOST else _MOST + 1
+    return GroupTest(statistic, float(test.pvalue), divisions)
 
 
-def _looked_at(own: Division) -> Iterator[Division]:
-    """All divisions into groups of these sizes; of too many these groups and some by chance."""
-    sizes = [len(group) for group in own]
-    members = tuple(range(sum(sizes)))
-    same = math.prod(map(math.factorial, (*sizes, *Counter(sizes).values())))
-    if math.factorial(len(members)) // same <= _MOST:
-        yield from divisions(members, tuple(sizes))
-        return
-    yield own
-    generator = random.Random(0)
-    for _ in range(_MOST - 1):
-        order = iter(generator.sample(members, len(members)))
-        yield tuple(tuple(islice(order, size)) for size in sizes)
-
-
-def divisions(members: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[Division]:
-    """Every way to divide members into groups of these sizes, each once."""
-    if not members:
-        yield ()
-        return
-    first, *rest = members
-    for size in dict.fromkeys(sizes):
-        left = list(sizes)
-        left.remove(size)
-        for others in combinations(rest, size - 1):
-            remaining = tuple(member for member in rest if member not in others)
-            for division in divisions(remaining, tuple(left)):
-                yield ((first, *others), *division)
+def _scipy_stats() -> Any:
+    try:
+        import scipy.stats
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "permutation tests need scipy; install it with: pip install 'trady-kernels[study]'"
+        ) from error
+    return scipy.stats
