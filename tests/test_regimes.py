@@ -156,6 +156,27 @@ def test_adapters_keep_their_own_inputs_and_a_bit_of_an_activation() -> None:
     torch.testing.assert_close(merged.eval()(X), model.eval()(X))
 
 
+@needs_peft
+def test_adapters_in_checkpointed_blocks_have_the_same_gradients_and_keep_less() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(i, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 1), nn.ReLU6()) for i in (3, 8, 8)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)),
+    )
+    found = {}
+    for scheme in ("lora", "lora+checkpoint"):
+        torch.manual_seed(1)
+        model, recipe = copy.deepcopy(plain), Settings(schemes=(scheme,), budget="100%", threads=1)
+        regime = prepare_regime(Start(Spec.parse(scheme), model, X, "3.2", recipe, lambda: [(X, Y)]))
+        regime.train_mode()
+        F.cross_entropy(model(X), Y).backward()
+        gradients = [parameter.grad for parameter in regime.parameters()]
+        found[scheme] = gradients, tk.measure_memory(model, (X, Y), F.cross_entropy).saved_bytes
+    (gradients, kept), (again, less) = found.values()
+    assert len(gradients) > 2 and less < kept
+    torch.testing.assert_close(again, gradients)
+
+
 def test_lora_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install peft"):

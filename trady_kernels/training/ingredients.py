@@ -24,7 +24,7 @@ class Ingredient:
         note: what it does, as a reader of the results must know it.
         sparsify: arguments of ``sparsify`` that it sets.
         prepare: called with the plain network and inputs of training batches, before anything else is made of it.
-        dense: called with a network that stays dense, before its training, also when a run goes on.
+        dense: called with a network of which no channels are chosen, before its training, also when a run goes on.
         at_once: samples that go forward and backward at a time; None for the whole batch.
         momentum: of SGD.
         exact: whether a step without it has the same gradients but for rounding, so that its learning rate serves; not of a

@@ -138,6 +138,7 @@ class Lora:
         chosen, self._cost = layers_that_fit(self.model, costs, Budget.parse(start.budget), self._full)
         make_lean(self.model, start.example_input, start.head, chosen)
         add_adapters(self.model, chosen)
+        start.finish_dense()
         if start.head is not None:  # PEFT freezes what is no adapter
             self.model.get_submodule(start.head).requires_grad_(True)
         self.notes = [

@@ -126,6 +126,12 @@ class Start:
         layers = measure_layers(self.model, self.example_input)
         return {name: layer for name, layer in layers.items() if name != self.head}
 
+    def finish_dense(self) -> None:
+        """Let the ingredients do what they do to a network that chooses no channels, once it is otherwise ready."""
+        for ingredient in self.spec.ingredients:
+            if ingredient.dense is not None:
+                ingredient.dense(self.model)
+
 
 class Dense:
     """Trains the plain network, everything in it."""
@@ -133,9 +139,7 @@ class Dense:
     def __init__(self, start: Start) -> None:
         self.model = start.model
         self.full_cost = total(layer.full for layer in start.layers.values()).elements
-        for ingredient in start.spec.ingredients:
-            if ingredient.dense is not None:
-                ingredient.dense(self.model)
+        start.finish_dense()
         self.notes = [
             "all parameters train, biases and norm affines too; norm statistics are frozen",
             *start.spec.notes,
