@@ -180,16 +180,16 @@ def table() -> tuple[Stage, ...]:
             environment={"TRADY_CUDA": "0"},
             instead_of="build",
         ),
-        _tests(125),
+        _tests(115),
         Stage("doctor", (*_TRADY, "doctor", *_JSON), 60, modules=("rich",), beside="tests", kept_in="doctor"),
-        _sanitizer("memcheck", 60, 125),
-        _sanitizer("racecheck", 60, 125),
+        _sanitizer("memcheck", 60, 115),
+        _sanitizer("racecheck", 60, 115),
         # Fills torch.compile's cache: to compile a network takes far longer than to time its steps.
         *(
             _step(
                 f"compile {network}",
                 network,
-                125,
+                115,
                 *("--contender", training_step.FULL, "--compile", "--rounds", "1"),
                 beside="tests",
             )
@@ -212,6 +212,13 @@ def table() -> tuple[Stage, ...]:
             modules=("rich",),
             kept_in="operators",
             plots="conv2d_channel_grad",
+        ),
+        Stage(
+            "input gradient",
+            ("{python}", "benchmarks/conv2d_input_grad.py", "--device", "cuda", *_JSON),
+            20,
+            modules=("triton",),
+            kept_in="operators",
         ),
         *_steps(False, 20),
         *_steps(True, 40),
@@ -253,7 +260,7 @@ def search_path() -> str:
 def places() -> dict[str, str]:
     """What stands for what in all commands."""
     # Some cores are left to what runs beside the tests.
-    return {"python": sys.executable, "workers": str(max(1, min((os.cpu_count() or 1) - 4, 12)))}
+    return {"python": sys.executable, "workers": str(max(1, min((os.cpu_count() or 1) - 6, 12)))}
 
 
 def stage_environment(cuda_archs: str | None) -> dict[str, str]:

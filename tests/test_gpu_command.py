@@ -253,9 +253,9 @@ def test_commands_of_the_stages_are_there(monkeypatch: pytest.MonkeyPatch) -> No
             monkeypatch.setattr(sys, "argv", command[1:])
             settings, _ = training_step.parse()
             assert settings.device == "cuda" and settings.formats == ("channels_last",)
-            assert settings.compiled == ("compile" in stage.name)
+            assert settings.compiled == ("default" if "compile" in stage.name else None)
             assert len(settings.goals) == (0 if stage.name == "profile" else 3)
-        elif command[1] == "setup.py":
+        elif command[1] in ("setup.py", "benchmarks/conv2d_input_grad.py"):
             assert (ROOT / command[1]).exists()
         else:
             assert command[: len(gpu.PYTEST)] == [sys.executable, *gpu.PYTEST[1:]]

@@ -61,6 +61,11 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "conv2d_channel_grad": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
     "conv2d_channel_grad_squares": (_convolution(), _convolution(channels_last=True), _convolution(groups=4)),
     "conv2d_channel_grad_with_bias": (_convolution(), _convolution(channels_last=True)),
+    "conv2d_depthwise_input_grad": (
+        (_images(2, 5, 7, 8), _images(5, 1, 3, 3), [7, 8], [1, 1], [1, 1], [1, 1]),
+        (_images(2, 5, 4, 4, channels_last=True), _images(5, 1, 3, 2), [9, 10], [2, 2], [0, 0], [1, 2]),
+        (_images(0, 5, 7, 8), _images(5, 1, 3, 3), [7, 8], [1, 1], [1, 1], [1, 1]),
+    ),
     "linear_channel_grad": (
         (torch.randn(6, 3), torch.randn(6, 5)),
         (torch.randn(2, 3, 30), torch.randn(2, 3, 5)),

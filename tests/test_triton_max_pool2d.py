@@ -16,7 +16,7 @@ from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets as referen
 from trady_kernels.ops.max_pool2d.reference import max_pool2d_offsets_backward as reference_backward
 
 kernel = pytest.importorskip("trady_kernels.ops.max_pool2d.triton_kernel", reason="triton is not installed")
-
+from trady_kernels.ops.triton_lanes import VECTOR_BYTES, vector_of  # noqa: E402
 
 #: What NumPy says of infinities in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -93,7 +93,7 @@ def test_vectors_of_channels(
 ) -> None:
     """Taken where all tensors have them: not of channels or strides that no vector divides, nor across formats."""
     size, stride, padding, dilation = ((number, number) for number in window)
-    whole = kernel.VECTOR_BYTES // dtype.itemsize
+    whole = VECTOR_BYTES // dtype.itemsize
     for channels, layout, grad_layout, vector in (
         (16, "channels_last", "channels_last", whole),
         (16, "channels_last", "contiguous", 1),
@@ -102,14 +102,12 @@ def test_vectors_of_channels(
     ):
         case = PoolCase("", (2, channels, 9, 8), size, stride, padding, dilation)
         input = laid_out(values(case, dtype), layout)
-        assert (
-            kernel._vector(channels, input, laid_out(torch.empty(2, channels, 2, 3), grad_layout)) == vector
-        )
+        assert vector_of(channels, input, laid_out(torch.empty(2, channels, 2, 3), grad_layout)) == vector
         check(triton_device, case, input, grad_layout)
     wider = torch.randn(2, 9, 8, 33).to(dtype).permute(0, 3, 1, 2)
     for input, vector in ((wider[:, 1:17], 1), (laid_out(wider[:, :32], "channels_last")[:, 16:], whole)):
         case = PoolCase("", (2, 16, 9, 8), size, stride, padding, dilation)
-        assert kernel._vector(16, input) == vector
+        assert vector_of(16, input) == vector
         check(triton_device, case, input, "channels_last")
     memory = torch.randn(2 * 9 * 8 * 16 + 1).to(dtype)
     unaligned = memory[1:].view(2, 9, 8, 16).permute(0, 3, 1, 2)

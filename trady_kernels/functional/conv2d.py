@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from trady_kernels.functional.apply import apply
 from trady_kernels.functional.autocast import autocast_dtype, cast_input
-from trady_kernels.functional.conv2d_input_grad import conv2d_input_grad
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.norm import (
     FrozenNorm,
@@ -24,6 +23,7 @@ from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
 from trady_kernels.ops import (
     conv2d_channel_grad,
     conv2d_channel_grad_with_bias,
+    conv2d_input_grad,
     fold_norm,
     gather_channels,
     shift_channels_,

@@ -7,6 +7,7 @@ from trady_kernels.ops.conv2d_channel_grad import (
     conv2d_channel_grad_squares,
     conv2d_channel_grad_with_bias,
 )
+from trady_kernels.ops.conv2d_input_grad import conv2d_input_grad
 from trady_kernels.ops.fold_norm import fold_norm
 from trady_kernels.ops.gather_channels import gather_channels
 from trady_kernels.ops.linear_channel_grad import linear_channel_grad, linear_channel_grad_squares
@@ -27,6 +28,7 @@ __all__ = [
     "conv2d_channel_grad",
     "conv2d_channel_grad_squares",
     "conv2d_channel_grad_with_bias",
+    "conv2d_input_grad",
     "dequantize_blocks",
     "fold_norm",
     "gather_channels",

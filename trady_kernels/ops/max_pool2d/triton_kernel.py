@@ -11,6 +11,14 @@ import triton.language as tl
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import pooled_size
 from trady_kernels.ops.triton_configuration import Configuration
+from trady_kernels.ops.triton_lanes import (
+    VECTOR_BYTES,
+    lanes_of_program,
+    place_of,
+    strides_in_vectors,
+    vector_of,
+    vectors,
+)
 from trady_kernels.ops.triton_launch import ceil_div, launch
 
 #: Lanes of one program, one a thread.
@@ -20,46 +28,8 @@ WARPS = 4
 STAGES = 1
 #: Lanes that are counted in 32 bits; a division in 64 takes several times longer.
 MOST_NARROW_LANES = 2**31 - LANES
-#: Bytes that a thread loads at once, where the channels allow it.
-VECTOR_BYTES = 16
 #: Size and stride of the square windows whose loops are unrolled in the backward.
 USUAL_WINDOWS = ((2, 2), (3, 2))
-
-
-@triton.jit
-def _place(
-    lane: tl.tensor,
-    channels: tl.tensor,
-    rows: tl.tensor,
-    columns: tl.tensor,
-    CHANNELS_LAST: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Image, channel, row and column of a lane, which go through them in the order of memory."""
-    channels, rows, columns = channels.to(lane.dtype), rows.to(lane.dtype), columns.to(lane.dtype)
-    if CHANNELS_LAST:
-        channel = lane % channels
-        lane = lane // channels
-    column = lane % columns
-    lane = lane // columns
-    row = lane % rows
-    lane = lane // rows
-    if not CHANNELS_LAST:
-        channel = lane % channels
-        lane = lane // channels
-    return lane.to(tl.int64), channel.to(tl.int64), row.to(tl.int32), column.to(tl.int32)
-
-
-@triton.jit
-def _lanes(LANES: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
-    # Unsigned, which is quicker to divide.
-    lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    return lane.to(tl.uint64 if WIDE else tl.uint32)
-
-
-@triton.jit
-def _vectors(place: tl.tensor, VECTOR: tl.constexpr) -> tl.tensor:
-    """Elements of each lane's vector; multiplied by a constant, so that the compiler knows them to be aligned."""
-    return (place * VECTOR)[:, None] + tl.arange(0, VECTOR)[None, :]
 
 
 #: Channels and strides are counted in vectors.
@@ -113,9 +83,9 @@ def _pool(
     LANES: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    lane = _lanes(LANES, WIDE)
+    lane = lanes_of_program(LANES, WIDE)
     inside = lane < count
-    image, channel, row, column = _place(lane, channels, pooled_height, pooled_width, CHANNELS_LAST)
+    image, channel, row, column = place_of(lane, channels, pooled_height, pooled_width, CHANNELS_LAST)
     top = row * stride_0 - padding_0
     left = column * stride_1 - padding_1
     corner = image * batch_stride + channel * channel_stride
@@ -134,9 +104,7 @@ def _pool(
         place = corner
         for j in tl.range(0, kernel_width, loop_unroll_factor=3):
             held = held_0 & (x >= 0) & (x < width)
-            value = tl.load(input + _vectors(place, VECTOR), mask=held[:, None], other=float("-inf")).to(
-                DTYPE
-            )
+            value = tl.load(input + vectors(place, VECTOR), mask=held[:, None], other=float("-inf")).to(DTYPE)
             # ATen's rule: the first maximum, and the last NaN.
             wins = (value > best) | (value != value)
             best = tl.where(wins, value, best)
@@ -148,7 +116,7 @@ def _pool(
         corner += dilation_0 * row_stride
     # Nothing is above -inf: of a window of nothing else the first element is the maximum.
     winner = tl.where(winner < 0, first[:, None], winner)
-    place = _vectors(lane, VECTOR)
+    place = vectors(lane, VECTOR)
     tl.store(output + place, best.to(output.dtype.element_ty), mask=inside[:, None])
     tl.store(offsets + place, winner.to(tl.uint8), mask=inside[:, None])
 
@@ -165,8 +133,8 @@ def _gradient(
     VECTOR: tl.constexpr,
 ) -> tl.tensor:
     """Gradient of one window a lane where its winner is this element of it, elsewhere and outside the input 0."""
-    winner = tl.load(offsets + _vectors(offsets_place, VECTOR), mask=held[:, None], other=0)
-    gradient = tl.load(grad_output + _vectors(grad_place, VECTOR), mask=held[:, None], other=0.0)
+    winner = tl.load(offsets + vectors(offsets_place, VECTOR), mask=held[:, None], other=0)
+    gradient = tl.load(grad_output + vectors(grad_place, VECTOR), mask=held[:, None], other=0.0)
     return tl.where(winner.to(tl.int32) == element, gradient.to(DTYPE), 0.0)
 
 
@@ -241,9 +209,9 @@ def _pool_backward(
     LANES: tl.constexpr,
     WIDE: tl.constexpr,
 ) -> None:
-    lane = _lanes(LANES, WIDE)
+    lane = lanes_of_program(LANES, WIDE)
     inside = lane < count
-    image, channel, cell_row, cell_column = _place(lane, channels, cell_rows, cell_columns, CHANNELS_LAST)
+    image, channel, cell_row, cell_column = place_of(lane, channels, cell_rows, cell_columns, CHANNELS_LAST)
     # A cell begins with the first element of the window of its number, in the padding as well.
     cell_row += first_cell_0
     cell_column += first_cell_1
@@ -284,7 +252,7 @@ def _pool_backward(
                 stored = stored & (left + column >= 0) & (left + column < width)
                 tl.store(
                     grad_input
-                    + _vectors(input_place + (row * input_row_stride + column * input_column_stride), VECTOR),
+                    + vectors(input_place + (row * input_row_stride + column * input_column_stride), VECTOR),
                     total.to(grad_input.dtype.element_ty),
                     mask=stored[:, None],
                 )
@@ -321,19 +289,10 @@ def _pool_backward(
                 stored = stored_0 & (left + column >= 0) & (left + column < width)
                 tl.store(
                     grad_input
-                    + _vectors(input_place + (row * input_row_stride + column * input_column_stride), VECTOR),
+                    + vectors(input_place + (row * input_row_stride + column * input_column_stride), VECTOR),
                     total.to(grad_input.dtype.element_ty),
                     mask=stored[:, None],
                 )
-
-
-def _vector(channels: int, *tensors: torch.Tensor) -> int:
-    """Channels that a lane takes at once: 16 bytes of the first tensor, where all have whole vectors of them, else 1."""
-    vector = VECTOR_BYTES // tensors[0].element_size()
-    whole = channels % vector == 0 and all(
-        tensor.stride(1) == 1 and all(tensor.stride(d) % vector == 0 for d in (0, 2, 3)) for tensor in tensors
-    )
-    return vector if whole else 1
 
 
 def _usual(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> tuple[int, int]:
@@ -341,12 +300,6 @@ def _usual(kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence
     window = (kernel_size[0], stride[0])
     square = kernel_size[0] == kernel_size[1] and stride[0] == stride[1] and max(dilation) == 1
     return window if square and window in USUAL_WINDOWS else (0, 0)
-
-
-def _strides(tensor: torch.Tensor, vector: int) -> tuple[int, ...]:
-    """In vectors, of which the next one lies next to a vector of channels."""
-    batch, channel, row, column = tensor.stride()
-    return batch // vector, channel, row // vector, column // vector
 
 
 def max_pool2d_offsets(
@@ -370,7 +323,7 @@ def max_pool2d_offsets(
         for dtype in (input.dtype, torch.uint8)
     )
     if output.numel():
-        vector = _vector(input.shape[1], input)
+        vector = vector_of(input.shape[1], input)
         count = output.numel() // vector
         with torch.cuda.device_of(input):
             launch(
@@ -383,7 +336,7 @@ def max_pool2d_offsets(
                 input.shape[1] // vector,
                 *input.shape[2:],
                 *sizes,
-                *_strides(input, vector),
+                *strides_in_vectors(input, vector),
                 *kernel_size,
                 *stride,
                 *padding,
@@ -416,7 +369,7 @@ def max_pool2d_offsets_backward(
         memory_format=memory_format,
     )
     if grad_input.numel():
-        vector = _vector(offsets.shape[1], grad_output, offsets, grad_input)
+        vector = vector_of(offsets.shape[1], grad_output, offsets, grad_input)
         channels = offsets.shape[1] // vector
         first_cells = [padding[axis] // stride[axis] for axis in (0, 1)]
         cells = [
@@ -440,9 +393,9 @@ def max_pool2d_offsets_backward(
                 *first_cells,
                 *(reach[axis] // stride[axis] for axis in (0, 1)),
                 *(reach[axis] % stride[axis] for axis in (0, 1)),
-                *_strides(grad_output, vector),
-                *_strides(offsets, vector),
-                *_strides(grad_input, vector),
+                *strides_in_vectors(grad_output, vector),
+                *strides_in_vectors(offsets, vector),
+                *strides_in_vectors(grad_input, vector),
                 kernel_size[1],
                 *stride,
                 *padding,
