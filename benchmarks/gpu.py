@@ -180,16 +180,16 @@ def table() -> tuple[Stage, ...]:
             environment={"TRADY_CUDA": "0"},
             instead_of="build",
         ),
-        _tests(115),
+        _tests(90),
         Stage("doctor", (*_TRADY, "doctor", *_JSON), 60, modules=("rich",), beside="tests", kept_in="doctor"),
-        _sanitizer("memcheck", 60, 115),
-        _sanitizer("racecheck", 60, 115),
+        _sanitizer("memcheck", 45, 90),
+        _sanitizer("racecheck", 45, 90),
         # Fills torch.compile's cache: to compile a network takes far longer than to time its steps.
         *(
             _step(
                 f"compile {network}",
                 network,
-                115,
+                90,
                 *("--contender", training_step.FULL, "--compile", "--rounds", "1"),
                 beside="tests",
             )
@@ -208,7 +208,7 @@ def table() -> tuple[Stage, ...]:
                 *plot,
                 *_JSON,
             ),
-            70,
+            75,
             modules=("rich",),
             kept_in="operators",
             plots="conv2d_channel_grad",
@@ -216,20 +216,21 @@ def table() -> tuple[Stage, ...]:
         Stage(
             "input gradient",
             ("{python}", "benchmarks/conv2d_input_grad.py", "--device", "cuda", *_JSON),
-            20,
+            25,
             modules=("triton",),
             kept_in="operators",
         ),
-        *_steps(False, 20),
-        *_steps(True, 40),
+        *_steps(False, 30),
         Stage(
             "operators float32",
             (*_BENCH, *of_gradient, "--selected", "1,16", *_JSON),
-            35,
+            30,
             modules=("rich",),
             kept_in="operators",
         ),
         _step("profile", "ResNet-50", 20, "--rounds", "1", "--profile", "15", kept_in="training_step"),
+        # Last, with all the time that others have left: each traces its networks anew, which nothing caches.
+        *_steps(True, 40),
     )
 
 

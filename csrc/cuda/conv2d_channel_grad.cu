@@ -159,11 +159,12 @@ constexpr int resident_direct_blocks(int k) { return k == 7 ? 1 : k == 5 ? 2 : 3
 
 // ---- planes through shared memory ---------------------------------------------------------------------------
 
+// A vector, of which the first `bytes`, an even number, are read: memory may end there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global, unsigned bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global)
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -173,7 +174,15 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
 }
 #else
-__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global) { *shared = *global; }
+__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global, unsigned bytes) {
+  if (bytes == VECTOR_BYTES) {
+    *shared = *global;
+    return;
+  }
+  for (unsigned i = 0; i < bytes / sizeof(uint16_t); ++i) {
+    reinterpret_cast<uint16_t*>(shared)[i] = reinterpret_cast<const uint16_t*>(global)[i];
+  }
+}
 __device__ __forceinline__ void end_of_copies() {}
 template <int GROUPS>
 __device__ __forceinline__ void wait_for_copies() {}
@@ -188,8 +197,10 @@ __device__ __forceinline__ void copy_runs(uint4* shared, int vectors, uint32_t i
     const unsigned vector = i - image * vectors;
     const auto address = reinterpret_cast<uintptr_t>(first + image * batch_stride);
     const unsigned before = address % VECTOR_BYTES;
-    if (vector * VECTOR_BYTES >= before + length * static_cast<unsigned>(sizeof(T))) continue;
-    copy_later(shared + i, reinterpret_cast<const uint4*>(address - before) + vector);
+    const unsigned end = before + length * static_cast<unsigned>(sizeof(T)), start = vector * VECTOR_BYTES;
+    if (start >= end) continue;
+    copy_later(shared + i, reinterpret_cast<const uint4*>(address - before) + vector,
+               min(static_cast<unsigned>(VECTOR_BYTES), end - start));
   }
 }
 

@@ -157,6 +157,7 @@ def _operators() -> list[Finding]:
         "conv2d_channel_grad": convolution,
         "conv2d_channel_grad_squares": convolution,
         "conv2d_channel_grad_with_bias": convolution,
+        "conv2d_depthwise_input_grad": (x, torch.randn(8, 1, 3, 3), (9, 9), (1, 1), (1, 1), (1, 1)),
         "linear_channel_grad": linear,
         "linear_channel_grad_squares": linear,
         "rectify": (x, 0.0, 1.0, None),

@@ -110,7 +110,7 @@ _SHIPPED = {"avx512": _AVX512, "avx512_bf16": _AVX512, "avx512_amx": _AMX}
 #: Measured on an H200 (torch 2.11, Triton 3.6), layers of MobileNetV2, ResNet-50, ViT-tiny and BERT at batch 128, 1, 4 and 16
 #: channels, bfloat16 in channels_last and float32 in contiguous layout without TF32 (benchmarks/results/gpu.json): Triton's
 #: kernels take less time than ATen's path, which has channels by eights, on large maps, and up to seven channels on all but
-#: the smallest (ATen's path with a launch more than it has since: the choice itself is not measured); float32 stays with ATen in contiguous layout. Not measured: float32 in channels_last, half types in
+#: the smallest; float32 stays with ATen in contiguous layout. Not measured: float32 in channels_last, half types in
 #: contiguous layout (with taps held to three channels) and more than 16 channels. float16 is taken for bfloat16's twin.
 _GPU = (
     Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 0),
