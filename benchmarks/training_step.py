@@ -18,6 +18,7 @@ import gc
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -51,7 +52,8 @@ WARM_UP, RUN = 3, 5
 class Row:
     """One way to train, in one memory format: bytes kept for backward by kind, and milliseconds a step.
 
-    On a GPU also milliseconds of the same step replayed from a CUDA graph, and the allocator's peak.
+    On a GPU also milliseconds of the same step replayed from a CUDA graph, and the allocator's peak. Compiled also the
+    seconds of the first step, in which torch.compile does its work.
     """
 
     contender: str
@@ -61,6 +63,7 @@ class Row:
     milliseconds: float
     graph_milliseconds: float | None = None
     peak_bytes: int | None = None
+    first_step_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def measure(settings: Settings) -> Figures:
     """Make all contenders, count what their steps keep, and time them interleaved."""
     images, target = settings.network.batch(settings.batch_size, size=settings.image_size)
     target = target.to(settings.device)
-    steps, memory, peaks = {}, {}, {}
+    steps, memory, peaks, first_steps = {}, {}, {}, {}
     for contender in settings.contenders:
         for name in settings.formats:
             key = (contender.name, name)
@@ -207,6 +210,10 @@ def measure(settings: Settings) -> Figures:
             with settings.precision():
                 memory[key] = measure_memory(model, (batch, target), loss)
             steps[key] = training_step(settings, model, parameters, batch, target)
+            if settings.compiled is not None:
+                started = time.perf_counter()
+                steps[key]()
+                first_steps[key] = time.perf_counter() - started
             if settings.device == "cuda":
                 peaks[key] = peak_on_gpu(steps[key]) - others
     graph_times: dict[tuple[str, str], float] = {}
@@ -229,6 +236,7 @@ def measure(settings: Settings) -> Figures:
             times[key] / 1e3,
             graph_times[key] / 1e3 if graph_times else None,
             peaks.get(key),
+            first_steps.get(key),
         )
         for key, report in memory.items()
     }
@@ -339,8 +347,10 @@ def costliest(step: Callable[[], None], device: str, count: int) -> list[dict[st
 def print_rows(figures: Figures) -> None:
     on_gpu = any(row.peak_bytes is not None for row in figures.rows.values())
     gpu_columns = f"{'in a graph':>12}{'of full':>9}{'peak MiB':>10}{'of full':>9}" if on_gpu else ""
+    compiled = any(row.first_step_seconds is not None for row in figures.rows.values())
     print(
         f"{'':<20}{'memory format':<15}{'saved MiB':>10}{'share':>8}{'ms a step':>11}{'of full':>9}{gpu_columns}"
+        + (f"{'first step s':>14}" if compiled else "")
     )
     for row in figures.rows.values():
         whole = figures.rows.get((FULL, row.memory_format))
@@ -360,6 +370,8 @@ def print_rows(figures: Figures) -> None:
             line += f"{row.graph_milliseconds:>12.1f}{beside_full(lambda of: of.graph_milliseconds)}"
         if row.peak_bytes is not None:
             line += f"{row.peak_bytes / 2**20:>10.1f}{beside_full(lambda of: of.peak_bytes)}"
+        if row.first_step_seconds is not None:
+            line += f"{row.first_step_seconds:>14.1f}"
         print(line)
 
 

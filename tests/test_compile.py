@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import trady_kernels
 from trady_kernels import SparseConv2d, SparseLinear
-from trady_kernels.nn import FrozenBatchNorm2d
+from trady_kernels.nn import FrozenBatchNorm2d, LeanReLU
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +156,26 @@ def test_functional_call() -> None:
     (expected,) = torch.autograd.grad(call(rows, x), rows)
     (grad,) = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(rows, x), rows)
     torch.testing.assert_close(grad, expected)
+
+
+def test_another_forced_backend_compiles_anew() -> None:
+    layer = SparseConv2d(4, 6, 3, padding=1, channels=[0, 2])
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for name in ("auto", "reference", "auto"):
+        with trady_kernels.backend(name):
+            compiled(torch.randn(2, 4, 5, 5)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_the_compiler_does_not_read_the_functions() -> None:
+    """It writes down what they do, in a fraction of the time; reading them took three quarters of a network's."""
+    read: set[str] = set()
+    layer = nn.Sequential(SparseConv2d(4, 6, 3, padding=1, channels=[0, 2]), LeanReLU())
+
+    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        read.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(layer, backend=note, fullgraph=True)(torch.randn(2, 4, 5, 5, requires_grad=True))
+    assert len(read) == 2 and all("applied" in name for name in read)

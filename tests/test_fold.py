@@ -24,6 +24,7 @@ from trady_kernels.memory import peak_memory
 from trady_kernels.nn.norm import FoldedBatchNorm2d, FrozenBatchNorm2d
 from trady_kernels.nn.norm_family import FoldedBatchNormAct2d
 from trady_kernels.nn.padding import FoldedConstantPad2d, FoldedZeroPad2d
+from trady_kernels.ops.backend import is_tracing
 
 Margins = tuple[int, int, int, int]
 
@@ -148,9 +149,7 @@ def scaled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     functions = "trady_kernels.functional.conv2d"
     monkeypatch.setattr(f"{functions}._scales_output", lambda *_: request.param == "output")
     apart = request.param == "weight, bias apart"
-    monkeypatch.setattr(
-        f"{functions}._adds_bias_apart", lambda _: apart and not torch.compiler.is_compiling()
-    )
+    monkeypatch.setattr(f"{functions}._adds_bias_apart", lambda _: apart and not is_tracing())
 
 
 @pytest.mark.usefixtures("scaled")

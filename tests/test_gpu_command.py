@@ -417,6 +417,7 @@ def test_a_compiled_step(tmp_path: Path) -> None:
     content, _ = train(tmp_path, *options, "--contender", training_step.FIVE_PERCENT)
     (row,) = content["rows"]
     assert row["milliseconds"] > 0 and content["best_of_full"] == {}
+    assert row["first_step_seconds"] > row["milliseconds"] / 1e3
 
 
 def test_a_step_refuses_what_is_not_here(

@@ -313,7 +313,7 @@ def test_a_gpus_compiled_graph_has_plain_operations_to_fuse(
     on_gpu, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
     choose = OPERATORS[name].choose
     assert (choose(on_gpu), choose(on_cpu)) == ("cuda", "cpp")
-    monkeypatch.setattr(sys.modules[by_device_or_fused.__module__], "is_dynamo_compiling", lambda: True)
+    monkeypatch.setattr(sys.modules[by_device_or_fused.__module__], "is_tracing", lambda: True)
     assert (choose(on_gpu), choose(on_cpu)) == ("reference", "cpp")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 from trady_kernels.functional.bits import (
     from_memory_order,
     in_memory_order,
@@ -17,6 +17,7 @@ from trady_kernels.functional.bits import (
     overwritable,
 )
 from trady_kernels.ops import pack_bits, rectify, rectify_
+from trady_kernels.ops.backend import is_tracing
 
 #: ATen's backward pass of hardsigmoid has this constant in float32, for float64 too.
 _SIXTH = 0.1666666716337204
@@ -30,7 +31,7 @@ class _Rectify(torch.autograd.Function):
         max: float | None,
         slope: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not torch.compiler.is_compiling():
+        if not is_tracing():
             return rectify(input, min, max, slope)
         flat, bits = rectify(in_memory_order(input, input.stride()), min, max, slope)
         return from_memory_order(flat, input, input.stride()), bits
@@ -57,12 +58,15 @@ class _RectifyInPlace(_Rectify):
         ctx.mark_dirty(output[0])
 
 
+_rectify, _rectify_ = applied(_Rectify), applied(_RectifyInPlace)
+
+
 def _rectified(
     input: torch.Tensor, inplace: bool, min: float, max: float | None = None, slope: float | None = None
 ) -> torch.Tensor:
     if inplace and overwritable(input):
-        return apply(_RectifyInPlace, input, min, max, slope)[0]
-    output = apply(_Rectify, input, min, max, slope)[0]
+        return _rectify_(input, min, max, slope)
+    output = _rectify(input, min, max, slope)
     return input.copy_(output) if inplace else output
 
 
@@ -70,7 +74,7 @@ class _Hardsigmoid(torch.autograd.Function):
     @staticmethod
     def forward(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         output, inside = F.hardsigmoid(input), input.abs() < 3
-        if torch.compiler.is_compiling():
+        if is_tracing():
             inside = in_memory_order(inside, output.stride())
         return output, pack_bits(inside)
 
@@ -93,6 +97,9 @@ class _HardsigmoidInPlace(_Hardsigmoid):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         _Hardsigmoid.setup_context(ctx, inputs, output)
         ctx.mark_dirty(output[0])
+
+
+_hardsigmoid, _hardsigmoid_ = applied(_Hardsigmoid), applied(_HardsigmoidInPlace)
 
 
 def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # (...) -> (...)
@@ -160,6 +167,6 @@ def hardsigmoid(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:  # 
     if not keeps_bits(input):
         return F.hardsigmoid(input, inplace)
     if inplace and overwritable(input):
-        return apply(_HardsigmoidInPlace, input)[0]
-    output = apply(_Hardsigmoid, input)[0]
+        return _hardsigmoid_(input)
+    output = _hardsigmoid(input)
     return input.copy_(output) if inplace else output

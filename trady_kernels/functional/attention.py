@@ -13,7 +13,7 @@ from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.bits import scale_gradient
 from trady_kernels.functional.dropout import rounded_scale
 from trady_kernels.ops import pack_bits
-from trady_kernels.ops.backend import FLOATING, HALVES
+from trady_kernels.ops.backend import FLOATING, HALVES, is_tracing
 
 
 def _additive(attn_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -114,7 +114,7 @@ def _keeps_probabilities(
     """Whether torch would take its reference on this call, and ours can stand in for it."""
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     return (
-        not torch.compiler.is_compiling()
+        not is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and torch.is_grad_enabled()
         and any(tensor.requires_grad for tensor in tensors[:3])

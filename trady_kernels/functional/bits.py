@@ -9,9 +9,9 @@ import torch
 from torch._C._functorch import TransformType
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 from trady_kernels.ops import scale_by_bits
-from trady_kernels.ops.backend import FLOATING
+from trady_kernels.ops.backend import FLOATING, is_tracing
 
 
 def keeps_bits(input: torch.Tensor) -> bool:
@@ -24,7 +24,7 @@ def keeps_bits(input: torch.Tensor) -> bool:
         return False
     if input.dtype not in FLOATING or input.layout is not torch.strided:
         return False
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if is_tracing() or not torch._C._are_functorch_transforms_active():
         return True
     return all(i.key() == TransformType.Grad for i in retrieve_all_functorch_interpreters())
 
@@ -35,7 +35,7 @@ def overwritable(input: torch.Tensor) -> bool:
     Elsewhere the output is copied into it: a copy knows what views, leaves, transforms and compilation need, and
     compiled it costs nothing.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     return not input.is_leaf and not input._is_view()
 
@@ -95,14 +95,14 @@ def scale_gradient(
         stride: the output's strides, which tell the memory order; the result has them too where they are dense.
     """
     if torch.is_grad_enabled() and grad_output.requires_grad:
-        return apply(_ScaleGradient, grad_output, bits, on, off, stride)
+        return _scale_gradient(grad_output, bits, on, off, stride)
     return _scale(grad_output, bits, on, off, stride)
 
 
 def _scale(
     grad_output: torch.Tensor, bits: torch.Tensor, on: float, off: float | None, stride: tuple[int, ...]
 ) -> torch.Tensor:
-    if torch.compiler.is_compiling():
+    if is_tracing():
         flat = scale_by_bits(in_memory_order(grad_output, stride), bits, on, off)
         return from_memory_order(flat, grad_output, stride)
     if grad_output.stride() != stride:
@@ -129,3 +129,6 @@ class _ScaleGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (bits,) = ctx.saved_tensors
         return scale_gradient(grad_output, bits, *ctx.rest), None, None, None, None
+
+
+_scale_gradient = applied(_ScaleGradient)

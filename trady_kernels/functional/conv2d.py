@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 from trady_kernels.functional.autocast import autocast_dtype, cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.norm import (
@@ -28,6 +28,7 @@ from trady_kernels.ops import (
     gather_channels,
     shift_channels_,
 )
+from trady_kernels.ops.backend import is_tracing
 from trady_kernels.ops.fold_norm import norm_scale
 from trady_kernels.ops.layout import memory_format_of
 
@@ -115,11 +116,7 @@ def _adds_bias_apart(input: torch.Tensor) -> bool:
 
     The compiler fuses it with what follows; transforms know ATen's alone.
     """
-    return (
-        input.is_cuda
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return input.is_cuda and not is_tracing() and not torch._C._are_functorch_transforms_active()
 
 
 def _scales_output(pixels: int, weight: torch.Tensor) -> bool:
@@ -323,6 +320,9 @@ class _SparseConv2d(torch.autograd.Function):
         refuse_vmap("sparse_conv2d")
 
 
+_sparse_conv2d = applied(_SparseConv2d)
+
+
 def sparse_conv2d(
     input: torch.Tensor,  # (N, C, H, W) or (C, H, W)
     weight: torch.Tensor,  # (C', C/groups, kh, kw)
@@ -422,8 +422,7 @@ def sparse_conv2d(
     ):
         output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
         return output if dim == 4 else output.squeeze(0)
-    output = apply(
-        _SparseConv2d,
+    output = _sparse_conv2d(
         cast_input(input),
         weight,
         bias,
@@ -436,5 +435,5 @@ def sparse_conv2d(
         padding_mode,
         *((None, None, None, None, 0.0) if norm is None else norm),
         stored,
-    )[0]
+    )
     return output if dim == 4 else output.squeeze(0)

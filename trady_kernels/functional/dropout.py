@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 from trady_kernels.functional.bits import (
     from_memory_order,
     in_memory_order,
@@ -19,6 +19,7 @@ from trady_kernels.functional.bits import (
     overwritable,
 )
 from trady_kernels.ops import pack_bits, scale_by_bits
+from trady_kernels.ops.backend import is_tracing
 
 
 @functools.cache
@@ -37,10 +38,10 @@ class _Dropout(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if input.is_cuda:
             output, mask = torch.native_dropout(input, p, True)
-            if torch.compiler.is_compiling():
+            if is_tracing():
                 mask = in_memory_order(mask, output.stride())
             return output, pack_bits(mask)
-        if torch.compiler.is_compiling():
+        if is_tracing():
             stride = input.stride()
             kept = torch.empty(input.numel(), dtype=torch.bool, device=input.device).bernoulli_(1 - p)
             bits = pack_bits(kept)
@@ -70,6 +71,9 @@ class _DropoutInPlace(_Dropout):
         ctx.mark_dirty(output[0])
 
 
+_dropout, _dropout_ = applied(_Dropout), applied(_DropoutInPlace)
+
+
 def dropout(
     input: torch.Tensor,  # (...)
     p: float = 0.5,
@@ -96,9 +100,9 @@ def dropout(
     """
     if not (training and 0 < p < 1 and keeps_bits(input)) or input.numel() == 0:
         return F.dropout(input, p, training, inplace)
-    exact = torch.compiler.is_compiling() or input.is_cuda
+    exact = is_tracing() or input.is_cuda
     scale = 1 / (1 - p) if exact else rounded_scale(p, input.dtype)
     if inplace and overwritable(input):
-        return apply(_DropoutInPlace, input, p, scale)[0]
-    output = apply(_Dropout, input, p, scale)[0]
+        return _dropout_(input, p, scale)
+    output = _dropout(input, p, scale)
     return input.copy_(output) if inplace else output

@@ -41,9 +41,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional import apply
 from trady_kernels.ops import dequantize_blocks, pack_bits, quantize_blocks
-from trady_kernels.ops.backend import FLOATING
+from trady_kernels.ops.backend import FLOATING, is_tracing
 from trady_kernels.ops.layout import is_dense
 from trady_kernels.ops.pack_bits import bytes_of_bits
 from trady_kernels.ops.quantize_blocks import blocks_of
@@ -59,7 +59,6 @@ _AMPLIFYING = frozenset({"SqrtBackward0", "LinalgVectorNormBackward0", "LogSoftm
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FUNCTION_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
-_OUR_APPLY = apply.__code__
 
 _Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
@@ -148,7 +147,7 @@ def _restore(kept: _Reference | _Packed) -> torch.Tensor:
 def _saves_exactly(frame: FrameType) -> bool:
     """Whether the Python code that made the node is our own ``apply``, a checkpoint's or a compiled region's."""
     code = frame.f_code
-    if code is _OUR_APPLY:
+    if code.co_filename == apply.__file__:
         return not getattr(frame.f_locals["function"], "in_eight_bits", False)
     if code.co_filename == checkpoint.__file__:
         return True
@@ -298,7 +297,7 @@ def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> No
         owner: whose forward begins.
         references: gives the tensors that stay what they are: parameters, buffers, the batch.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return
     if "torch._dynamo" in sys.modules:
         _hide_from_dynamo()
@@ -319,7 +318,7 @@ def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> No
 def leave(owner: object) -> None:
     """End what ``enter(owner)`` began."""
     # Where another hook raised before `enter` could run, there is nothing to end.
-    if torch.compiler.is_compiling() or not _stack.entered or _stack.entered[-1].owner is not owner:
+    if is_tracing() or not _stack.entered or _stack.entered[-1].owner is not owner:
         return
     hooks = _stack.entered.pop().hooks
     if hooks is not None:
@@ -328,7 +327,7 @@ def leave(owner: object) -> None:
 
 def stay_exact() -> None:
     """Keep everything that is saved from now on in full, until the innermost ``enter`` is left."""
-    if torch.compiler.is_compiling() or not _stack.entered:
+    if is_tracing() or not _stack.entered:
         return
     run = _stack.entered[-1].run
     if run is not None:

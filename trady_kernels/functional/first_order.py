@@ -11,6 +11,8 @@ from torch._C._functorch import _unwrap_for_grad, _wrap_for_grad
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
+from trady_kernels.ops.backend import is_tracing
+
 _Gradients = tuple[torch.Tensor | None, ...]
 
 
@@ -32,7 +34,7 @@ def first_order_only(name: str) -> Callable[[Callable[..., _Gradients]], Callabl
                 return backward(ctx, *grad_outputs)
             with torch.no_grad():
                 gradients = backward(ctx, *grad_outputs)
-            if torch.compiler.is_compiling():
+            if is_tracing():
                 return gradients
             transforms = retrieve_all_functorch_interpreters()
             if not transforms:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.rows import check_rows
@@ -96,6 +96,9 @@ class _SparseLinear(torch.autograd.Function):
         refuse_vmap("sparse_linear")
 
 
+_sparse_linear = applied(_SparseLinear)
+
+
 def sparse_linear(
     input: torch.Tensor,  # (..., I)
     weight: torch.Tensor,  # (O, I)
@@ -149,4 +152,4 @@ def sparse_linear(
         channel_weight is not None or input.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return _multiply(input, weight, bias)
-    return apply(_SparseLinear, cast_input(input), weight, bias, channel_weight, channels, stored)[0]
+    return _sparse_linear(cast_input(input), weight, bias, channel_weight, channels, stored)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 
 
 def _scale_and_shift(
@@ -98,6 +98,9 @@ class _FrozenBatchNorm(torch.autograd.Function):
         return grad_input, None, grad_bias, None, None, None
 
 
+_frozen_batch_norm = applied(_FrozenBatchNorm)
+
+
 def frozen_batch_norm(
     input: torch.Tensor,  # (N, C, ...)
     weight: torch.Tensor | None,  # (C,)
@@ -128,4 +131,4 @@ def frozen_batch_norm(
     trains = input.requires_grad or (bias is not None and bias.requires_grad)
     if not (torch.is_grad_enabled() and trains):
         return _scale_and_shift(input, weight, bias, running_mean, running_var, eps)
-    return apply(_FrozenBatchNorm, input, weight, bias, running_mean, running_var, eps)
+    return _frozen_batch_norm(input, weight, bias, running_mean, running_var, eps)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.ops import max_pool2d_offsets, max_pool2d_offsets_backward
-from trady_kernels.ops.backend import FLOATING
+from trady_kernels.ops.backend import FLOATING, is_tracing
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d import LARGEST_WINDOW
 from trady_kernels.ops.max_pool2d.reference import pooled_size
@@ -70,6 +70,9 @@ class _MaxPool2d(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         refuse_vmap("max_pool2d")
+
+
+_max_pool2d = applied(_MaxPool2d)
 
 
 def _fits_a_byte(
@@ -137,7 +140,7 @@ def max_pool2d(
     ):
         return F.max_pool2d(input, kernel, stride_, padding_, dilation_, ceil_mode)
     images = input if input.dim() == 4 else input.unsqueeze(0)
-    output, _ = apply(_MaxPool2d, images, kernel, stride_, padding_, dilation_, ceil_mode)
+    output = _max_pool2d(images, kernel, stride_, padding_, dilation_, ceil_mode)
     return output if input.dim() == 4 else output.squeeze(0)
 
 
@@ -183,7 +186,7 @@ def _stand_in(
     stand_in = torch.empty(
         shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=memory_format
     )
-    if not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    if not (is_tracing() or torch._C._are_functorch_transforms_active()):
         stand_in.untyped_storage().resize_(0)  # freed before anything was written
     return stand_in
 
@@ -228,10 +231,13 @@ class _AveragePool(torch.autograd.Function):
         return _AVERAGES[ctx.name].backward(grad_output, stand_in, *ctx.arguments), None, None
 
 
+_average_pool = applied(_AveragePool)
+
+
 def _average(name: str, input: torch.Tensor, *arguments: Any) -> torch.Tensor:
     if not (torch.is_grad_enabled() and input.requires_grad):
         return _AVERAGES[name].forward(input, *arguments)
-    return apply(_AveragePool, input, name, arguments)
+    return _average_pool(input, name, arguments)
 
 
 def avg_pool1d(

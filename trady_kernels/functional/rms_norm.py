@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.functional.apply import apply
+from trady_kernels.functional.apply import applied
 
 
 class _FrozenRMSNorm(torch.autograd.Function):
@@ -44,6 +44,9 @@ class _FrozenRMSNorm(torch.autograd.Function):
         return ((grad - x * shared) * inverse).to(input.dtype), None, None, None
 
 
+_frozen_rms_norm = applied(_FrozenRMSNorm)
+
+
 def frozen_rms_norm(
     input: torch.Tensor,  # (..., *normalized_shape)
     normalized_shape: Sequence[int],
@@ -71,4 +74,4 @@ def frozen_rms_norm(
     """
     if not (torch.is_grad_enabled() and input.requires_grad):
         return F.rms_norm(input, list(normalized_shape), weight, eps)
-    return apply(_FrozenRMSNorm, input, weight, list(normalized_shape), eps)
+    return _frozen_rms_norm(input, weight, list(normalized_shape), eps)

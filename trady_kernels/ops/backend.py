@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch._guards import TracingContext
 
 BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 #: What sums are taken in float32 of.
@@ -48,6 +48,11 @@ OPERATORS: dict[str, Operator] = {}
 # Not thread-local: the backward pass of a GPU graph runs on the autograd engine's own threads.
 _forced: str | None = None
 _last_kernel: dict[str, str] = {}
+
+
+def is_tracing() -> bool:
+    """Whether torch.compile reads what runs here, or runs it on tensors without values to write down its operations."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
 class Operator:
@@ -126,7 +131,7 @@ class Operator:
         direct = getattr(overload, "_op", overload)
 
         def call(*args: Any) -> Any:
-            if is_dynamo_compiling():
+            if is_tracing():
                 self.validate(*args)
                 name = self.choose(*args) if _forced is None else self._forced(args[0])
                 name, kernel = self._existing(name, args[0].dtype)
@@ -220,6 +225,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def forced_backend() -> str | None:
+    """Name of the backend that :func:`backend` forces now; None for the choice by shape."""
+    return _forced
+
+
 def by_device(input: torch.Tensor, *_: object) -> str:
     """``choose`` of an operator with one compiled kernel a device."""
     return "cuda" if input.is_cuda else "cpp"
@@ -231,7 +241,7 @@ def by_device_or_fused(input: torch.Tensor, *_: object) -> str:
     There a pass over memory of its own costs as much as those that it stands between, and inductor makes one of
     them all. Its C++ for CPUs is slower than ours.
     """
-    return "reference" if input.is_cuda and is_dynamo_compiling() else by_device(input)
+    return "reference" if input.is_cuda and is_tracing() else by_device(input)
 
 
 def last_kernel(operator: str) -> str | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
-from trady_kernels.ops.backend import Operator
+from trady_kernels.ops.backend import Operator, is_tracing
 from trady_kernels.ops.fold_norm.reference import fold_norm as reference
 from trady_kernels.ops.fold_norm.reference import norm_scale
 from trady_kernels.ops.layout import in_a_memory_format
@@ -29,7 +28,7 @@ def _validate(weight: torch.Tensor, *rest: Any) -> None:
 
 def _choose(weight: torch.Tensor, *tensors: Any) -> str:
     """One launch for what ATen takes eight to; the compiler fuses them by itself, and transforms know only ATen's."""
-    if not weight.is_cuda or is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+    if not weight.is_cuda or is_tracing() or torch._C._are_functorch_transforms_active():
         return "reference"
     single = all(t is None or t.dtype is torch.float32 for t in (weight, *tensors[: len(_VALUES)]))
     return "cuda" if single and in_a_memory_format(weight) else "reference"

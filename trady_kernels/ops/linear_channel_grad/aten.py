@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from trady_kernels.ops.backend import HALVES
+from trady_kernels.ops.backend import HALVES, is_tracing
 from trady_kernels.ops.squares import SQUARED_ROWS
 
 
@@ -24,7 +24,7 @@ def linear_channel_grad(
 
 def widened_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left @ right`` in float32, of float64 in float64: on a GPU as it was summed, elsewhere after a rounding."""
-    if left.is_cuda and left.dtype in HALVES and not torch.compiler.is_compiling():
+    if left.is_cuda and left.dtype in HALVES and not is_tracing():
         # To widen the result is a launch of its own, on small maps a third of the whole. Compiled it costs none.
         return torch.mm(left, right, out_dtype=torch.float32)
     grad = torch.mm(left, right)
