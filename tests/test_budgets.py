@@ -81,7 +81,7 @@ def test_runs_that_diverged_count_as_0_and_have_no_bytes(cells: Trainings) -> No
 
 
 def verdicts_of(cells: Trainings) -> dict[str, Verdict]:
-    found = [line for line in _budget_verdicts(_rows(cells)) if isinstance(line, Verdict)]
+    found = [line for line in _budget_verdicts(cells, _rows(cells)) if isinstance(line, Verdict)]
     return {verdict.where: verdict for verdict in found}
 
 
@@ -110,6 +110,22 @@ def test_one_pair_is_no_verdict(cells: Trainings) -> None:
     add(cells, "tweets", "trady", "7%", (0.85, 0.9))
     assert list(verdicts_of(cells)) == ["minilm, trady, 7% against 2.2%"]
     assert "won" in "\n".join(budget_section(cells))
+
+
+def test_a_rate_at_an_end_of_those_tried_is_said_with_the_verdict(cells: Trainings) -> None:
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    add(cells, "mnist", "trady", "1%", (0.80, 0.81))
+    add(cells, "mnist", "trady", "7%", (0.85, 0.87))
+    for rate in (0.05, 0.1, 0.2):
+        cells.add(Training("mnist", "trady", "1%", rate, 0, True), outcome_of(0.8))
+    (verdict,) = verdicts_of(cells).values()
+    assert "won" in verdict and "rates at an end" not in verdict
+    cells.add(Training("mnist", "frugal@2%", "1%", 0.1, 0, True), outcome_of(0.8))
+    cells.add(Training("mnist", "frugal@2%", "1%", 0.2, 0, True), outcome_of(0.8))
+    add(cells, "mnist", "frugal@2%", "1%", (0.80, 0.81))
+    add(cells, "mnist", "frugal@14%", "7%", (0.85, 0.87))
+    frugal = verdicts_of(cells)["efficientnet_lite0, frugal, 14% against 2%"]
+    assert "(rates at an end of those tried: frugal@14% lowest, frugal@2% lowest)" in frugal
 
 
 def test_what_is_counted_stands_beside_what_is_measured(cells: Trainings) -> None:

@@ -70,7 +70,10 @@ def test_a_total_has_the_state_of_momentum(tmp_path: Path, capsys: pytest.Captur
     ("arguments", "says"),
     [
         (("--scheme", "late+bais"), "'bais' is no ingredient, expected one of bias"),
-        (("--scheme", "velocity"), "got 'velocity', which trains a dense network, expected one of trady"),
+        (
+            ("--scheme", "velocity"),
+            "got 'velocity', which trains something else than channels, expected one of trady",
+        ),
         (("--scheme", "trady+accumulate"), "expected it without accumulate, which is for trady finetune"),
         (("--scheme", "full+checkpoint"), "expected it without checkpoint, which is for trady finetune"),
         (("--scheme", "frugal", "--lean", "off"), "lean: got 'off' beside frugal, which sets it"),

@@ -626,6 +626,28 @@ def test_what_trains_beside_the_selection_is_counted() -> None:
     assert drawn.backward == Backward("0", 4, 48)
 
 
+@pytest.mark.parametrize("kind", (torch.optim.SGD, torch.optim.AdamW), ids=lambda kind: kind.__name__)
+def test_fixed_counts_leave_every_tensor_where_it_is(kind: type[torch.optim.Optimizer]) -> None:
+    """So that a CUDA graph recorded before trains the new channels."""
+    model = sparse_net()
+    drawn = sampler(model, scheme="d-full-random", counts="fixed")
+    parameters = tk.trainable_parameters(model)
+    optimizer = kind(parameters, lr=0.01, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    model(X).sum().backward()
+    optimizer.step()
+
+    def addresses() -> list[int]:
+        states = [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
+        tensors = [*model.state_dict(keep_vars=True).values(), *parameters, *states]
+        tensors += [module.channels for module in model.modules() if hasattr(module, "channels")]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before, selection = addresses(), drawn.selection
+    drawn.resample(optimizer)
+    assert addresses() == before
+    assert any(not torch.equal(old, drawn.selection[name]) for name, old in selection.items())
+
+
 # -- the report ------------------------------------------------------------------------------------
 
 
@@ -645,6 +667,11 @@ def test_report_reads_as_a_table() -> None:
     assert "no ranking given" not in drawn.report()
     assert "head (dense, trains, not in the budget): head" in lines
     assert "no ranking given: the pool is every sparse layer" in sampler(model).report()
+    assert "ranked by" not in drawn.report()
+    other = sampler(model, scheme="medyate", ranking=ranking_of(model))
+    assert "ranked by rgn, where medyate takes lara: rank_layers(..., metric='lara')" in other.report()
+    asked = sampler(model, scheme="medyate", ranking=ranking_of(model), pool="97%")
+    assert "ranked by" not in asked.report()
 
 
 def test_report_names_what_stays_dense() -> None:

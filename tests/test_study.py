@@ -313,7 +313,7 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in table[2:]}
     assert rows["medyate"][:3] == ["90.1 ± 0.1", "90.1 ± 0.1", "90.1"]
     assert rows["full"][4] == "+0.00", "equal differences are no test"
-    assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "", ""]
+    assert rows["full"][5:] == ["3.8", "3.0 + 0.2 + 0.5", "9.4%", "25.0%", "not timed", ""]
     assert "### Budget 7%" in text and "draws that follow the gradient norms" in text
     assert "not decided" in text and "    trady study all" in text
     rates = text.split("### Learning rates chosen")[1]
@@ -459,7 +459,7 @@ def test_runs_that_diverged_count_as_0_and_have_no_bytes(tmp_path: Path) -> None
     rows = table_of(cells, "Budget 2.2%")
     trady, medyate = rows["trady (2 of 4 runs)"], rows["medyate (2 of 4 runs)"]
     assert trady[0] == "40.0 ± 56.6 (1 diverged)"
-    assert trady[4:7] == ["+40.00 (p 0.500)", "4.0", "4.0 + 0.0 + 0.0"]
+    assert trady[4:7] == ["+40.00 (p 0.500), 2 of 4 pairs", "4.0", "4.0 + 0.0 + 0.0"]
     assert medyate[0] == "0.0 ± 0.0 (2 diverged)" and medyate[5:9] == [""] * 4
 
 

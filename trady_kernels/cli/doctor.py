@@ -215,6 +215,8 @@ _PACKAGES = {
     "matplotlib": "plots",
     "PIL": "folders of images",
     "numpy": "data sets",
+    "scipy": "studies",
+    "peft": "the scheme lora",
     "safetensors": "MiniLM's weights",
     "tokenizers": "sentences",
     "timm": "networks by name",

@@ -150,7 +150,7 @@ def make_selection(args: argparse.Namespace) -> Selection:
         spec = Spec.parse(args.scheme)
         if spec.scheme not in known:
             draws = "draws by the gradients of a data set that this command does not read"
-            why = draws if spec.scheme in SCHEMES else "trains a dense network"
+            why = draws if spec.scheme in SCHEMES else "trains something else than channels"
             raise ValueError(
                 f"scheme: got {args.scheme!r}, which {why}, expected one of {', '.join([*known, *PRESETS])}"
             )

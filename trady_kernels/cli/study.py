@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import textwrap
@@ -113,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         if args.jobs < 1:
             raise ValueError(f"jobs: got {args.jobs}, expected at least 1")
         check_device(args.device)
+        _check_installed()
         studies = _asked_for(args.name)
         if args.scheme and not (len(studies) == 1 and studies[0].takes_schemes):
             raise ValueError(
@@ -131,6 +133,19 @@ def run(args: argparse.Namespace) -> int:
             _report(study, reports, args, console)
     console.print(f"{args.name}: done in {in_time(time.monotonic() - started)}")
     return 0
+
+
+def _check_installed() -> None:
+    """What reports need, before hours of trainings that end in one.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    for name, extra in (("scipy", "study"), ("matplotlib", "cli")):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"{name} is not installed, which reports of studies need: pip install 'trady-kernels[{extra}]'"
+            )
 
 
 def _asked_for(name: str) -> list[Study]:

@@ -176,6 +176,7 @@ class ChannelSampler:
         self._network = network
         self._called = {name: model.get_submodule(name) for name in network.layers}
         self._ranking = ranking
+        self._own_pool = pool is None
         self._counts = counts
         self._measure = gradients
         self._generator = torch.Generator().manual_seed(int(seed))
@@ -491,8 +492,14 @@ class ChannelSampler:
             notes.append(
                 "an oracle: it draws by the gradients of all channels, whose measurement the budget does not cover"
             )
-        if self._scheme.ranked and self._ranking is None:
+        ranking = self._ranking
+        if self._scheme.ranked and ranking is None:
             notes.append("no ranking given: the pool is every sparse layer")
+        elif ranking is not None and self._draws_by_other_than(ranking):
+            notes.append(
+                f"ranked by {ranking.metric}, where {self._scheme.name} takes {self._scheme.metric}: "
+                f"rank_layers(..., metric={self._scheme.metric!r})"
+            )
         if self._conversion is not None:
             head = self._conversion.head
             notes.append(
@@ -506,6 +513,9 @@ class ChannelSampler:
                 f"stays dense and frozen: {name}, {why}" for name, why in self._conversion.dense.items()
             ]
         return notes
+
+    def _draws_by_other_than(self, ranking: LayerRanking) -> bool:
+        return self._scheme.ranked and self._own_pool and ranking.metric != self._scheme.metric
 
     def _backward_note(self) -> str:
         backward, full = self.backward, self.full_backward

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -17,6 +19,7 @@ from trady_kernels.study.statistics import Quartiles, held, paired_test
 from trady_kernels.study.steps import StepTime, row_of, times_beside
 from trady_kernels.study.trainings import Training, TrainingOutcome, Trainings, top1_words
 from trady_kernels.study.verdicts import Verdict
+from trady_kernels.training.ingredients import tuned_as
 
 #: What TraDy reports that it leaves out at its smallest budget, percent of what is counted: what it is, and the least.
 _PUBLISHED = {
@@ -51,6 +54,29 @@ def finals_of(cells: Trainings) -> dict[Training, TrainingOutcome]:
     if not finals:
         raise NothingFinished(f"cells: {cells.path} has no run on test samples yet, expected some")
     return finals
+
+
+def chosen_rates(finals: Iterable[Training]) -> list[tuple[str, float]]:
+    """Every scheme with the learning rate of its runs on test samples."""
+    return sorted({(cell.scheme, cell.learning_rate) for cell in finals})
+
+
+def rate_ends(tasks: Sequence[str], cells: Trainings, finals: Iterable[Training]) -> dict[str, str]:
+    """Of every scheme that ran, whether its learning rate is the lowest or the highest of those tried, or ""."""
+    tried: dict[str, set[float]] = defaultdict(set)
+    for cell in cells:
+        if cell.held_out and cell.task in tasks:
+            tried[_tried_as(cell.scheme)].add(cell.learning_rate)
+    found = {}
+    for scheme, rate in chosen_rates(finals):
+        rates = tried[_tried_as(scheme)] or {math.nan}
+        found[scheme] = {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
+    return found
+
+
+def _tried_as(scheme: str) -> str:
+    """Schemes that differ in budgets of their own have the same rates to choose from."""
+    return tuned_as(scheme).partition("@")[0]
 
 
 def first_budget(finals: Iterable[Training]) -> str:
@@ -103,11 +129,11 @@ def budget_section(cells: Trainings) -> list[str]:
         "What a step needs beside the weights, measured, and top-1 (mean and standard deviation; of bytes over tasks and seeds).",
         "",
         *markdown(["network", "scheme", "budget", "training memory (MiB)", "top-1"], rows),
-        *_budget_verdicts(found),
+        *_budget_verdicts(cells, found),
     ]
 
 
-def _budget_verdicts(found: Mapping[tuple[str, str, str], Runs]) -> Iterator[str]:
+def _budget_verdicts(cells: Trainings, found: Mapping[tuple[str, str, str], Runs]) -> Iterator[str]:
     """Whether more memory buys accuracy, of every scheme with two budgets that have at least two pairs of runs."""
     for model, scheme in dict.fromkeys((model, scheme) for model, scheme, _ in found):
         accuracies = {
@@ -123,13 +149,21 @@ def _budget_verdicts(found: Mapping[tuple[str, str, str], Runs]) -> Iterator[str
         if compared:
             least, most = max(compared, key=lambda pair: _size(pair[1]) - _size(pair[0]))
             test = paired_test(accuracies[most], accuracies[least])
+            ends = _ends_in_words(cells, {**found[model, scheme, most], **found[model, scheme, least]})
             yield ""
             yield Verdict.of(
                 f"a larger budget buys accuracy{_SOURCES.get(scheme, '')}",
                 f"{model}, {scheme}, {most} against {least}",
                 test.verdict,
-                f"{test.words}, {test.wins} of {test.pairs} won",
+                f"{test.words}, {test.wins} of {test.pairs} won{ends}",
             )
+
+
+def _ends_in_words(cells: Trainings, runs: Runs) -> str:
+    """What is to be known of the learning rates of runs, where one is the lowest or the highest of those tried."""
+    tasks = list(dict.fromkeys(cell.task for cell in runs))
+    named = [f"{scheme} {end}" for scheme, end in rate_ends(tasks, cells, runs).items() if end]
+    return f" (rates at an end of those tried: {', '.join(named)})" if named else ""
 
 
 def plot_budget(path: Path, cells: Trainings) -> None:

@@ -44,7 +44,7 @@ CLAIMS = (
     Claim("trady", "sparse-update", "trady beats a fixed scheme found by search (TraDy)"),
     Claim("trady", "velocity", "trady beats the selection of neurons by velocity (TraDy)"),
     Claim("medyate", "trady", "draws that follow the gradient norms beat uniform ones (MeDyate)"),
-    Claim("full", "medyate", "full fine-tuning stays the ceiling"),
+    Claim("full", "medyate", "full fine-tuning beats draws that follow the gradient norms (MeDyate)"),
     Claim(
         "late@4.5%",
         "trady",

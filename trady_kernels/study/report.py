@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
-from trady_kernels.study.budgets import finals_of, first_budget
+from trady_kernels.study.budgets import chosen_rates, finals_of, first_budget, rate_ends
 from trady_kernels.study.cells import CellFile, made_with
 from trady_kernels.study.comparisons import (
     REFERENCES,
@@ -37,7 +36,7 @@ from trady_kernels.study.trainings import (
     accuracies,
     top1_words,
 )
-from trady_kernels.training.ingredients import Spec, tuned_as
+from trady_kernels.training.ingredients import Spec
 from trady_kernels.training.settings import Settings
 
 #: Of the names of plots of what is left out.
@@ -180,7 +179,7 @@ def _model(
             "",
         ]
         if budget == first:
-            claims = claims_table({**bound, **free}, _ends(tasks, cells, finals))
+            claims = claims_table({**bound, **free}, rate_ends(tasks, cells, finals))
             lines += [*claims, *([""] if claims else [])]
         lines += _notes({**bound, **free} if budget == first else bound)
         ours += presets_rows(budget, tasks, bound)
@@ -251,16 +250,21 @@ def _table(
                 name if len(series) == runs else f"{name} ({len(series)} of {runs} runs)",
                 *(top1_words(list(of_task(series, task).values())) for task in tasks),
                 f"{mean(series):.1f}" if complete else "",
-                *(
-                    "" if name == other or (test := against(series, bound[other])) is None else test.words
-                    for other in references
-                ),
+                *("" if name == other else _beside(series, bound[other], runs) for other in references),
                 *_measured(series),
-                "" if (step := steps[name]) is None else step.milliseconds.words(0),
+                "not timed" if (step := steps[name]) is None else step.milliseconds.words(0),
                 "" if step is None or step.of_full is None else step.of_full.words(2),
             ]
         )
     return markdown(heads, rows)
+
+
+def _beside(series: Series, other: Series, runs: int) -> str:
+    """The paired test of two rows in words, with the number of pairs where some of the runs are missing."""
+    test = against(series, other)
+    if test is None:
+        return ""
+    return test.words if test.pairs == runs else f"{test.words}, {test.pairs} of {runs} pairs"
 
 
 def _notes(schemes: dict[str, Series]) -> list[str]:
@@ -305,26 +309,9 @@ def _measured(series: Series) -> list[str]:
     ]
 
 
-def _ends(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> dict[str, str]:
-    """Of every scheme that ran, whether its learning rate is the lowest or the highest of those tried, or ""."""
-    tried: dict[str, set[float]] = defaultdict(set)
-    for cell in cells:
-        if cell.held_out and cell.task in tasks:
-            tried[_tried_as(cell.scheme)].add(cell.learning_rate)
-    found = {}
-    for scheme, rate in _chosen(finals):
-        rates = tried[_tried_as(scheme)] or {math.nan}
-        found[scheme] = {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
-    return found
-
-
-def _chosen(finals: dict[Training, TrainingOutcome]) -> list[tuple[str, float]]:
-    return sorted({(cell.scheme, cell.learning_rate) for cell in finals})
-
-
 def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> list[str]:
-    ends = _ends(tasks, cells, finals)
-    rows = [[scheme, f"{rate:g}", ends[scheme]] for scheme, rate in _chosen(finals)]
+    ends = rate_ends(tasks, cells, finals)
+    rows = [[scheme, f"{rate:g}", ends[scheme]] for scheme, rate in chosen_rates(finals)]
     return [
         "### Learning rates chosen",
         "",
@@ -333,8 +320,3 @@ def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOu
         "",
         *markdown(["scheme", "rate", "of those tried"], rows),
     ]
-
-
-def _tried_as(scheme: str) -> str:
-    """Schemes that differ in budgets of their own have the same rates to choose from."""
-    return tuned_as(scheme).partition("@")[0]
