@@ -37,12 +37,12 @@ def measure(layer: ConvLayer, memory_format: torch.memory_format, device: str) -
     """Median microseconds of ours and of ATen's."""
     shape = (BATCH[device], layer.in_channels, layer.size, layer.size)
 
-    def random(*shape: int) -> torch.Tensor:
-        tensor = torch.randn(shape, dtype=DTYPE[device], device=device)
+    def drawn(*size: int) -> torch.Tensor:
+        tensor = torch.randn(size, dtype=DTYPE[device], device=device)
         return tensor.contiguous(memory_format=memory_format)
 
-    x, dy = random(*shape), random(shape[0], layer.out_channels, layer.out_size, layer.out_size)
-    weight = random(layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
+    x, dy = drawn(*shape), drawn(shape[0], layer.out_channels, layer.out_size, layer.out_size)
+    weight = drawn(layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel)
     stride, padding = [layer.stride] * 2, [layer.padding] * 2
     backward = torch.ops.aten.convolution_backward
     last = (None, stride, padding, [1, 1], False, [0, 0], layer.groups, [True, False, False])

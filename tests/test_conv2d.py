@@ -256,6 +256,20 @@ def test_all_channels_save_the_input_itself() -> None:
     assert any(t.data_ptr() == x.data_ptr() for t in tensors)
 
 
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last))
+def test_all_channels_of_a_part_save_a_copy(memory_format: torch.memory_format) -> None:
+    """The input itself would keep what it is a part of."""
+    sparse = SparseConv2d(4, 4, 3, channels=[0, 1, 2, 3])
+    whole = torch.randn(2, 12, 8, 8).contiguous(memory_format=memory_format)
+    part = whole.split(4, 1)[1].requires_grad_()
+    assert saved_bytes(sparse, lambda: sparse(part)) == 2 * 4 * 8 * 8 * 4
+    sparse(part).sum().backward()
+    (expected,) = torch.autograd.grad(
+        torch.nn.functional.conv2d(part, sparse.weight.detach().requires_grad_(), sparse.bias).sum(), part
+    )
+    torch.testing.assert_close(part.grad, expected)
+
+
 def test_autocast_saves_the_cast_channels_and_no_second_weight() -> None:
     sparse = SparseConv2d(8, 16, 3, channels=2, padding=1)
     x = torch.randn(2, 8, 5, 5, requires_grad=True)

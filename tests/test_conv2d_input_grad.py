@@ -47,24 +47,36 @@ def check(case: ConvCase, grad: torch.Tensor, grad_output: torch.Tensor, weight:
     assert ((grad.cpu().double() - reference).abs() <= 2 * bound).all()
 
 
+def check_of_aten(
+    case: ConvCase, grad: torch.Tensor, grad_output: torch.Tensor, weight: torch.Tensor
+) -> None:
+    """ATen may sum half types in themselves: there each product may cost a rounding."""
+    if grad.dtype.itemsize > 2:
+        check(case, grad, grad_output, weight)
+        return
+    reference, magnitude = expected(case, grad_output, weight)
+    products = case.out_channels // case.groups * case.kernel_size[0] * case.kernel_size[1]
+    bound = 2 * products * DTYPE_ROUNDOFF[grad.dtype] * (magnitude + torch.finfo(grad.dtype).smallest_normal)
+    assert ((grad.double() - reference).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("case", CONV_CASES, ids=str)
 def test_cases(case: ConvCase, memory_format: str) -> None:
-    """In every dtype in turn; a half type's own sums are ATen's, of which only the size is known."""
-    dtype = (torch.float32, torch.float64)[CONV_CASES.index(case) % 2]
+    """In every dtype in turn."""
+    dtype = FLOATING[CONV_CASES.index(case) % len(FLOATING)]
     grad_output, weight = tensors(case, dtype)
     shape = (case.batch, case.in_channels, *case.size)
     grad = conv2d_input_grad(
         grad_output, weight, shape, FORMATS[memory_format], *(getattr(case, n) for n in GEOMETRY), case.groups
     )
     assert grad.shape == shape and grad.is_contiguous(memory_format=FORMATS[memory_format])
-    check(case, grad, grad_output, weight)
+    check_of_aten(case, grad, grad_output, weight)
 
 
 @pytest.mark.parametrize("kernel", ("reference", "aten"))
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_depthwise_kernels(dtype: torch.dtype, kernel: str) -> None:
-    """ATen may sum half types in themselves: there each product may cost a rounding."""
     for case in DEPTHWISE:
         for memory_format in FORMATS.values():
             grad_output, weight = tensors(case, dtype)
@@ -73,16 +85,7 @@ def test_depthwise_kernels(dtype: torch.dtype, kernel: str) -> None:
                 grad_output, weight, case.size, *(getattr(case, n) for n in GEOMETRY)
             )
             assert grad.dtype == dtype
-            if dtype.itemsize > 2:
-                check(case, grad, grad_output, weight)
-            else:
-                reference, magnitude = expected(case, grad_output, weight)
-                taps = case.kernel_size[0] * case.kernel_size[1]
-                smallest = torch.finfo(dtype).smallest_normal
-                within = (grad.double() - reference).abs() <= 2 * taps * DTYPE_ROUNDOFF[dtype] * (
-                    magnitude + smallest
-                )
-                assert within.all()
+            check_of_aten(case, grad, grad_output, weight)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,7 @@ def test_depthwise_kernels(dtype: torch.dtype, kernel: str) -> None:
         (torch.float32, 16, "channels_last", 3, 1, 1, "reference"),
         (torch.bfloat16, 12, "channels_last", 3, 1, 1, "reference"),
         (torch.bfloat16, 16, "contiguous", 3, 1, 1, "reference"),
+        (torch.bfloat16, 16, "channels_last", 3, 3, 1, "reference"),
         (torch.bfloat16, 16, "channels_last", 7, 1, 1, "reference"),
         (torch.bfloat16, 16, "channels_last", 3, 1, 2, "reference"),
     ),

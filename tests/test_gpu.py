@@ -14,7 +14,7 @@ from trady_kernels import SparseConv2d, SparseLinear, backend, select_fraction, 
 from trady_kernels.benchmark.layers import CONVS, ConvLayer, distinct
 from trady_kernels.nn import LeanReLU
 from trady_kernels.ops import conv2d_channel_grad, gather_channels, last_kernel, linear_channel_grad, rectify
-from trady_kernels.ops.backend import unavailable
+from trady_kernels.ops.backend import OPERATORS, unavailable
 from trady_kernels.ops.conv2d_channel_grad import reference
 
 pytestmark = pytest.mark.gpu
@@ -283,3 +283,10 @@ def test_large_offsets(name: str, channels_last: bool, beyond: torch.Tensor) -> 
             actual = conv2d_channel_grad(compact, beyond, *arguments)
             expected = reference(compact[-TAIL:].double(), tail.double(), *arguments)
             assert (actual.double() - expected).norm() <= 1e-2 * expected.norm()
+        if name == "triton":
+            depthwise = OPERATORS["conv2d_depthwise_input_grad"].call
+            weight = torch.randn(64, 1, 3, 3, dtype=beyond.dtype, device="cuda")
+            size, *geometry = beyond.shape[2:], (1, 1), (1, 1), (1, 1)
+            actual = depthwise(beyond, weight, size, *geometry)[-TAIL:]
+            expected = depthwise(tail.clone(), weight, size, *geometry)
+            assert torch.equal(actual, expected)

@@ -166,6 +166,17 @@ def test_second_derivatives_are_no_zeros() -> None:
         torch.autograd.grad(grad.sum(), sparse.channel_weight)
 
 
+def test_all_features_of_a_part_save_a_copy() -> None:
+    """As a pooler's, of the first token: the input itself would keep all tokens."""
+    sparse = SparseLinear(6, 3, channels=list(range(6)))
+    tokens = torch.randn(2, 50, 6)
+    assert saved_bytes(sparse, lambda: sparse(tokens[:, 0])) == 2 * 6 * 4
+    sparse(tokens[:, 0]).square().sum().backward()
+    weight = sparse.weight.detach().clone().requires_grad_()
+    torch.nn.functional.linear(tokens[:, 0], weight, sparse.bias).square().sum().backward()
+    torch.testing.assert_close(sparse.channel_weight.grad, weight.grad.t())
+
+
 @pytest.mark.parametrize(
     ("input", "error", "words"),
     (

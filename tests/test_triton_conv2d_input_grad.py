@@ -10,6 +10,7 @@ from cases import FLOATING, ConvCase, laid_out
 from interpreted import on, round_bfloat16
 from test_conv2d_input_grad import DEPTHWISE, GEOMETRY, check, tensors
 
+from trady_kernels import SparseConv2d
 from trady_kernels.ops import backend, last_kernel
 from trady_kernels.ops.backend import OPERATORS
 from trady_kernels.ops.layout import memory_format_of
@@ -97,3 +98,15 @@ def test_elements_counted_in_64_bits(monkeypatch: pytest.MonkeyPatch, triton_dev
             grad_output, weight = tensors(case, torch.float32)
             grad_output = laid_out(grad_output, layout)
             check(case, run(triton_device, case, grad_output, weight), grad_output, weight)
+
+
+def test_under_a_transform(triton_device: str) -> None:
+    layer = SparseConv2d(8, 8, 3, padding=1, groups=8, channels=[1, 4]).to(triton_device)
+    x = torch.randn(2, 8, 5, 4, device=triton_device).contiguous(memory_format=torch.channels_last)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return layer(x).square().sum()
+
+    with backend("triton"):
+        grad = torch.func.grad(loss)(x)
+    torch.testing.assert_close(grad, torch.autograd.grad(loss(x.requires_grad_()), x)[0])

@@ -34,7 +34,8 @@ class _Rectify(torch.autograd.Function):
         if not is_tracing():
             return rectify(input, min, max, slope)
         flat, bits = rectify(in_memory_order(input, input.stride()), min, max, slope)
-        return from_memory_order(flat, input, input.stride()), bits
+        # Autograd lets nobody write to a view that was made in here. The compiler makes one pass of it all.
+        return from_memory_order(flat, input, input.stride()).clone(), bits
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

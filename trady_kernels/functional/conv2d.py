@@ -19,7 +19,7 @@ from trady_kernels.functional.norm import (
     sum_to_bias,
 )
 from trady_kernels.functional.rows import check_rows
-from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
+from trady_kernels.functional.stored import Stored, check_stored, holds_no_more, pack, unpack
 from trady_kernels.ops import (
     conv2d_channel_grad,
     conv2d_channel_grad_with_bias,
@@ -202,7 +202,7 @@ class _SparseConv2d(torch.autograd.Function):
         output = _convolve(input, weight, bias, stride, padding, dilation, groups, padding_mode, norm)
         if channel_weight is not None and stored == "8bit":
             return output, *pack(gather_channels(input, channels))
-        if channel_weight is None or channels.shape[0] == input.shape[1]:
+        if channel_weight is None or (channels.shape[0] == input.shape[1] and holds_no_more(input)):
             return output, None
         return output, gather_channels(input, channels)
 
@@ -210,7 +210,7 @@ class _SparseConv2d(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         input, weight, bias, channel_weight, channels, *ctx.convolution = inputs[:10]
         norm_weight, norm_bias, _, running_var, ctx.eps, _ = inputs[10:]
-        _, selected, *scales = output  # the compiler takes no None among the outputs but as the last one
+        _, selected, *scales = output
         if selected is not None:
             ctx.mark_non_differentiable(selected, *scales)
         elif channel_weight is not None:

@@ -46,7 +46,7 @@ class _Dropout(torch.autograd.Function):
             kept = torch.empty(input.numel(), dtype=torch.bool, device=input.device).bernoulli_(1 - p)
             bits = pack_bits(kept)
             flat = scale_by_bits(in_memory_order(input, stride), bits, scale, 0.0)
-            return from_memory_order(flat, input, stride), bits
+            return from_memory_order(flat, input, stride).clone(), bits  # no view, see _Rectify
         bits = pack_bits(torch.empty_like(input, dtype=torch.bool).bernoulli_(1 - p))
         return scale_by_bits(input, bits, scale, 0.0), bits
 

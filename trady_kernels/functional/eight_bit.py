@@ -145,7 +145,7 @@ def _restore(kept: _Reference | _Packed) -> torch.Tensor:
 
 
 def _saves_exactly(frame: FrameType) -> bool:
-    """Whether the Python code that made the node is our own ``apply``, a checkpoint's or a compiled region's."""
+    """Whether the Python code that made the node is our own ``applied``, a checkpoint's or a compiled region's."""
     code = frame.f_code
     if code.co_filename == apply.__file__:
         return not getattr(frame.f_locals["function"], "in_eight_bits", False)

@@ -34,7 +34,7 @@ def first_order_only(name: str) -> Callable[[Callable[..., _Gradients]], Callabl
                 return backward(ctx, *grad_outputs)
             with torch.no_grad():
                 gradients = backward(ctx, *grad_outputs)
-            if is_tracing():
+            if is_tracing() and not torch._C._are_functorch_transforms_active():
                 return gradients
             transforms = retrieve_all_functorch_interpreters()
             if not transforms:

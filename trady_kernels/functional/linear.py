@@ -11,7 +11,7 @@ from trady_kernels.functional.apply import applied
 from trady_kernels.functional.autocast import cast_input
 from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.rows import check_rows
-from trady_kernels.functional.stored import Stored, check_stored, pack, unpack
+from trady_kernels.functional.stored import Stored, check_stored, holds_no_more, pack, unpack
 from trady_kernels.ops import gather_channels, linear_channel_grad
 
 
@@ -47,14 +47,14 @@ class _SparseLinear(torch.autograd.Function):
         output = _multiply(input, weight, bias)
         if channel_weight is not None and stored == "8bit":
             return output, *pack(_gather_features(input, channels))
-        if channel_weight is None or channels.shape[0] == input.shape[-1]:
+        if channel_weight is None or (channels.shape[0] == input.shape[-1] and holds_no_more(input)):
             return output, None
         return output, _gather_features(input, channels)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         input, weight, bias, channel_weight, channels, _ = inputs
-        _, selected, *scales = output  # the compiler takes no None among the outputs but as the last one
+        _, selected, *scales = output
         if selected is not None:
             ctx.mark_non_differentiable(selected, *scales)
         elif channel_weight is not None:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from trady_kernels.ops import dequantize_blocks, quantize_blocks
+from trady_kernels.ops.backend import is_tracing
 from trady_kernels.ops.layout import flat_view
 
 #: ``"exact"`` keeps the values, ``"8bit"`` a code of one byte for each and a scale for each 64 (``quantize_blocks``).
@@ -22,6 +23,16 @@ def check_stored(stored: str) -> None:
     """
     if stored not in STORED:
         raise ValueError(f"stored: got {stored!r}, expected {' or '.join(map(repr, STORED))}")
+
+
+def holds_no_more(input: torch.Tensor) -> bool:
+    """Whether to keep the tensor keeps nothing but its own elements: it is no part of a larger one.
+
+    A compiler decides on its own what is kept.
+    """
+    if is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    return input.untyped_storage().nbytes() <= input.numel() * input.element_size()
 
 
 def pack(

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._guards import TracingContext
+from torch._guards import _TLS
 
 BACKENDS = ("reference", "aten", "cpp", "cuda", "triton")
 #: What sums are taken in float32 of.
@@ -51,8 +51,11 @@ _last_kernel: dict[str, str] = {}
 
 
 def is_tracing() -> bool:
-    """Whether torch.compile reads what runs here, or runs it on tensors without values to write down its operations."""
-    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+    """Whether torch.compile or torch.export reads what runs here, or runs it on tensors without values to write down
+    its operations.
+    """
+    # TracingContext.try_get(), but for the time that an attribute takes which is not there.
+    return torch.compiler.is_compiling() or _TLS.__dict__.get("tracing_context") is not None
 
 
 class Operator:
@@ -151,6 +154,8 @@ class Operator:
                 raise
             name, kernel = self._existing(name, args[0].dtype)
             _last_kernel[self.name] = name
+            if torch._C._are_functorch_transforms_active():  # whose tensors only an operator unwraps
+                kernel = self._traced.get(name, kernel)
             return kernel(*args)
 
         return call
@@ -201,8 +206,8 @@ def backend(name: str) -> Iterator[None]:
     An operator without a kernel of that name is not left to another one: calling it raises. ``"reference"``, ``"cpp"``
     and ``"triton"`` run whole networks. ``"aten"`` has weight gradients and ``scatter_channels_`` alone, and ``"cuda"``
     nothing for linear layers, convolutions with a trained bias, max pooling and 8-bit storage: these two are for calls
-    of single operators. ``fold_norm`` and ``shift_channels_``, ATen's own work but in CUDA C++, run on the reference
-    under every other name.
+    of single operators. ``fold_norm`` and ``shift_channels_``, ATen's own work but in CUDA C++, and
+    ``conv2d_depthwise_input_grad``, but in Triton, run on the reference under names that have no kernel of them.
 
     Args:
         name: ``"reference"``, ``"aten"``, ``"cpp"``, ``"cuda"``, ``"triton"``, or ``"auto"`` for the

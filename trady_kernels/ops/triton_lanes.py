@@ -6,6 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+#: Lanes of one program, one a thread.
+LANES = 128
+WARPS = 4
+#: Lanes that are counted in 32 bits; a division in 64 takes several times longer.
+MOST_NARROW_LANES = 2**31 - LANES
 #: Bytes that a thread loads at once, where the channels allow it.
 VECTOR_BYTES = 16
 

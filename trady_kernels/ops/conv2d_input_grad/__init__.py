@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trady_kernels.ops.backend import FLOATING, HALVES, Operator
+from trady_kernels.ops.backend import FLOATING, HALVES, TRITON_INSTALLED, Operator
 from trady_kernels.ops.conv2d_input_grad import aten
 from trady_kernels.ops.conv2d_input_grad.reference import conv2d_depthwise_input_grad as reference
 from trady_kernels.ops.conv2d_input_grad.reference import conv2d_input_grad as by_backward
@@ -84,7 +84,7 @@ def _choose(
 ) -> str:
     if not grad_output.is_cuda:
         return "aten" if grad_output.dtype in aten.ONEDNN else "reference"
-    ours = is_usual(weight.shape[2:], stride, dilation) and grad_output.dtype in HALVES
+    ours = TRITON_INSTALLED and is_usual(weight.shape[2:], stride, dilation) and grad_output.dtype in HALVES
     # Contiguous planes have no vectors of channels.
     ours = ours and weight.shape[0] % 8 == 0 and memory_format_of(grad_output) is torch.channels_last
     return "triton" if ours else "reference"

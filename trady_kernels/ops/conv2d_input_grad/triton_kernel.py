@@ -16,7 +16,10 @@ from trady_kernels.ops.conv2d_input_grad import USUAL_KERNELS, is_usual
 from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.triton_configuration import Configuration
 from trady_kernels.ops.triton_lanes import (
+    LANES,
+    MOST_NARROW_LANES,
     VECTOR_BYTES,
+    WARPS,
     lanes_of_program,
     place_of,
     strides_in_vectors,
@@ -25,13 +28,8 @@ from trady_kernels.ops.triton_lanes import (
 )
 from trady_kernels.ops.triton_launch import ceil_div, launch
 
-#: Lanes of one program, one a thread.
-LANES = 128
-WARPS = 4
 #: No loop is pipelined: those that there are have a handful of turns.
 STAGES = 1
-#: Lanes that are counted in 32 bits; a division in 64 takes several times longer.
-MOST_NARROW_LANES = 2**31 - LANES
 
 _SIZES = [
     "count",

@@ -12,7 +12,10 @@ from trady_kernels.ops.layout import memory_format_of
 from trady_kernels.ops.max_pool2d.reference import pooled_size
 from trady_kernels.ops.triton_configuration import Configuration
 from trady_kernels.ops.triton_lanes import (
+    LANES,
+    MOST_NARROW_LANES,
     VECTOR_BYTES,
+    WARPS,
     lanes_of_program,
     place_of,
     strides_in_vectors,
@@ -21,13 +24,8 @@ from trady_kernels.ops.triton_lanes import (
 )
 from trady_kernels.ops.triton_launch import ceil_div, launch
 
-#: Lanes of one program, one a thread.
-LANES = 128
-WARPS = 4
 #: No loop is pipelined: its trip count is a handful, and the caches hold what neighbouring windows share.
 STAGES = 1
-#: Lanes that are counted in 32 bits; a division in 64 takes several times longer.
-MOST_NARROW_LANES = 2**31 - LANES
 #: Size and stride of the square windows whose loops are unrolled in the backward.
 USUAL_WINDOWS = ((2, 2), (3, 2))
 
