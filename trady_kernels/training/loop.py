@@ -25,7 +25,7 @@ from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime, Start, prepare_dense
 from trady_kernels.training.regimes import prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
-from trady_kernels.training.settings import Settings
+from trady_kernels.training.settings import Settings, plain
 
 #: Samples evaluated at a time: no gradient is kept, so more than in a training step fit.
 _EVALUATION_BATCH = 250
@@ -191,10 +191,10 @@ def train_scheme(
 
     Raises:
         Diverged: the loss became infinite or NaN.
-        ValueError: no such scheme or ingredient, or the checkpoint is of another network, or damaged.
+        ValueError: no such scheme or ingredient, or the checkpoint is of another run, or damaged.
         OSError: the checkpoint could not be written; the one before is whole.
     """
-    saved = read_checkpoint(checkpoint) if resume and checkpoint.exists() else None
+    saved = own_checkpoint(checkpoint, settings) if resume and checkpoint.exists() else None
     if saved is not None and saved["epoch"] == settings.epochs:
         result = SchemeResult.from_json(saved["result"])
         observer.on_scheme(scheme, result, _steps(data, settings))
@@ -238,6 +238,29 @@ def train_scheme(
         )
         observer.on_epoch(figures)
     return result
+
+
+def own_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
+    """What a run's checkpoint holds.
+
+    Args:
+        path: of the checkpoint.
+        settings: of the run; the checkpoint's figures are only its own where they were made with the same.
+
+    Raises:
+        ValueError: it was written with other settings or by another version, or is damaged.
+    """
+    content = read_checkpoint(path)
+    try:
+        written_with = Settings.from_json(content["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"resume: {path} was not written by this version of trady finetune") from error
+    if (name := settings.difference(written_with)) is not None:
+        raise ValueError(
+            f"resume: {path} is of another run: its {name} is {plain(getattr(written_with, name))}, "
+            f"expected {plain(getattr(settings, name))}"
+        )
+    return content
 
 
 def _train_epoch(
