@@ -28,6 +28,7 @@ from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, Pool, Resampling, channel_norms
 from trady_kernels.selection.resampling import SinceDraw
+from trady_kernels.study.trainings import Training, train
 from trady_kernels.training import run as run_module
 from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
@@ -400,6 +401,18 @@ def test_divergence_in_the_last_step_of_an_epoch_is_reported(
     )
     with pytest.raises(Diverged, match=rf"^learning_rate: with 1e\+38 .*{says}, expected a finite number"):
         train_scheme(scheme, wild, data, tmp_path / "c.pt", Recorder())
+
+
+def test_divergence_that_a_draw_inside_an_epoch_sees_is_reported(tmp_path: Path, settings: Settings) -> None:
+    wild = dataclasses.replace(
+        settings, schemes=("d-det-rgn",), learning_rate=1e38, warmup_epochs=0.0, resampling="1 step"
+    )
+    says = r"^learning_rate: with 1e\+38 the weights were without a finite gradient in epoch 1, expected"
+    with pytest.raises(Diverged, match=says):
+        _train(wild, tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").exists()
+    cell = Training("pets", "d-det-rgn", "150", 1e38, 0, held_out=False, resampling="1 step")
+    assert train(cell, wild).diverged
 
 
 # -- settings and run folders ----------------------------------------------------------------------

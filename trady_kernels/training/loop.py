@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,12 +275,8 @@ def _train_epoch(
     started = time.perf_counter()
     regime, data = training.regime, training.data
     if epoch > 1:
-        try:
+        with _drawing(training, f"before epoch {epoch}"):
             regime.resample(optimizer)
-        except NotFinite as error:  # what the last step did is in no loss yet
-            raise _diverged(
-                training, f"the weights were without a finite gradient before epoch {epoch}"
-            ) from error
     observer.on_selection(regime, training.batches)
     regime.train_mode()
     order = _epoch_order(data, settings, epoch)
@@ -299,7 +296,8 @@ def _train_epoch(
         )
         optimizer.step()
         scheduler.step()
-        regime.step(optimizer)
+        with _drawing(training, f"in epoch {epoch}"):
+            regime.step(optimizer)
         losses.append(mean_loss.item())  # on a GPU this also waits for the step to end
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):
@@ -330,6 +328,15 @@ def _train_epoch(
         step_ms=1e3 * statistics.median(step_seconds),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _drawing(training: Prepared, when: str) -> Iterator[None]:
+    """Inside, channels may be drawn by gradients that are measured then: what the last step did is in no loss yet."""
+    try:
+        yield
+    except NotFinite as error:
+        raise _diverged(training, f"the weights were without a finite gradient {when}") from error
 
 
 def _diverged(training: Prepared, what: str) -> Diverged:
