@@ -766,7 +766,6 @@ def test_channels_are_drawn_when_their_gradient_has_shrunk(tmp_path: Path, setti
     drawing = trained_with("norm 60%", tmp_path, settings, epochs=8)
     rule, since, expected = Resampling.parse("norm 60%"), SinceDraw(), []
     for norm in drawing.norms:
-        since.count()
         since.note(norm)
         expected.append(since.is_due(rule))
         since = SinceDraw() if expected[-1] else since

@@ -84,7 +84,9 @@ class ChannelSampler:
         resampling: when to draw again: "epoch" or "2 epochs", where the loop calls :meth:`resample` at the start of
             every epoch but the first: each time, or every second time; "50 steps" or "norm 60%", where it calls
             :meth:`step` after every step: every 50 of them, or once the norm of the selected channels' gradient has
-            fallen under 60% of its first value (each the mean of five steps).
+            fallen under 60% of its first value (each the mean of five steps). Gradients are measured as they arrive, by
+            this rule and by "medyate": multiplied by the scale where a ``GradScaler`` scales the loss, so that a new scale
+            looks like another gradient. Those that are not finite do not count.
         seed: of the draws.
         gradients: for the schemes that order channels by their gradient, "d-det-rgn" and "s-det-rgn": called before
             each draw, the first one included, and returns what :func:`trady_kernels.channel_norms` does, such as
@@ -262,9 +264,10 @@ class ChannelSampler:
         """
         if self.resampling.kind == "epoch" or not self._scheme.every_epoch:
             return False
-        self._since_draw.count()
         if self.resampling.kind == "norm":
             self._since_draw.note(self._gradients.latest())
+        else:
+            self._since_draw.count()
         if not self._since_draw.is_due(self.resampling):
             return False
         self.resample(optimizer)
