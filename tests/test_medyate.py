@@ -247,6 +247,26 @@ def test_a_draw_that_fails_leaves_what_was_observed(monkeypatch: pytest.MonkeyPa
     assert after["gradients"].keys() == before["gradients"].keys() != set()
 
 
+@pytest.mark.parametrize("original_first", [True, False])
+def test_a_copy_observes_its_own_network(original_first: bool) -> None:
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate", budget=800)
+    train(model)
+    other, copied = copy.deepcopy((model, drawn))
+    for net, passes in ((model, 3), (other, 2)) if original_first else ((other, 2), (model, 3)):
+        for _ in range(passes - 1):
+            train(net)
+    for one, passes in ((drawn, 3), (copied, 2)):
+        assert {steps for _, steps in one.state_dict()["gradients"].values()} == {passes}
+    copied.resample()
+    assert copied.state_dict()["observed"] and not drawn.state_dict()["observed"]
+    rows = [layer.channel_weight for layer in sparse_layers(other).values()]
+    assert any(row._post_accumulate_grad_hooks for row in rows)
+    del copied, one
+    gc.collect()
+    assert not any(row._post_accumulate_grad_hooks for row in rows)
+
+
 def test_a_sampler_that_is_gone_watches_nothing() -> None:
     model = sparse_net()
     drawn = sampler(model, scheme="medyate", budget=800)

@@ -29,15 +29,30 @@ class GradientNorms:
         #: Where the sums are: a pass counts or not without the host's waiting for it.
         self._steps: dict[str, torch.Tensor] = {}
         self._latest: dict[str, torch.Tensor] = {}
-        self._handles: dict[str, RemovableHandle] = {}
-        # The layers outlive this object; without it their hooks would add up for nobody.
-        weakref.finalize(self, _remove, self._handles)
+        self._start_watching()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's layers come without the hooks, which would add to the sums of the original.
+        vars(self).update(state)
+        self._start_watching()
+        self._watch()
 
     def restart(self) -> None:
         """Forget what was added up, and watch the rows that the layers have now."""
         self._sums.clear()
         self._steps.clear()
         self._latest.clear()
+        self._watch()
+
+    def _start_watching(self) -> None:
+        self._handles: dict[str, RemovableHandle] = {}
+        # The layers outlive this object; without it their hooks would add up for nobody.
+        weakref.finalize(self, _remove, self._handles)
+
+    def _watch(self) -> None:
         for name, layer in self._layers.items():
             rows = layer.channel_weight
             if name not in self._handles and rows.requires_grad:
