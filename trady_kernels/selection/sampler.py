@@ -234,6 +234,7 @@ class ChannelSampler:
 
         Raises:
             TypeError, NotImplementedError: what the layers' ``select()`` raises; no layer has changed then.
+            ValueError: with fixed counts, a scheme's order leaves too few channels of a layer; no layer has changed then.
             RuntimeError: a layer's ``weight`` and ``channel_weight`` were both written; no layer has changed then.
         """
         if not self._scheme.every_epoch:
@@ -355,8 +356,16 @@ class ChannelSampler:
         if not sizes:
             return order
         layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        by_layer = order[layer_of[order].sort(stable=True).indices]
-        parts = by_layer.split(sizes)
+        layers = layer_of[order]
+        by_layer = order[layers.sort(stable=True).indices]
+        tried = layers.bincount(minlength=len(sizes))  # not sizes: an order may leave channels out
+        parts = by_layer.split(tried.tolist())
+        for part, name in zip(parts, self.pool, strict=True):
+            if len(part) < self._fixed[name]:
+                raise ValueError(
+                    f"counts: got 'fixed' for the scheme {self._scheme.name}, whose order has {len(part)} channels of "
+                    f"layer {name!r} now, expected at least the {self._fixed[name]} of the first draw; give 'free'"
+                )
         return torch.cat([part[: self._fixed[name]] for part, name in zip(parts, self.pool, strict=True)])
 
     # -- checkpoints -------------------------------------------------------------------------------
