@@ -292,6 +292,11 @@ def test_aten_matches_reference(case: ConvCase, layout: str) -> None:
         ({0: torch.zeros(2, 3, 8, 7)}, "grad_output: got shape"),
         ({0: torch.zeros(1, 3, 7, 7)}, "grad_output: got shape"),
         ({8: 3}, "groups: got 3, expected a divisor"),
+        ({8: 0}, "groups: got 0, expected a divisor"),
+        ({4: (0, 3)}, r"kernel_size: got \(0, 3\), expected integers of at least 1"),
+        ({5: (1, 0)}, r"stride: got \(1, 0\), expected integers of at least 1"),
+        ({6: (-1, 1)}, r"padding: got \(-1, 1\), expected integers of at least 0"),
+        ({7: (0, 0)}, r"dilation: got \(0, 0\), expected integers of at least 1"),
     ),
 )
 def test_bad_arguments_are_named(change: dict[int, object], message: str) -> None:

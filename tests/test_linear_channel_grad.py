@@ -106,6 +106,10 @@ def test_every_value_of_a_half_type(dtype: torch.dtype, isa: str) -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"grad_output: got shape \(4, 3\), expected \(5, 'out_features'\)"):
         linear_channel_grad(torch.randn(5, 2), torch.randn(4, 3))
+    with pytest.raises(
+        ValueError, match=r"grad_output: got shape \(3, 2, 5\), expected \(2, 3, 'out_features'\)"
+    ):
+        linear_channel_grad(torch.randn(2, 3, 2), torch.randn(3, 2, 5))
     with pytest.raises(ValueError, match=r"grad_output: got torch\.float64, expected torch\.float32"):
         linear_channel_grad(torch.randn(5, 2), torch.randn(5, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="at least 2-D"):

@@ -134,6 +134,31 @@ def test_what_is_observed_is_the_mean_norm_of_each_channels_gradient() -> None:
     assert not drawn.state_dict()["gradients"]
 
 
+def test_a_pass_that_overflows_is_not_observed() -> None:
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate", budget=1_500, seed=1)
+    overflow(model)
+    assert not drawn.state_dict()["gradients"]
+    train(model)
+    before = {name: total for name, (total, _) in drawn.state_dict()["gradients"].items()}
+    assert before
+    overflow(model)
+    after = drawn.state_dict()["gradients"]
+    assert all(steps == 1 and torch.equal(total, before[name]) for name, (total, steps) in after.items())
+    selection = drawn.selection
+    drawn.resample()
+    for name, total in before.items():
+        assert torch.equal(drawn.state_dict()["observed"][name][selection[name]], total.double())
+
+
+def test_an_epoch_in_which_every_pass_overflows_says_nothing() -> None:
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate", budget=800)
+    overflow(model)
+    drawn.resample()
+    assert drawn.state_dict()["observed"] == {}
+
+
 def norms_on_a_rank(rank: int) -> tuple[dict[str, torch.Tensor], float]:
     """Of a gradient that is ``rank + 1`` times that of one process."""
     torch.manual_seed(0)
@@ -155,9 +180,36 @@ def test_norms_are_means_over_ranks(tmp_path: Path) -> None:
         assert of_all == pytest.approx(latest * math.sqrt((1 + 4) / 2), rel=1e-5)
 
 
+def overflowing_norms_on_a_rank(rank: int) -> dict[str, torch.Tensor]:
+    """Of one pass on rank 0, none that counts on rank 1."""
+    torch.manual_seed(0)
+    layers = sparse_layers(model := sparse_net())
+    for layer in layers.values():
+        layer.select([0])
+    norms = GradientNorms(layers)
+    norms.restart()
+    (train, overflow)[rank](model)
+    return norms.means()
+
+
+@needs_gloo
+def test_a_rank_without_a_finite_pass_does_not_count(tmp_path: Path) -> None:
+    alone = overflowing_norms_on_a_rank(0)
+    assert alone
+    for means in in_processes(overflowing_norms_on_a_rank, tmp_path):
+        for name, norm in alone.items():
+            torch.testing.assert_close(means[name], norm)
+
+
 def train(model: nn.Module) -> None:
     model.zero_grad()
     model(X).square().sum().backward()
+
+
+def overflow(model: nn.Module) -> None:
+    """A pass as a scale that is too high leaves it."""
+    model.zero_grad()
+    (model(X).square().sum() * math.inf).backward()
 
 
 def test_an_interrupted_run_draws_the_same_channels() -> None:
@@ -193,6 +245,26 @@ def test_a_draw_that_fails_leaves_what_was_observed(monkeypatch: pytest.MonkeyPa
     assert after["observed"] == before["observed"] == {}
     assert torch.equal(after["generator"], before["generator"])
     assert after["gradients"].keys() == before["gradients"].keys() != set()
+
+
+@pytest.mark.parametrize("original_first", [True, False])
+def test_a_copy_observes_its_own_network(original_first: bool) -> None:
+    model = sparse_net()
+    drawn = sampler(model, scheme="medyate", budget=800)
+    train(model)
+    other, copied = copy.deepcopy((model, drawn))
+    for net, passes in ((model, 3), (other, 2)) if original_first else ((other, 2), (model, 3)):
+        for _ in range(passes - 1):
+            train(net)
+    for one, passes in ((drawn, 3), (copied, 2)):
+        assert {steps for _, steps in one.state_dict()["gradients"].values()} == {passes}
+    copied.resample()
+    assert copied.state_dict()["observed"] and not drawn.state_dict()["observed"]
+    rows = [layer.channel_weight for layer in sparse_layers(other).values()]
+    assert any(row._post_accumulate_grad_hooks for row in rows)
+    del copied, one
+    gc.collect()
+    assert not any(row._post_accumulate_grad_hooks for row in rows)
 
 
 def test_a_sampler_that_is_gone_watches_nothing() -> None:

@@ -131,6 +131,22 @@ def test_fractions_that_select_nothing_are_no_bad_pool() -> None:
     assert not drawn.pool and drawn.cost == Cost()
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "trady",
+        "medyate",
+        SparseUpdate(LayerFractions("small", "50%", {"neck": 0.5}, contributions={"neck": {0.5: 1.0}})),
+    ],
+    ids=lambda scheme: getattr(scheme, "name", scheme),
+)
+@pytest.mark.filterwarnings("ignore::trady_kernels.selection.NothingSelected")
+def test_a_share_that_rounds_to_nothing_selects_nothing(scheme: str | SparseUpdate) -> None:
+    drawn = sampler(scheme=scheme, budget="0.01%", ranking=ranking_of(sparse_net()))
+    assert drawn.budget is not None and drawn.budget.limit(drawn.full_cost) == 0
+    assert drawn.cost == Cost() and ("nothing is selected" in drawn.report() or not drawn.pool)
+
+
 def test_a_bad_pool_selects_nothing() -> None:
     model = sparse_net()
     before = {

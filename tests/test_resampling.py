@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from itertools import pairwise
 
 import pytest
@@ -92,9 +93,11 @@ def test_norm_is_of_the_mean_of_five_steps() -> None:
     rule, seen = Resampling("norm", 0.5), SinceDraw()
     norms = [10.0, 12.0, 8.0, 10.0, 10.0, 6.0, 4.0, 5.0, 5.0, 5.1, 4.0]
     due = []
-    for norm in norms:
-        seen.count()
+    for norm in (math.nan, *norms[:3], math.inf, *norms[3:]):  # what overflowed is no step
         seen.note(norm)
+        if not math.isfinite(norm):
+            assert not seen.is_due(rule)
+            continue
         due.append(seen.is_due(rule))
     # The latest five are 6 to 5.1, over half of ten, and then 4, 5, 5, 5.1, 4.
     assert due == [False] * 10 + [True]
@@ -121,6 +124,16 @@ def test_a_gradient_that_shrinks_asks_for_new_channels() -> None:
     scaled_step(model, 0.1)  # 0.6, 0.6, 0.6, 0.3, 0.1: less than half of five
     assert drawn.step() and not equal(drawn.selection, before)
     assert drawn.state_dict()["since_draw"] == SinceDraw().state_dict()
+
+
+def test_a_step_that_overflows_does_not_switch_the_rule_off() -> None:
+    model = sparse_net()
+    drawn = sampler(model, resampling="norm 50%")
+    for factor in (math.inf, *(1.0,) * 3, math.nan, *(1.0,) * 2, *(0.1,) * 4):
+        scaled_step(model, factor)
+        assert not drawn.step()
+    scaled_step(model, 0.1)
+    assert drawn.step()
 
 
 def test_an_interrupted_run_draws_at_the_same_step() -> None:

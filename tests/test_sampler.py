@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from trady_kernels.models.loading import load_model
 from trady_kernels.nn import SparseLinear
 from trady_kernels.selection import SCHEMES, LayerFractions, NothingSelected, SparseUpdate
 from trady_kernels.selection.schemes import find_scheme
+from trady_kernels.selection.schemes.d_full_random import DFullRandom
 from trady_kernels.selection.schemes.late import Late
 
 X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
@@ -624,6 +626,35 @@ def test_what_trains_beside_the_selection_is_counted() -> None:
     assert drawn.backward == Backward("1", 0, 32)
     drawn.load_state_dict(drawn.state_dict() | {"selection": {**drawn.selection, "0": torch.tensor([1])}})
     assert drawn.backward == Backward("0", 4, 48)
+
+
+class EveryOther(DFullRandom):
+    """Tries every other channel of the pool alone, ``at_most`` so many."""
+
+    at_most: int | None = None
+
+    def order(self, sizes: Mapping[str, int], generator: torch.Generator) -> torch.Tensor:
+        order = super().order(sizes, generator)
+        return order[order % 2 == 0][: self.at_most]
+
+
+def test_fixed_counts_of_an_order_that_leaves_channels_out() -> None:
+    scheme = EveryOther()
+    drawn = sampler(scheme=scheme, counts="fixed", budget=1_000)
+    starts = accumulate((drawn.layers[name].channels for name in drawn.pool), initial=0)
+    start_of = dict(zip(drawn.pool, starts, strict=False))
+    before = drawn.selection
+    drawn.resample()
+    assert not equal(drawn.selection, before)
+    for name, channels in drawn.selection.items():
+        assert len(channels) == len(before[name])
+        assert not ((start_of[name] + channels) % 2).any()
+    before, scheme.at_most = drawn.selection, 1
+    with pytest.raises(
+        ValueError, match=r"^counts: got 'fixed' for the scheme .*, expected at least the \d+ of"
+    ):
+        drawn.resample()
+    assert equal(drawn.selection, before)
 
 
 @pytest.mark.parametrize("kind", (torch.optim.SGD, torch.optim.AdamW), ids=lambda kind: kind.__name__)

@@ -28,6 +28,8 @@ from trady_kernels.models import loading
 from trady_kernels.models.loading import classifier_name, load_model
 from trady_kernels.selection import SCHEMES, Pool, Resampling, channel_norms
 from trady_kernels.selection.resampling import SinceDraw
+from trady_kernels.study.trainings import Training, train
+from trady_kernels.training import run as run_module
 from trady_kernels.training.ingredients import INGREDIENTS
 from trady_kernels.training.loop import Diverged, learning_rate_factor, train_scheme
 from trady_kernels.training.observer import Observer
@@ -401,6 +403,18 @@ def test_divergence_in_the_last_step_of_an_epoch_is_reported(
         train_scheme(scheme, wild, data, tmp_path / "c.pt", Recorder())
 
 
+def test_divergence_that_a_draw_inside_an_epoch_sees_is_reported(tmp_path: Path, settings: Settings) -> None:
+    wild = dataclasses.replace(
+        settings, schemes=("d-det-rgn",), learning_rate=1e38, warmup_epochs=0.0, resampling="1 step"
+    )
+    says = r"^learning_rate: with 1e\+38 the weights were without a finite gradient in epoch 1, expected"
+    with pytest.raises(Diverged, match=says):
+        _train(wild, tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").exists()
+    cell = Training("pets", "d-det-rgn", "150", 1e38, 0, held_out=False, resampling="1 step")
+    assert train(cell, wild).diverged
+
+
 # -- settings and run folders ----------------------------------------------------------------------
 
 
@@ -536,6 +550,37 @@ def test_folders_that_cannot_take_a_run(tmp_path: Path, settings: Settings) -> N
     _train(dataclasses.replace(settings, epochs=1), tmp_path / "run")
     with pytest.raises(FileExistsError, match=r"^output: .* holds a run already; go on with it by --resume"):
         start_run(settings, tmp_path / "run")
+
+
+def test_a_new_run_takes_no_checkpoint_that_lies_there(tmp_path: Path, settings: Settings) -> None:
+    folder = tmp_path / "run"
+    _train(dataclasses.replace(settings, epochs=1), folder)
+    (folder / "results.json").unlink()
+    before = (folder / "checkpoint-trady.pt").read_bytes()
+    other = dataclasses.replace(settings, epochs=1, seed=7)
+    with pytest.raises(
+        FileExistsError, match=r"^output: .* holds checkpoint-trady\.pt of a run without results\.json; give"
+    ):
+        start_run(other, folder)
+    with pytest.raises(ValueError, match=r"is of another run: its seed is 0, expected 7"):
+        train_scheme(
+            "trady", other, data_of(settings), folder / "checkpoint-trady.pt", Recorder(), resume=True
+        )
+    assert (folder / "checkpoint-trady.pt").read_bytes() == before
+
+
+def test_a_failure_leaves_the_results_of_what_was_trained(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    _train(settings, folder)
+    content = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps({**content, "schemes": {}}))  # killed in between
+    resumed = resume_run(folder, {})
+    monkeypatch.setattr(run_module, "train_scheme", mock.Mock(side_effect=ValueError("budget: got none")))
+    with pytest.raises(ValueError, match=r"^budget"):
+        resumed.train(Recorder())
+    assert (folder / "results.json").exists()
 
 
 def test_of_two_processes_one_trains_in_a_folder(tmp_path: Path, settings: Settings) -> None:
@@ -721,7 +766,6 @@ def test_channels_are_drawn_when_their_gradient_has_shrunk(tmp_path: Path, setti
     drawing = trained_with("norm 60%", tmp_path, settings, epochs=8)
     rule, since, expected = Resampling.parse("norm 60%"), SinceDraw(), []
     for norm in drawing.norms:
-        since.count()
         since.note(norm)
         expected.append(since.is_due(rule))
         since = SinceDraw() if expected[-1] else since

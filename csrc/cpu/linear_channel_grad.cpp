@@ -82,6 +82,9 @@ bool by_tiles(const LinearChannelGrad& a, const Tensor& grad) {
 Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_output) {
   STD_TORCH_CHECK(input_selected.dim() >= 2 && grad_output.dim() == input_selected.dim(), "grad_output: got ",
                   grad_output.dim(), " dimensions, expected those of input_selected, at least 2");
+  for (int64_t axis = 0; axis < input_selected.dim() - 1; ++axis)  // as many rows of another shape are other rows
+    STD_TORCH_CHECK(grad_output.size(axis) == input_selected.size(axis), "grad_output: got size ",
+                    grad_output.size(axis), " along dimension ", axis, ", expected ", input_selected.size(axis));
   const auto scalar_type = grad_output.scalar_type();
   const auto dtype = dtype_of(grad_output, "grad_output");
   STD_TORCH_CHECK(input_selected.scalar_type() == scalar_type, "grad_output: got dtype ",
@@ -91,7 +94,6 @@ Tensor linear_channel_grad(const Tensor& input_selected, const Tensor& grad_outp
   const int64_t element = float64 ? sizeof(double) : sizeof(float);
   const Tensor dy = as_rows(grad_output), x = as_rows(input_selected);
   const int64_t rows = dy.size(0), k = x.size(1), out_features = dy.size(1);
-  STD_TORCH_CHECK(x.size(0) == rows, "grad_output: got ", rows, " rows, expected ", x.size(0));
 
   Tensor grad = new_empty(grad_output, {k, out_features}, accumulate);
   if (rows == 0) return torch::stable::zero_(grad);

@@ -70,7 +70,12 @@ class LayerFractions(Saved):
         # A share of the full cost is another one with another input.
         if self.contributions and (budget != Budget.parse(self.budget) or budget.of(cost) > limit):
             chosen = choose_fractions(self.contributions, layers, budget)
-            return replace(self, budget=f"{limit} B" if budget.kind == "bytes" else limit, layers=chosen)
+            made_for = max(
+                limit, 1
+            )  # a share may round to nothing, which is no budget; one buys nothing either
+            return replace(
+                self, budget=f"{made_for} B" if budget.kind == "bytes" else made_for, layers=chosen
+            )
         if budget.of(cost) > limit:
             unit = "bytes" if budget.kind == "bytes" else "elements"
             raise ValueError(

@@ -96,7 +96,10 @@ class ShareOfScore(RankedPool):
 
 @dataclass(frozen=True)
 class ShareOfCost(RankedPool):
-    """The first layers of a ranking of whose cost the budget is at most a share: the fewest [MeDyate, arXiv 2510.20979, section 4]."""
+    """The first layers of a ranking of whose cost the budget is at most a share: the fewest, at least one.
+
+    Source: MeDyate, arXiv 2510.20979, section 4.
+    """
 
     share: float = 0.2
 
@@ -109,7 +112,9 @@ class ShareOfCost(RankedPool):
         limit = budget.limit(total(layer.full for layer in layers.values()))
         cost = 0
         for name in ranking:
-            if name in layers and limit > self.share * cost:
+            if name in layers and (
+                not cost or limit > self.share * cost
+            ):  # a small share may round to nothing
                 yield name
                 cost += budget.of(layers[name].full)
 

@@ -58,7 +58,7 @@ class SinceDraw:
     """What a rule looks at: the epochs and steps since the last draw.
 
     Attributes:
-        epochs, steps: how many.
+        epochs, steps: how many; steps whose norm was noted and not finite do not count.
         first, last: norms of the selected channels' gradient, of the first and the latest steps, up to five each.
     """
 
@@ -72,7 +72,10 @@ class SinceDraw:
         self.steps += 1
 
     def note(self, norm: float) -> None:
-        """The norm of the gradient at that step."""
+        """Another step is done, at which the gradient had that norm; one that is not finite says nothing."""
+        if not math.isfinite(norm):
+            return
+        self.count()
         if len(self.first) < WINDOW:
             self.first.append(norm)
         self.last = [*self.last, norm][-WINDOW:]

@@ -84,7 +84,9 @@ class ChannelSampler:
         resampling: when to draw again: "epoch" or "2 epochs", where the loop calls :meth:`resample` at the start of
             every epoch but the first: each time, or every second time; "50 steps" or "norm 60%", where it calls
             :meth:`step` after every step: every 50 of them, or once the norm of the selected channels' gradient has
-            fallen under 60% of its first value (each the mean of five steps).
+            fallen under 60% of its first value (each the mean of five steps). Gradients are measured as they arrive, by
+            this rule and by "medyate": multiplied by the scale where a ``GradScaler`` scales the loss, so that a new scale
+            looks like another gradient. Those that are not finite do not count.
         seed: of the draws.
         gradients: for the schemes that order channels by their gradient, "d-det-rgn" and "s-det-rgn": called before
             each draw, the first one included, and returns what :func:`trady_kernels.channel_norms` does, such as
@@ -232,6 +234,7 @@ class ChannelSampler:
 
         Raises:
             TypeError, NotImplementedError: what the layers' ``select()`` raises; no layer has changed then.
+            ValueError: with fixed counts, a scheme's order leaves too few channels of a layer; no layer has changed then.
             RuntimeError: a layer's ``weight`` and ``channel_weight`` were both written; no layer has changed then.
         """
         if not self._scheme.every_epoch:
@@ -262,9 +265,10 @@ class ChannelSampler:
         """
         if self.resampling.kind == "epoch" or not self._scheme.every_epoch:
             return False
-        self._since_draw.count()
         if self.resampling.kind == "norm":
             self._since_draw.note(self._gradients.latest())
+        else:
+            self._since_draw.count()
         if not self._since_draw.is_due(self.resampling):
             return False
         self.resample(optimizer)
@@ -352,8 +356,16 @@ class ChannelSampler:
         if not sizes:
             return order
         layer_of = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-        by_layer = order[layer_of[order].sort(stable=True).indices]
-        parts = by_layer.split(sizes)
+        layers = layer_of[order]
+        by_layer = order[layers.sort(stable=True).indices]
+        tried = layers.bincount(minlength=len(sizes))  # not sizes: an order may leave channels out
+        parts = by_layer.split(tried.tolist())
+        for part, name in zip(parts, self.pool, strict=True):
+            if len(part) < self._fixed[name]:
+                raise ValueError(
+                    f"counts: got 'fixed' for the scheme {self._scheme.name}, whose order has {len(part)} channels of "
+                    f"layer {name!r} now, expected at least the {self._fixed[name]} of the first draw; give 'free'"
+                )
         return torch.cat([part[: self._fixed[name]] for part, name in zip(parts, self.pool, strict=True)])
 
     # -- checkpoints -------------------------------------------------------------------------------

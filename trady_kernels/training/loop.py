@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime, Start, prepare_dense
 from trady_kernels.training.regimes import prepare_regime
 from trady_kernels.training.results import EpochFigures, SchemeResult
-from trady_kernels.training.settings import Settings
+from trady_kernels.training.settings import Settings, plain
 
 #: Samples evaluated at a time: no gradient is kept, so more than in a training step fit.
 _EVALUATION_BATCH = 250
@@ -191,10 +192,10 @@ def train_scheme(
 
     Raises:
         Diverged: the loss became infinite or NaN.
-        ValueError: no such scheme or ingredient, or the checkpoint is of another network, or damaged.
+        ValueError: no such scheme or ingredient, or the checkpoint is of another run, or damaged.
         OSError: the checkpoint could not be written; the one before is whole.
     """
-    saved = read_checkpoint(checkpoint) if resume and checkpoint.exists() else None
+    saved = own_checkpoint(checkpoint, settings) if resume and checkpoint.exists() else None
     if saved is not None and saved["epoch"] == settings.epochs:
         result = SchemeResult.from_json(saved["result"])
         observer.on_scheme(scheme, result, _steps(data, settings))
@@ -240,6 +241,29 @@ def train_scheme(
     return result
 
 
+def own_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
+    """What a run's checkpoint holds.
+
+    Args:
+        path: of the checkpoint.
+        settings: of the run; the checkpoint's figures are only its own where they were made with the same.
+
+    Raises:
+        ValueError: it was written with other settings or by another version, or is damaged.
+    """
+    content = read_checkpoint(path)
+    try:
+        written_with = Settings.from_json(content["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"resume: {path} was not written by this version of trady finetune") from error
+    if (name := settings.difference(written_with)) is not None:
+        raise ValueError(
+            f"resume: {path} is of another run: its {name} is {plain(getattr(written_with, name))}, "
+            f"expected {plain(getattr(settings, name))}"
+        )
+    return content
+
+
 def _train_epoch(
     epoch: int,
     training: Prepared,
@@ -251,12 +275,8 @@ def _train_epoch(
     started = time.perf_counter()
     regime, data = training.regime, training.data
     if epoch > 1:
-        try:
+        with _drawing(training, f"before epoch {epoch}"):
             regime.resample(optimizer)
-        except NotFinite as error:  # what the last step did is in no loss yet
-            raise _diverged(
-                training, f"the weights were without a finite gradient before epoch {epoch}"
-            ) from error
     observer.on_selection(regime, training.batches)
     regime.train_mode()
     order = _epoch_order(data, settings, epoch)
@@ -276,7 +296,8 @@ def _train_epoch(
         )
         optimizer.step()
         scheduler.step()
-        regime.step(optimizer)
+        with _drawing(training, f"in epoch {epoch}"):
+            regime.step(optimizer)
         losses.append(mean_loss.item())  # on a GPU this also waits for the step to end
         step_seconds.append(time.perf_counter() - step_started)
         if not math.isfinite(losses[-1]):
@@ -307,6 +328,15 @@ def _train_epoch(
         step_ms=1e3 * statistics.median(step_seconds),
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _drawing(training: Prepared, when: str) -> Iterator[None]:
+    """Inside, channels may be drawn by gradients that are measured then: what the last step did is in no loss yet."""
+    try:
+        yield
+    except NotFinite as error:
+        raise _diverged(training, f"the weights were without a finite gradient {when}") from error
 
 
 def _diverged(training: Prepared, what: str) -> Diverged:

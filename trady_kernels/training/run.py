@@ -13,17 +13,17 @@ from trady_kernels.atomic_write import alone_in
 from trady_kernels.cost import Budget
 from trady_kernels.data import DataSet, load_data
 from trady_kernels.models.front import Front
-from trady_kernels.models.loading import load_model, read_checkpoint
+from trady_kernels.models.loading import load_model
 from trady_kernels.provenance import describe
 from trady_kernels.selection import Resampling
 from trady_kernels.training.ingredients import Spec
-from trady_kernels.training.loop import sizes_of, train_scheme
+from trady_kernels.training.loop import own_checkpoint, sizes_of, train_scheme
 from trady_kernels.training.observer import Observer
 from trady_kernels.training.regime import Batches, Regime
 from trady_kernels.training.regimes import check_spec
 from trady_kernels.training.results import EpochFigures, SchemeResult
 from trady_kernels.training.run_folder import RunFolder
-from trady_kernels.training.settings import Settings
+from trady_kernels.training.settings import Settings, plain
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Run:
                     )
                     self.write_results()
             except ValueError:
-                if not any(result.epochs for result in self.results.values()):
+                if not self.folder.checkpoints():
                     self.folder.results.unlink()
                 raise
         return list(self.results.values())
@@ -147,7 +147,7 @@ def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
     for name, value in asked.items():
         if getattr(settings, name) != value:
             raise ValueError(
-                f"{name}: got {_plain(value)}, but the run in {folder} has {_plain(getattr(settings, name))}; "
+                f"{name}: got {plain(value)}, but the run in {folder} has {plain(getattr(settings, name))}; "
                 "leave the setting away to resume, or start another run"
             )
     data, front = _check(settings)
@@ -159,7 +159,7 @@ def resume_run(folder: Path, asked: dict[str, Any]) -> Run:
         )
     for scheme in settings.schemes:
         if (path := run_folder.checkpoint(scheme)).exists():
-            _check_checkpoint(path, settings)
+            own_checkpoint(path, settings)
     provenance = {key: content[key] for key in ("command", "started", "versions", "commit", "machine")}
     results = {scheme: SchemeResult.from_json(row) for scheme, row in content["schemes"].items()}
     return Run(settings, data, front, run_folder, provenance, results)
@@ -216,19 +216,6 @@ def check_device(name: str) -> None:
         )
 
 
-def _check_checkpoint(path: Path, settings: Settings) -> None:
-    content = read_checkpoint(path)
-    try:
-        written_with = Settings.from_json(content["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"resume: {path} was not written by this version of trady finetune") from error
-    if (name := settings.difference(written_with)) is not None:
-        raise ValueError(
-            f"resume: {path} is of another run: its {name} is {_plain(getattr(written_with, name))}, "
-            f"expected {_plain(getattr(settings, name))}"
-        )
-
-
 def _data_facts(data: DataSet) -> dict[str, Any]:
     return {
         "name": data.name,
@@ -238,7 +225,3 @@ def _data_facts(data: DataSet) -> dict[str, Any]:
         "train_checksum": data.train.checksum(),
         "test_checksum": data.test.checksum(),
     }
-
-
-def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)

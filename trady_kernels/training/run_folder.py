@@ -38,17 +38,26 @@ class RunFolder:
         """The last epoch of a scheme; ``torch.load(...)["model"]`` is the plain network's state dict."""
         return self.path / f"checkpoint-{scheme}.pt"
 
+    def checkpoints(self) -> list[Path]:
+        """Those that are there, whatever their scheme."""
+        return sorted(self.path.glob(self.checkpoint("*").name))
+
     def create(self) -> None:
         """Make the folder, before any work, and prove that files can be written to it.
 
         Raises:
-            FileExistsError: it holds a run already.
+            FileExistsError: it holds a run already, or the checkpoints of one.
             OSError: it cannot be made or written to.
         """
         if self.results.exists():
             raise FileExistsError(
                 f"output: {self.path} holds a run already; go on with it by --resume {self.path}, "
                 "or give another folder"
+            )
+        if found := self.checkpoints():  # the new run would go on from them, or write over them
+            raise FileExistsError(
+                f"output: {self.path} holds {found[0].name} of a run without results.json; give another folder, or move "
+                "the checkpoints away"
             )
         self._prove_writable()
 
@@ -67,7 +76,9 @@ class RunFolder:
                 f"resume: {self.path} holds no run, expected a folder with results.json"
             ) from error
         except ValueError as error:
-            raise ValueError(f"resume: {self.results} is damaged ({error}); start the run again") from error
+            raise ValueError(
+                f"resume: {self.results} is damaged ({error}); start the run again in another folder"
+            ) from error
         if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (
             _FORMAT,
             _VERSION,

@@ -142,3 +142,8 @@ class Settings:
             if getattr(self, field.name) != getattr(other, field.name):
                 return field.name
         return None
+
+
+def plain(value: Any) -> str:
+    """A setting's value, as a sentence has it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else repr(value)

@@ -92,7 +92,15 @@ def _validate(
         raise ValueError(
             f"grad_output: got {grad_output.dtype}, expected {input_selected.dtype}, the dtype of input_selected"
         )
-    if in_channels % groups or out[1] % groups:
+    for name, pair, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(pair) < least:
+            raise ValueError(f"{name}: got {tuple(pair)}, expected integers of at least {least}")
+    if groups < 1 or in_channels % groups or out[1] % groups:
         raise ValueError(
             f"groups: got {groups}, expected a divisor of in_channels ({in_channels}) and of grad_output's "
             f"channels ({out[1]})"
