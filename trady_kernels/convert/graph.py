@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +18,9 @@ from torch import fx, nn
 _ADDITIONS = (torch.add, "add")
 #: ``y += x`` writes into y, and fx shows it as ``y + x``.
 _IN_PLACE_ADDITIONS = (operator.add, operator.iadd, "add_")
+
+#: Of a forward with more combinations of arguments than this, nothing is proven.
+_MOST_COMBINATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,53 @@ class Flow:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Set[nn.Module]) -> None:
+    """Traces a forward whose ``arguments``, by name, are these values; all others are tensors."""
+
+    def __init__(self, leaves: Set[nn.Module], arguments: Mapping[str, object]) -> None:
         super().__init__()
         self._leaves = leaves
+        self._arguments = arguments
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return module in self._leaves or next(module.children(), None) is None
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        # Not fx's concrete_args: those know neither *args nor **kwargs, and take a dict apart.
+        names = inspect.unwrap(root_fn).__code__.co_varnames
+        return function, [self._arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
+
+
+def _combinations(module: nn.Module) -> Iterator[dict[str, object]]:
+    """What a caller may give a module's forward, as far as a graph tells it from tensors; all tensors come first.
+
+    To a trace every argument is there: ``if skip is None`` would take the branch that no call without one takes.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    _, *parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+    values = {parameter.name: _values_besides_tensors(parameter) for parameter in parameters}
+    if math.prod(len(others) + 1 for others in values.values()) > _MOST_COMBINATIONS:
+        raise ValueError(f"{type(module).__name__}: too many combinations of arguments")
+    choices = ([{}, *({name: other} for other in others)] for name, others in values.items())
+    for chosen in itertools.product(*choices):
+        yield {name: value for choice in chosen for name, value in choice.items()}
+
+
+def _values_besides_tensors(parameter: inspect.Parameter) -> list[object]:
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return [()]
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return [{}]
+    default = parameter.default
+    if isinstance(default, bool):
+        return [True, False]
+    values = [] if default is parameter.empty or isinstance(default, torch.Tensor) else [default]
+    annotation = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
+    if default is not None and ("None" in annotation or "Optional" in annotation):
+        values.append(None)
+    return values
 
 
 @contextmanager
@@ -88,6 +135,8 @@ def trace_flow(
 ) -> Flow:
     """Trace a network, in training and in evaluation mode, and read off what holds in both.
 
+    A forward is traced with tensors for all of its arguments and with what else they may be: None or another
+    default, either bool, nothing for ``*args`` and ``**kwargs``. What holds in all of these graphs is proven.
     Where the whole cannot be traced, each child is by itself. What the graph of a part shows is proven only if
     nobody reaches into the part from outside, which takes the counted calls of an example run.
 
@@ -104,10 +153,18 @@ def trace_flow(
                 module.training = training
             flow = Flow()
             _trace(model, leaves, fresh, calls, flow, is_root=True)
-            flows.append(flow)
-    first, second = flows
-    both = first.sites.keys() & second.sites.keys()
-    return Flow({module: first.sites[module] + second.sites[module] for module in both})
+            flows.append(flow.sites)
+    return Flow(_in_all(flows))
+
+
+def _in_all(graphs: Sequence[Mapping[nn.Module, list[_Site]]]) -> dict[nn.Module, list[_Site]]:
+    """The sites of the modules that every graph contains, from all graphs."""
+    first, *others = graphs
+    return {
+        module: [site for sites in graphs for site in sites[module]]
+        for module in first
+        if all(module in sites for sites in others)
+    }
 
 
 def _trace(
@@ -118,8 +175,10 @@ def _trace(
     flow: Flow,
     is_root: bool,
 ) -> None:
+    graphs = []
     try:
-        graph = _Tracer(leaves).trace(module)
+        for arguments in _combinations(module):
+            graphs.append(_sites(module, leaves, fresh, arguments))
     except Exception:  # control flow on values, foreign calls: anything that a forward may do
         if calls is None:
             return
@@ -127,15 +186,32 @@ def _trace(
             if child not in leaves and next(child.children(), None) is not None:
                 _trace(child, leaves, fresh, calls, flow, is_root=False)
         return
+    if not is_root:
+        assert calls is not None
+        graphs = [
+            {
+                inner: sites
+                for inner, sites in found.items()
+                if calls.get(inner, 0) == len(sites) * calls.get(module, 0)
+            }
+            for found in graphs
+        ]
+    for inner, sites in _in_all(graphs).items():
+        flow.sites.setdefault(inner, []).extend(sites)
+
+
+def _sites(
+    module: nn.Module, leaves: Set[nn.Module], fresh: Set[nn.Module], arguments: Mapping[str, object]
+) -> dict[nn.Module, list[_Site]]:
+    """The calls in the graph of a module whose forward gets these arguments, and tensors for the others."""
+    graph = _Tracer(leaves, arguments).trace(module)
     found: dict[nn.Module, list[_Site]] = {}
     modules = dict(module.named_modules(remove_duplicate=False))
     _show_attributes(graph, module)
     for node in graph.nodes:
         if node.op == "call_module":
             found.setdefault(modules[node.target], []).append(_site(node, modules, fresh))
-    for inner, sites in found.items():
-        if is_root or (calls is not None and calls.get(inner, 0) == len(sites) * calls.get(module, 0)):
-            flow.sites.setdefault(inner, []).extend(sites)
+    return found
 
 
 def _show_attributes(graph: fx.Graph, module: nn.Module) -> None:
