@@ -297,6 +297,22 @@ class Tied(nn.Module):
         return self.last(self.decoder(self.body(input)))
 
 
+class TiedDecoder(nn.Module):
+    """Two layers whose weight is used directly too; of the others only a dtype, a copy or a shape is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.middle, self.normed = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        like = self.decoder.weight
+        x = self.middle(self.encoder(input.to(like.dtype).to(like).type_as(like)) * len(like))
+        x = self.normed(x) + torch.stack([self.normed.weight, torch.zeros_like(self.middle.weight)]).sum()
+        x = F.linear(x, self.encoder.weight.t()) + self.decoder(x) * (like.detach() + like.data).mean()
+        return self.last(x + like.new_zeros(like.size(0)))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -345,6 +361,12 @@ DENSE = (
         ("0",),
     ),
     Dense("tied", Tied, {"decoder": "its weight is shared with 'embedding'"}, ("body",)),
+    Dense(
+        "used directly too",
+        TiedDecoder,
+        {name: "its weight is also used directly" for name in ("encoder", "normed")},
+        ("middle", "decoder"),
+    ),
     Dense(
         "bypassed",
         Attention,

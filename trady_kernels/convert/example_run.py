@@ -33,6 +33,7 @@ class Calls:
         counts: how often each module is called; None without an example.
         attention: the modules that call ``F.scaled_dot_product_attention`` themselves.
         before_norm: ``{name of a norm: name of the layer called last before it}``, of the norms that have one.
+        bypassed: names of the layers whose weight something else than the layer computes with.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -40,20 +41,61 @@ class Calls:
     counts: Counter[nn.Module] | None = None
     attention: list[nn.Module] = field(default_factory=list)
     before_norm: dict[str, str] = field(default_factory=dict)
+    bypassed: set[str] = field(default_factory=set)
 
 
-class _Attending(TorchFunctionMode):
-    """Notes which module runs when ``F.scaled_dot_product_attention`` is called."""
+#: Through these no gradient comes back to the tensor they are called on.
+_WITHOUT_GRADIENT = {
+    torch.Tensor.detach,
+    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__,  # type: ignore[union-attr]
+    torch.Tensor.new_tensor,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_full,
+    torch.Tensor.new_ones,
+    torch.Tensor.new_zeros,
+    torch.empty_like,
+    torch.full_like,
+    torch.ones_like,
+    torch.rand_like,
+    torch.randn_like,
+    torch.zeros_like,
+}
+#: These take dtype and device alone of any tensor but the first.
+_CASTS = {torch.Tensor.to, torch.Tensor.type_as}
 
-    def __init__(self, running: list[nn.Module]) -> None:
+
+class _Watching(TorchFunctionMode):
+    """Notes which module runs when a function is called that the conversion has to know of.
+
+    Attributes:
+        attention: the modules that call ``F.scaled_dot_product_attention``.
+        bypassed: the layers whose weight goes into a call while another module runs.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str], running: list[nn.Module]) -> None:
         super().__init__()
         self._running = running
-        self.modules: dict[nn.Module, None] = {}
+        self._layers = {
+            id(weight): module
+            for module in names
+            if isinstance(module, _ConvNd | nn.Linear)
+            and (weight := module._parameters.get("weight")) is not None
+        }
+        self.attention: dict[nn.Module, None] = {}
+        self.bypassed: set[nn.Module] = set()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and self._running:
-            self.modules[self._running[-1]] = None
-        return function(*args, **(kwargs or {}))
+        running = self._running[-1] if self._running else None
+        if function is F.scaled_dot_product_attention and running is not None:
+            self.attention[running] = None
+        output = function(*args, **(kwargs or {}))
+        # What yields no tensor asks for a shape or a dtype.
+        if function not in _WITHOUT_GRADIENT and next(tensors_in(output), None) is not None:
+            given = args[:1] if function in _CASTS else (args, kwargs)
+            layers = {self._layers.get(id(tensor)) for tensor in tensors_in(given)}
+            self.bypassed |= {layer for layer in layers if layer is not None and layer is not running}
+        return output
 
 
 def all_calls(names: Mapping[nn.Module, str]) -> Calls:
@@ -116,7 +158,7 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     handles = [module.register_forward_hook(called) for module in names]
     handles += [module.register_forward_pre_hook(begins) for module in names]
     try:
-        with without_trace(model, training=False), torch.no_grad(), _Attending(running) as attending:
+        with without_trace(model, training=False), torch.no_grad(), _Watching(names, running) as watching:
             output = call(model, example_input)
     except TypeError as error:
         if _fits(model.forward, example_input):
@@ -138,4 +180,5 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
             head = name
     if head is None and layers and not norm_is_last:
         head = layers[-1]
-    return Calls(layers, head, counts, list(attending.modules), before_norm)
+    bypassed = {names[layer] for layer in watching.bypassed}
+    return Calls(layers, head, counts, list(watching.attention), before_norm, bypassed)

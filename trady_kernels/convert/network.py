@@ -90,7 +90,8 @@ def sparsify(
         example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments. The network
             runs on it twice and is left as it was: in eval mode, whose layers become sparse, and in the mode
             it is in, with gradients, for the bytes in the report. Without it: all layers, in the order of their
-            definition, nothing folded in a network that fx cannot trace whole, and no bytes.
+            definition, also those whose weight the network uses directly (a tied decoder's), which then loses that
+            part of its gradient; nothing folded in a network that fx cannot trace whole, and no bytes.
         head: name of the module that stays dense and trains as a whole; "auto" for the last layer whose
             output is the network's (the last layer called where an operation without layers follows); None
             for no head.
@@ -349,6 +350,8 @@ def _reasons_to_stay(names: Mapping[nn.Module, str], calls: Calls) -> dict[str, 
             reasons[name] = f"its weight is shared with {others}"
         elif name not in called:
             reasons[name] = "no call reaches it: its weight is used directly, or not at all"
+        elif name in calls.bypassed:
+            reasons[name] = "its weight is also used directly"
         elif isinstance(module, tuple(SPARSE)) and base_in(SPARSE, module) is None:
             reasons[name] = f"{type(module).__name__} has a forward of its own"
     return reasons
