@@ -240,6 +240,41 @@ def test_twice_keeps_the_head_that_was_asked_for() -> None:
         assert flags(model) == trained
 
 
+def of_part() -> nn.Sequential:
+    """A network whose part has another last layer than the whole."""
+    body = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4 * 8 * 7, 6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+    )
+    return as_trained(nn.Sequential(body, nn.Linear(6, 2)))
+
+
+@pytest.mark.parametrize("part_head", ["auto", "3", None])
+def test_a_part_and_then_the_whole_network(part_head: str | None) -> None:
+    model, expected = of_part(), tk.sparsify(of_part(), example())
+    tk.sparsify(model[0], example(), head=part_head)
+    tk.sparsify(model, example())
+    assert (kinds(model), flags(model)) == (kinds(expected), flags(expected))
+    assert tk.conversion_report(model) == tk.conversion_report(expected)
+    assert tk.conversion_report(model).folded == {"0.1": "0.0"}
+
+
+@pytest.mark.parametrize("head", ["auto", "0.5", None])
+def test_a_converted_network_keeps_its_head_inside_a_wrapper(head: str | None) -> None:
+    model = tk.sparsify(of_part(), example(), head=head)
+    before, trained = tk.conversion_report(model), flags(model)
+    wrapper = nn.Sequential(model, nn.Identity())
+    tk.sparsify(wrapper, example())
+    report = tk.conversion_report(wrapper)
+    assert report.head == (None if before.head is None else f"0.{before.head}")
+    assert report.folded == {"0.0.1": "0.0.0"}
+    assert flags(model) == trained
+
+
 def test_copies_and_pickles_can_be_densified() -> None:
     model = tk.sparsify(trained_net(), example()).eval()
     tk.select_fraction(model, 0.5)

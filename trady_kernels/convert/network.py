@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,12 @@ from trady_kernels.convert.classes import (
     frozen_class,
 )
 from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_calls
-from trady_kernels.convert.report import ConversionReport, biases_of_reports, find_report
+from trady_kernels.convert.report import (
+    ConversionReport,
+    biases_of_reports,
+    folded_of_reports,
+    head_of_part,
+)
 from trady_kernels.functional.stored import Stored, check_stored
 from trady_kernels.memory import saved_by_module
 from trady_kernels.nn.attention import keep_attention, recompute_attention
@@ -130,11 +136,10 @@ def sparsify(
     check_biases(biases)
     check_stored(stored)
     names = {module: name for name, module in model.named_modules()}
-    earlier = find_report(model)
     trained_before = biases_of_reports(model)
     calls = example_calls(model, names, example_input) if example_input is not None else all_calls(names)
     if head == "auto":
-        head = earlier.head if earlier else calls.head
+        head = _last_layer(model, names, calls)
     modules = dict(model.named_modules(remove_duplicate=False))
     inside_head = _modules_of_head(modules, head)
     plan = _plan(names, inside_head, calls, freeze_norm=freeze_norm, lean=bool(lean))
@@ -164,8 +169,7 @@ def sparsify(
     for module in inside_head:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(True)
-    folded = dict(earlier.folded) if earlier else {}
-    folded.update(fold.fold(names, flow))
+    folded = {**folded_of_reports(model, names), **fold.fold(names, flow)}
     fold.overwrite(names, flow)
     trained = biases_to_train(names, plan.sparse, plan.norms, calls, folded, biases)
     for bias in trained_before:
@@ -306,6 +310,18 @@ def _dense_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``densify`` gives a module."""
     before = module.__dict__.get(_RECORD)
     return before.kind if before else DENSE.get(type(module), type(module))
+
+
+def _last_layer(model: nn.Module, names: Mapping[nn.Module, str], calls: Calls) -> str | None:
+    """What ``head="auto"`` means: the head of before, or the layer whose output is the network's."""
+    before = model.__dict__.get(report.ATTRIBUTE)
+    if before is not None:
+        return before.head
+    layer = next((module for module, name in names.items() if name == calls.head), None)
+    if isinstance(layer, SparseChannels):  # of a part that has a head elsewhere, or none: a wrapper's network
+        with suppress(LookupError):
+            return head_of_part(model, names, layer)
+    return calls.head
 
 
 def _modules_of_head(modules: Mapping[str, nn.Module], head: str | None) -> set[nn.Module]:
