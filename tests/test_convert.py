@@ -888,6 +888,81 @@ def test_an_error_inside_the_example_run_is_the_networks_own() -> None:
             tk.sparsify(model, given)
 
 
+def state_of(model: nn.Module) -> dict[str, dict[str, object]]:
+    """Every attribute of every module, hooks and flags included; containers by their values."""
+    return {
+        name: {
+            "class": type(module),
+            **{key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in vars(module).items()},
+            **{f"{key} trains": parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)},
+            **{f"{key} moves": parameter.grad for key, parameter in module.named_parameters(recurse=False)},
+        }
+        for name, module in model.named_modules()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("before", ["dense", "sparse", "8bit"])
+def test_an_error_in_the_second_run_changes_nothing(before: str) -> None:
+    def refuse(module: nn.Module, args: object) -> None:
+        if torch.is_grad_enabled():
+            raise ValueError("in training mode, targets should be passed")
+
+    x, model = example(), trained_net()
+    model(x).sum().backward()
+    if before != "dense":
+        tk.sparsify(model, x, lean="8bit" if before == "8bit" else True, biases=2)
+        tk.select_fraction(model, 0.5)
+        model(x).sum().backward()
+    handle = model.head.register_forward_pre_hook(refuse)
+    state, expected = state_of(model), {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="targets"):
+        tk.sparsify(model, x, lean="8bit", biases=True)
+    after = state_of(model)
+    assert after.keys() == state.keys()
+    for name, attributes in after.items():
+        assert attributes.keys() == state[name].keys()
+        for key, value in attributes.items():
+            assert value is state[name][key] or value == state[name][key], (name, key)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    handle.remove()
+    assert not model.head._forward_pre_hooks or before == "8bit"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    assert kinds(tk.densify(tk.sparsify(model, x))) == kinds(trained_net())
+
+
+def test_tracing_and_running_leave_counters_alone() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.last(self.first(input))
+
+    for given in (None, torch.randn(2, 4)):
+        model = Counts()
+        calls = model.calls
+        tk.sparsify(model, given)
+        assert model.calls is calls and calls == 0
+
+
+def test_wrapped_tensors_are_refused_before_anything_changes() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    weight = model[2].weight.detach()
+    model[2].weight = nn.Parameter(two_tensor.TwoTensor(weight, weight.clone()))
+    before = (kinds(model), flags(model))
+    with pytest.raises(
+        TypeError, match=r"model: got a TwoTensor as 2\.weight, expected a plain parameter: shard no"
+    ):
+        tk.sparsify(model, torch.randn(3, 4))
+    assert (kinds(model), flags(model)) == before
+
+
 @pytest.mark.parametrize("name", ["neck", "neck_norm"])
 def test_densify_refuses_a_forward_that_calls_the_class_it_undoes(name: str) -> None:
     model = tk.sparsify(trained_net(), example())

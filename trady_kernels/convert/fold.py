@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trady_kernels.batch import without_trace
 from trady_kernels.convert.classes import FOLDED_NORMS, FOLDED_PADDING, SPARSE, base_in
 from trady_kernels.convert.graph import Flow, trace_flow
 from trady_kernels.nn.conv2d import SparseConv2d
@@ -38,7 +39,8 @@ def trace(
         return issubclass(kind, (nn.Conv2d, nn.Linear, _BatchNorm))
 
     leaves = {module for module in names if isinstance(module, _BatchNorm)}
-    return trace_flow(model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts)
+    with without_trace(model):  # buffers are no proxies: a forward that counts its calls writes to them
+        return trace_flow(model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts)
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trady_kernels.batch import Example, call, without_trace
 from trady_kernels.convert import fold, report
+from trady_kernels.convert.all_or_nothing import all_or_nothing
 from trady_kernels.convert.biases import biases_to_train, check_biases
 from trady_kernels.convert.classes import (
     DENSE,
@@ -118,10 +120,11 @@ def sparsify(
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``example_input`` is of another type or not what its forward takes.
+        TypeError: ``model`` is not a module, or has layers whose parameters are sharded or packed (``DTensor``);
+            ``example_input`` is of another type or not what its forward takes.
         ValueError: ``head`` names no module, or one that is sparse already; ``freeze_norm``, ``lean``, ``biases`` or
-            ``stored`` is none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
-            changed then.
+            ``stored`` is none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy
+            parameters. Nothing has changed then, nor where the network raises in one of its two runs.
     """
     _check_model(model)
     if isinstance(model, _ConvNd | nn.Linear | _BatchNorm):
@@ -136,6 +139,7 @@ def sparsify(
     check_biases(biases)
     check_stored(stored)
     names = {module: name for name, module in model.named_modules()}
+    _check_tensors(names)
     trained_before = biases_of_reports(model)
     calls = example_calls(model, names, example_input) if example_input is not None else all_calls(names)
     if head == "auto":
@@ -150,50 +154,51 @@ def sparsify(
         )
     flow = fold.trace(model, names, plan.becomes, calls.counts)
 
-    kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, NORMS)}
-    for module in names:  # all of them before the first change: parameters may be shared
-        _record(module)
-    for module, name in names.items():
-        if name in plan.norms:
-            module.__class__ = plan.norms[name]
-        if module not in kept and not isinstance(module, SparseChannels):
+    with all_or_nothing(model):
+        kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, NORMS)}
+        for module in names:  # all of them before the first change: parameters may be shared
+            _record(module)
+        for module, name in names.items():
+            if name in plan.norms:
+                module.__class__ = plan.norms[name]
+            if module not in kept and not isinstance(module, SparseChannels):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+                    parameter.grad = None  # an optimiser would still step on it
+            if name in plan.sparse and not isinstance(module, SparseChannels):
+                layer_class = plan.sparse[name]
+                assert issubclass(layer_class, SparseChannels)
+                layer_class.take_over(module, channels=(), stored=stored)  # a count would draw at random
+            if name in plan.lean:
+                module.__class__ = plan.lean[name]
+        for module in inside_head:
             for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-                parameter.grad = None  # an optimiser would still step on it
-        if name in plan.sparse and not isinstance(module, SparseChannels):
-            layer_class = plan.sparse[name]
-            assert issubclass(layer_class, SparseChannels)
-            layer_class.take_over(module, channels=(), stored=stored)  # a count would draw at random
-        if name in plan.lean:
-            module.__class__ = plan.lean[name]
-    for module in inside_head:
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(True)
-    folded = {**folded_of_reports(model, names), **fold.fold(names, flow)}
-    fold.overwrite(names, flow)
-    trained = biases_to_train(names, plan.sparse, plan.norms, calls, folded, biases)
-    for bias in trained_before:
-        if id(bias) not in map(id, trained.values()):
-            bias.requires_grad_(False)
-            bias.grad = None  # an optimiser would still step on it
-    for bias in trained.values():
-        bias.requires_grad_(True)
-    for module in calls.attention if lean else ():
-        if module not in inside_head:
-            recompute_attention(module)
-    if lean == "8bit":
-        keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
-    known = {*plan.becomes, *(names[module] for module in inside_head)}
-    model.__dict__[report.ATTRIBUTE] = ConversionReport(
-        head,
-        tuple(plan.sparse),
-        tuple(plan.norms),
-        plan.dense,
-        folded,
-        tuple(plan.lean),
-        {} if example_input is None else _kept_elsewhere(model, example_input, known),
-        {name: bias.numel() for name, bias in trained.items()},
-    )
+                parameter.requires_grad_(True)
+        folded = {**folded_of_reports(model, names), **fold.fold(names, flow)}
+        fold.overwrite(names, flow)
+        trained = biases_to_train(names, plan.sparse, plan.norms, calls, folded, biases)
+        for bias in trained_before:
+            if id(bias) not in map(id, trained.values()):
+                bias.requires_grad_(False)
+                bias.grad = None  # an optimiser would still step on it
+        for bias in trained.values():
+            bias.requires_grad_(True)
+        for module in calls.attention if lean else ():
+            if module not in inside_head:
+                recompute_attention(module)
+        if lean == "8bit":
+            keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
+        known = {*plan.becomes, *(names[module] for module in inside_head)}
+        model.__dict__[report.ATTRIBUTE] = ConversionReport(
+            head,
+            tuple(plan.sparse),
+            tuple(plan.norms),
+            plan.dense,
+            folded,
+            tuple(plan.lean),
+            {} if example_input is None else _kept_elsewhere(model, example_input, known),
+            {name: bias.numel() for name, bias in trained.items()},
+        )
     return model
 
 
@@ -256,6 +261,18 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             f"model: got the uninitialised lazy parameter {lazy[0]!r}, expected a network that has run once"
         )
+
+
+def _check_tensors(names: Mapping[nn.Module, str]) -> None:
+    for module, name in names.items():
+        if not isinstance(module, _ConvNd | nn.Linear):
+            continue
+        for key, parameter in module._parameters.items():
+            if is_traceable_wrapper_subclass(parameter):
+                raise TypeError(
+                    f"model: got a {type(parameter).__name__} as {name}.{key}, expected a plain parameter: shard no "
+                    "sparse layer (FSDP2, tensor parallelism), DistributedDataParallel trains them"
+                )
 
 
 def _plan(
