@@ -382,6 +382,29 @@ class OwnNorm(nn.BatchNorm1d):
         return super().forward(input) + 1
 
 
+class Doubled(nn.Module):
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return 2 * parameter
+
+
+def doubled(module: nn.Module, name: str) -> nn.Module:
+    return nn.utils.parametrize.register_parametrization(module, name, Doubled())
+
+
+class Routes(nn.Linear):
+    def route(self, input: torch.Tensor) -> torch.Tensor:
+        return self(input).softmax(-1)
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(6, 6), Routes(6, 6), nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.last(self.router.route(self.first(input)))
+
+
 DENSE = (
     Dense(
         "own forward",
@@ -417,6 +440,21 @@ DENSE = (
             nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)
         ),
         {"1": "its weight is computed (parametrised)"},
+        ("0",),
+    ),
+    Dense(
+        "bias parametrised",
+        lambda: nn.Sequential(nn.Linear(6, 6), doubled(nn.Linear(6, 6), "bias"), nn.Linear(6, 2)),
+        {"1": "one of its parameters is computed (parametrised)"},
+        ("0",),
+    ),
+    Dense(
+        "methods of its own", Router, {"router": "Routes has a 'route', which sparse layers lack"}, ("first",)
+    ),
+    Dense(
+        "norm parametrised",
+        lambda: with_norm(doubled(nn.BatchNorm1d(6), "weight")),
+        {"1": "ParametrizedBatchNorm1d cannot be frozen: its parameters are computed"},
         ("0",),
     ),
     Dense(
@@ -473,14 +511,15 @@ def test_without_an_example_the_attention_projection_stays_dense() -> None:
 
 def test_a_subclass_that_computes_the_same_is_converted_and_comes_back() -> None:
     class Labelled(nn.Linear):
-        label = "class attribute"
+        def extra_repr(self) -> str:
+            return f"{super().extra_repr()}, labelled"
 
     model = nn.Sequential(Labelled(6, 6), nn.Linear(6, 2))
     model[0].note = "kept"
     tk.sparsify(model, torch.randn(2, 6))
     assert type(model[0]) is SparseLinear
     tk.densify(model)
-    assert type(model[0]) is Labelled and model[0].note == "kept" and model[0].label == "class attribute"
+    assert type(model[0]) is Labelled and model[0].note == "kept" and "labelled" in repr(model[0])
 
 
 def test_norm_and_activation_in_one_module() -> None:
@@ -515,6 +554,17 @@ def test_norms_stay_as_they_are_on_request() -> None:
     before = model.norm.running_mean.clone()
     model.train()(example())
     assert not torch.equal(model.norm.running_mean, before)
+
+
+def test_parametrised_norms_stay_as_they_are() -> None:
+    x = torch.randn(3, 6)
+    for norm in (nn.BatchNorm1d(6), nn.RMSNorm(6)):
+        model = as_trained(with_norm(doubled(norm, "weight"))).eval()
+        expected, kind = model(x), type(model[1])
+        tk.sparsify(model, x, freeze_norm=False)
+        assert type(model[1]) is kind
+        assert all(parameter.requires_grad for parameter in model[1].parameters())
+        check_output(model(x), expected)
 
 
 def test_a_module_in_two_places_and_in_a_plain_list() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trady_kernels.batch import Example, call, without_trace
@@ -22,6 +23,7 @@ from trady_kernels.convert.classes import (
     DENSE,
     LEAN,
     SPARSE,
+    added_names,
     base_in,
     frozen_class,
 )
@@ -155,7 +157,9 @@ def sparsify(
     flow = fold.trace(model, names, plan.becomes, calls.counts)
 
     with all_or_nothing(model):
-        kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, NORMS)}
+        kept = set(inside_head)
+        if not freeze_norm:  # with what computes their parameters
+            kept.update(*(module.modules() for module in names if isinstance(module, NORMS)))
         for module in names:  # all of them before the first change: parameters may be shared
             _record(module)
         for module, name in names.items():
@@ -302,7 +306,12 @@ def _plan(
         elif isinstance(module, _BatchNorm) and freeze_norm:
             frozen = frozen_class(module)
             if frozen is None:
-                plan.dense[name] = f"{type(module).__name__} cannot be frozen: its statistics follow train()"
+                why = (
+                    "parameters are computed (parametrised)"
+                    if is_parametrized(module)
+                    else "statistics follow train()"
+                )
+                plan.dense[name] = f"{type(module).__name__} cannot be frozen: its {why}"
             else:
                 plan.norms[name] = frozen
         elif type(module) in LEAN.values():
@@ -376,6 +385,8 @@ def _reasons_to_stay(names: Mapping[nn.Module, str], calls: Calls) -> dict[str, 
         weight = module._parameters.get("weight")
         if weight is None:
             reasons[name] = "its weight is computed (parametrised), not a plain parameter"
+        elif is_parametrized(module):
+            reasons[name] = "one of its parameters is computed (parametrised)"
         elif not weight.is_floating_point():
             reasons[name] = f"its weight is {weight.dtype}"
         elif len(owners[id(weight)]) > 1:
@@ -385,8 +396,12 @@ def _reasons_to_stay(names: Mapping[nn.Module, str], calls: Calls) -> dict[str, 
             reasons[name] = "no call reaches it: its weight is used directly, or not at all"
         elif name in calls.bypassed:
             reasons[name] = "its weight is also used directly"
-        elif isinstance(module, tuple(SPARSE)) and base_in(SPARSE, module) is None:
-            reasons[name] = f"{type(module).__name__} has a forward of its own"
+        elif isinstance(module, tuple(SPARSE)):
+            base = base_in(SPARSE, module)
+            if base is None:
+                reasons[name] = f"{type(module).__name__} has a forward of its own"
+            elif added := added_names(module, base):
+                reasons[name] = f"{type(module).__name__} has a {added[0]!r}, which sparse layers lack"
     return reasons
 
 
