@@ -36,7 +36,7 @@ def flow_of(model: nn.Module, example: torch.Tensor | None = None) -> Flow:
         for handle in handles:
             handle.remove()
     fresh = {m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)}
-    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls)
+    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls, without={})
 
 
 @dataclass(frozen=True)

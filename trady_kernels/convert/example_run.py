@@ -34,6 +34,7 @@ class Calls:
         attention: the modules that call ``F.scaled_dot_product_attention`` themselves.
         before_norm: ``{name of a norm: name of the layer called last before it}``, of the norms that have one.
         bypassed: names of the layers whose weight something else than the layer computes with.
+        without: names of the arguments that modules were given None for.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Calls:
     attention: list[nn.Module] = field(default_factory=list)
     before_norm: dict[str, str] = field(default_factory=dict)
     bypassed: set[str] = field(default_factory=set)
+    without: dict[nn.Module, set[str]] = field(default_factory=dict)
 
 
 #: Through these no gradient comes back to the tensor they are called on.
@@ -125,6 +127,16 @@ def _fits(forward: Callable[..., Any], example_input: Example) -> bool:
     return True
 
 
+def _without(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """The names of the arguments for which a module is given None."""
+    try:
+        signature = inspect.signature(inspect.unwrap(type(module).forward))
+        given = signature.bind_partial(module, *args, **kwargs).arguments
+    except (TypeError, ValueError):  # the forward will say so itself
+        return set()
+    return {name for name, value in given.items() if value is None}
+
+
 def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_input: Example) -> Calls:
     """Run the network once, in eval mode, and note what it calls.
 
@@ -138,8 +150,12 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     norm_is_last = False
     running: list[nn.Module] = []
 
-    def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
+    without: dict[nn.Module, set[str]] = {}
+
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.append(module)
+        if any(value is None for value in (*args, *kwargs.values())):
+            without.setdefault(module, set()).update(_without(module, args, kwargs))
 
     def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal norm_is_last
@@ -156,7 +172,7 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
                 before_norm.setdefault(names[module], layers[-1])
 
     handles = [module.register_forward_hook(called) for module in names]
-    handles += [module.register_forward_pre_hook(begins) for module in names]
+    handles += [module.register_forward_pre_hook(begins, with_kwargs=True) for module in names]
     try:
         with without_trace(model, training=False), torch.no_grad(), _Watching(names, running) as watching:
             output = call(model, example_input)
@@ -181,4 +197,4 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     if head is None and layers and not norm_is_last:
         head = layers[-1]
     bypassed = {names[layer] for layer in watching.bypassed}
-    return Calls(layers, head, counts, list(watching.attention), before_norm, bypassed)
+    return Calls(layers, head, counts, list(watching.attention), before_norm, bypassed, without)

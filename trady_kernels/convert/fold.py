@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +21,7 @@ def trace(
     names: Mapping[nn.Module, str],
     becomes: Mapping[str, type[nn.Module]],
     counts: Mapping[nn.Module, int] | None,
+    without: Mapping[nn.Module, Set[str]],
 ) -> Flow:
     """What the graphs of a network prove.
 
@@ -29,6 +30,7 @@ def trace(
         names: its modules.
         becomes: the class of those that change it.
         counts: how often an example run calls each module; None without an example.
+        without: names of the arguments for which it gives modules None.
     """
 
     def is_fresh(module: nn.Module) -> bool:
@@ -40,7 +42,9 @@ def trace(
 
     leaves = {module for module in names if isinstance(module, _BatchNorm)}
     with without_trace(model):  # buffers are no proxies: a forward that counts its calls writes to them
-        return trace_flow(model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts)
+        return trace_flow(
+            model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts, without=without
+        )
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -86,7 +86,7 @@ class _Tracer(fx.Tracer):
         return function, [self._arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
 
 
-def _combinations(module: nn.Module) -> Iterator[dict[str, object]]:
+def _combinations(module: nn.Module, without: Set[str]) -> Iterator[dict[str, object]]:
     """What a caller may give a module's forward, as far as a graph tells it from tensors; all tensors come first.
 
     To a trace every argument is there: ``if skip is None`` would take the branch that no call without one takes.
@@ -95,7 +95,7 @@ def _combinations(module: nn.Module) -> Iterator[dict[str, object]]:
         ValueError: there are too many.
     """
     _, *parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
-    values = {parameter.name: _values_besides_tensors(parameter) for parameter in parameters}
+    values = {p.name: _values_besides_tensors(p, p.name in without) for p in parameters}
     if math.prod(len(others) + 1 for others in values.values()) > _MOST_COMBINATIONS:
         raise ValueError(f"{type(module).__name__}: too many combinations of arguments")
     choices = ([{}, *({name: other} for other in others)] for name, others in values.items())
@@ -103,7 +103,7 @@ def _combinations(module: nn.Module) -> Iterator[dict[str, object]]:
         yield {name: value for choice in chosen for name, value in choice.items()}
 
 
-def _values_besides_tensors(parameter: inspect.Parameter) -> list[object]:
+def _values_besides_tensors(parameter: inspect.Parameter, may_be_none: bool) -> list[object]:
     if parameter.kind is parameter.VAR_POSITIONAL:
         return [()]
     if parameter.kind is parameter.VAR_KEYWORD:
@@ -113,7 +113,8 @@ def _values_besides_tensors(parameter: inspect.Parameter) -> list[object]:
         return [True, False]
     values = [] if default is parameter.empty or isinstance(default, torch.Tensor) else [default]
     annotation = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
-    if default is not None and ("None" in annotation or "Optional" in annotation):
+    may_be_none |= "None" in annotation or "Optional" in annotation
+    if default is not None and may_be_none:
         values.append(None)
     return values
 
@@ -131,7 +132,12 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def trace_flow(
-    model: nn.Module, *, leaves: Set[nn.Module], fresh: Set[nn.Module], calls: Mapping[nn.Module, int] | None
+    model: nn.Module,
+    *,
+    leaves: Set[nn.Module],
+    fresh: Set[nn.Module],
+    calls: Mapping[nn.Module, int] | None,
+    without: Mapping[nn.Module, Set[str]],
 ) -> Flow:
     """Trace a network, in training and in evaluation mode, and read off what holds in both.
 
@@ -145,6 +151,7 @@ def trace_flow(
         leaves: modules that stay one node although they have children.
         fresh: modules whose output is a new tensor that their backward does not need.
         calls: how often an example run calls each module; None without an example.
+        without: names of the arguments for which it gives modules None.
     """
     flows = []
     with _restored(model):
@@ -152,7 +159,7 @@ def trace_flow(
             for module in model.modules():
                 module.training = training
             flow = Flow()
-            _trace(model, leaves, fresh, calls, flow, is_root=True)
+            _trace(model, leaves, fresh, calls, without, flow, is_root=True)
             flows.append(flow.sites)
     return Flow(_in_all(flows))
 
@@ -172,19 +179,20 @@ def _trace(
     leaves: Set[nn.Module],
     fresh: Set[nn.Module],
     calls: Mapping[nn.Module, int] | None,
+    without: Mapping[nn.Module, Set[str]],
     flow: Flow,
     is_root: bool,
 ) -> None:
     graphs = []
     try:
-        for arguments in _combinations(module):
+        for arguments in _combinations(module, without.get(module, set())):
             graphs.append(_sites(module, leaves, fresh, arguments))
     except Exception:  # control flow on values, foreign calls: anything that a forward may do
         if calls is None:
             return
         for child in module.children():
             if child not in leaves and next(child.children(), None) is not None:
-                _trace(child, leaves, fresh, calls, flow, is_root=False)
+                _trace(child, leaves, fresh, calls, without, flow, is_root=False)
         return
     if not is_root:
         assert calls is not None
