@@ -240,6 +240,41 @@ def test_twice_keeps_the_head_that_was_asked_for() -> None:
         assert flags(model) == trained
 
 
+def of_part() -> nn.Sequential:
+    """A network whose part has another last layer than the whole."""
+    body = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(4 * 8 * 7, 6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+    )
+    return as_trained(nn.Sequential(body, nn.Linear(6, 2)))
+
+
+@pytest.mark.parametrize("part_head", ["auto", "3", None])
+def test_a_part_and_then_the_whole_network(part_head: str | None) -> None:
+    model, expected = of_part(), tk.sparsify(of_part(), example())
+    tk.sparsify(model[0], example(), head=part_head)
+    tk.sparsify(model, example())
+    assert (kinds(model), flags(model)) == (kinds(expected), flags(expected))
+    assert tk.conversion_report(model) == tk.conversion_report(expected)
+    assert tk.conversion_report(model).folded == {"0.1": "0.0"}
+
+
+@pytest.mark.parametrize("head", ["auto", "0.5", None])
+def test_a_converted_network_keeps_its_head_inside_a_wrapper(head: str | None) -> None:
+    model = tk.sparsify(of_part(), example(), head=head)
+    before, trained = tk.conversion_report(model), flags(model)
+    wrapper = nn.Sequential(model, nn.Identity())
+    tk.sparsify(wrapper, example())
+    report = tk.conversion_report(wrapper)
+    assert report.head == (None if before.head is None else f"0.{before.head}")
+    assert report.folded == {"0.0.1": "0.0.0"}
+    assert flags(model) == trained
+
+
 def test_copies_and_pickles_can_be_densified() -> None:
     model = tk.sparsify(trained_net(), example()).eval()
     tk.select_fraction(model, 0.5)
@@ -297,6 +332,22 @@ class Tied(nn.Module):
         return self.last(self.decoder(self.body(input)))
 
 
+class TiedDecoder(nn.Module):
+    """Two layers whose weight is used directly too; of the others only a dtype, a copy or a shape is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.middle, self.normed = nn.Linear(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        like = self.decoder.weight
+        x = self.middle(self.encoder(input.to(like.dtype).to(like).type_as(like)) * len(like))
+        x = self.normed(x) + torch.stack([self.normed.weight, torch.zeros_like(self.middle.weight)]).sum()
+        x = F.linear(x, self.encoder.weight.t()) + self.decoder(x) * (like.detach() + like.data).mean()
+        return self.last(x + like.new_zeros(like.size(0)))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -331,6 +382,29 @@ class OwnNorm(nn.BatchNorm1d):
         return super().forward(input) + 1
 
 
+class Doubled(nn.Module):
+    def forward(self, parameter: torch.Tensor) -> torch.Tensor:
+        return 2 * parameter
+
+
+def doubled(module: nn.Module, name: str) -> nn.Module:
+    return nn.utils.parametrize.register_parametrization(module, name, Doubled())
+
+
+class Routes(nn.Linear):
+    def route(self, input: torch.Tensor) -> torch.Tensor:
+        return self(input).softmax(-1)
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(6, 6), Routes(6, 6), nn.Linear(6, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.last(self.router.route(self.first(input)))
+
+
 DENSE = (
     Dense(
         "own forward",
@@ -346,6 +420,12 @@ DENSE = (
     ),
     Dense("tied", Tied, {"decoder": "its weight is shared with 'embedding'"}, ("body",)),
     Dense(
+        "used directly too",
+        TiedDecoder,
+        {name: "its weight is also used directly" for name in ("encoder", "normed")},
+        ("middle", "decoder"),
+    ),
+    Dense(
         "bypassed",
         Attention,
         {
@@ -360,6 +440,21 @@ DENSE = (
             nn.Linear(6, 6), nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 2)
         ),
         {"1": "its weight is computed (parametrised)"},
+        ("0",),
+    ),
+    Dense(
+        "bias parametrised",
+        lambda: nn.Sequential(nn.Linear(6, 6), doubled(nn.Linear(6, 6), "bias"), nn.Linear(6, 2)),
+        {"1": "one of its parameters is computed (parametrised)"},
+        ("0",),
+    ),
+    Dense(
+        "methods of its own", Router, {"router": "Routes has a 'route', which sparse layers lack"}, ("first",)
+    ),
+    Dense(
+        "norm parametrised",
+        lambda: with_norm(doubled(nn.BatchNorm1d(6), "weight")),
+        {"1": "ParametrizedBatchNorm1d cannot be frozen: its parameters are computed"},
         ("0",),
     ),
     Dense(
@@ -416,14 +511,15 @@ def test_without_an_example_the_attention_projection_stays_dense() -> None:
 
 def test_a_subclass_that_computes_the_same_is_converted_and_comes_back() -> None:
     class Labelled(nn.Linear):
-        label = "class attribute"
+        def extra_repr(self) -> str:
+            return f"{super().extra_repr()}, labelled"
 
     model = nn.Sequential(Labelled(6, 6), nn.Linear(6, 2))
     model[0].note = "kept"
     tk.sparsify(model, torch.randn(2, 6))
     assert type(model[0]) is SparseLinear
     tk.densify(model)
-    assert type(model[0]) is Labelled and model[0].note == "kept" and model[0].label == "class attribute"
+    assert type(model[0]) is Labelled and model[0].note == "kept" and "labelled" in repr(model[0])
 
 
 def test_norm_and_activation_in_one_module() -> None:
@@ -458,6 +554,17 @@ def test_norms_stay_as_they_are_on_request() -> None:
     before = model.norm.running_mean.clone()
     model.train()(example())
     assert not torch.equal(model.norm.running_mean, before)
+
+
+def test_parametrised_norms_stay_as_they_are() -> None:
+    x = torch.randn(3, 6)
+    for norm in (nn.BatchNorm1d(6), nn.RMSNorm(6)):
+        model = as_trained(with_norm(doubled(norm, "weight"))).eval()
+        expected, kind = model(x), type(model[1])
+        tk.sparsify(model, x, freeze_norm=False)
+        assert type(model[1]) is kind
+        assert all(parameter.requires_grad for parameter in model[1].parameters())
+        check_output(model(x), expected)
 
 
 def test_a_module_in_two_places_and_in_a_plain_list() -> None:
@@ -829,6 +936,81 @@ def test_an_error_inside_the_example_run_is_the_networks_own() -> None:
     for given in (example(), (example(),), {"input": example()}):
         with pytest.raises(TypeError, match=r"^of the head$"):
             tk.sparsify(model, given)
+
+
+def state_of(model: nn.Module) -> dict[str, dict[str, object]]:
+    """Every attribute of every module, hooks and flags included; containers by their values."""
+    return {
+        name: {
+            "class": type(module),
+            **{key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in vars(module).items()},
+            **{f"{key} trains": parameter.requires_grad for key, parameter in module.named_parameters(recurse=False)},
+            **{f"{key} moves": parameter.grad for key, parameter in module.named_parameters(recurse=False)},
+        }
+        for name, module in model.named_modules()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("before", ["dense", "sparse", "8bit"])
+def test_an_error_in_the_second_run_changes_nothing(before: str) -> None:
+    def refuse(module: nn.Module, args: object) -> None:
+        if torch.is_grad_enabled():
+            raise ValueError("in training mode, targets should be passed")
+
+    x, model = example(), trained_net()
+    model(x).sum().backward()
+    if before != "dense":
+        tk.sparsify(model, x, lean="8bit" if before == "8bit" else True, biases=2)
+        tk.select_fraction(model, 0.5)
+        model(x).sum().backward()
+    handle = model.head.register_forward_pre_hook(refuse)
+    state, expected = state_of(model), {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="targets"):
+        tk.sparsify(model, x, lean="8bit", biases=True)
+    after = state_of(model)
+    assert after.keys() == state.keys()
+    for name, attributes in after.items():
+        assert attributes.keys() == state[name].keys()
+        for key, value in attributes.items():
+            assert value is state[name][key] or value == state[name][key], (name, key)
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    handle.remove()
+    assert not model.head._forward_pre_hooks or before == "8bit"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x).sum().backward()
+    optimizer.step()
+    assert kinds(tk.densify(tk.sparsify(model, x))) == kinds(trained_net())
+
+
+def test_tracing_and_running_leave_counters_alone() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return self.last(self.first(input))
+
+    for given in (None, torch.randn(2, 4)):
+        model = Counts()
+        calls = model.calls
+        tk.sparsify(model, given)
+        assert model.calls is calls and calls == 0
+
+
+def test_wrapped_tensors_are_refused_before_anything_changes() -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 2))
+    weight = model[2].weight.detach()
+    model[2].weight = nn.Parameter(two_tensor.TwoTensor(weight, weight.clone()))
+    before = (kinds(model), flags(model))
+    with pytest.raises(
+        TypeError, match=r"model: got a TwoTensor as 2\.weight, expected a plain parameter: shard no"
+    ):
+        tk.sparsify(model, torch.randn(3, 4))
+    assert (kinds(model), flags(model)) == before
 
 
 @pytest.mark.parametrize("name", ["neck", "neck_norm"])

@@ -49,6 +49,39 @@ class Net(nn.Module):
         return self.head(self.drop(x).mean((2, 3)))
 
 
+class Skips(nn.Module):
+    """A part that is called with None for an argument of which nothing says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(C, C, 3), nn.BatchNorm2d(C)
+
+    def forward(self, x, skip):  # type: ignore[no-untyped-def]
+        y = self.conv(x)
+        return self.norm(y) + (y if skip is None else skip)
+
+
+class WithoutSkip(nn.Module):
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.part, self.head, self.by_name = Skips(), nn.Linear(C, 3), by_name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 1e9:  # no graph of the whole
+            x = x - 1
+        y = self.part(x, skip=None) if self.by_name else self.part(x, None)
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_none_in_the_example_run_is_traced(by_name: bool) -> None:
+    model, x = as_trained(WithoutSkip(by_name)).eval(), example()
+    expected = model(x)
+    tk.sparsify(model, x)
+    assert not tk.conversion_report(model).folded
+    torch.testing.assert_close(model(x), expected)
+
+
 def example(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(2, C, SIZE, SIZE, dtype=dtype)
 

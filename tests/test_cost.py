@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import ResidualNet, as_trained
 from torch import nn
 
+import trady_kernels as tk
 from trady_kernels.cost import (
     Backward,
     Budget,
@@ -79,6 +81,44 @@ def test_a_layer_called_twice_stores_two_inputs_and_one_gradient() -> None:
 
     cost = measure_layers(Twice(), torch.randn(3, 6))["layer"]
     assert cost.channel == Cost(6, 2, 4 * (6 + 2 * 3), 2 * 6)
+
+
+class WithBias(nn.Linear):
+    """Returns the bias for others to add."""
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return F.linear(input, self.weight), self.bias
+
+
+class OfHidden(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return F.linear(hidden, self.weight, self.bias)
+
+
+class Doubles(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class OwnForwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pair, self.hidden = nn.Linear(4, 4), WithBias(4, 4), OfHidden(4, 4)
+        self.doubles, self.last = Doubles(4, 4), nn.Linear(4, 2)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product, bias = self.pair(self.first(input))
+        return self.last(self.doubles(self.hidden(hidden=product + bias)))
+
+
+def test_layers_with_forwards_of_their_own() -> None:
+    model, x = OwnForwards(), torch.randn(3, 4)
+    tk.sparsify(model, x)
+    network = measure_network(model, x)
+    assert list(network.layers) == ["first", "doubles", "last"]
+    assert [call.ancestors for call in network.calls] == [set(), {"first"}, {"first", "doubles"}]
+    assert not any(call.after_parameter for call in network.calls)
+    tk.ChannelSampler(model, x, budget=10)
 
 
 def test_bytes_are_counted_in_the_dtype_that_autocast_stores() -> None:

@@ -36,7 +36,7 @@ def flow_of(model: nn.Module, example: torch.Tensor | None = None) -> Flow:
         for handle in handles:
             handle.remove()
     fresh = {m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)}
-    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls)
+    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls, without={})
 
 
 @dataclass(frozen=True)
@@ -146,3 +146,97 @@ def test_tracing_leaves_no_trace() -> None:
     before = {module: dict(module.__dict__) for module in net.modules()}
     assert not flow_of(net).feeds_only(net.conv, net.norm)  # the attribute is one more place it goes to
     assert {module: dict(module.__dict__) for module in net.modules()} == before
+
+
+# -- arguments that are no tensors -----------------------------------------------------------------
+
+
+def skip_by_default(net: Net, x: torch.Tensor, skip: torch.Tensor | None = None) -> object:
+    y = net.conv(x)
+    if skip is None:
+        skip = y
+    return net.act(net.norm(y)) + skip
+
+
+def skip_if_given(net: Net, x: torch.Tensor, skip: torch.Tensor | None = None) -> object:
+    y = net.act(net.norm(net.conv(x)))
+    return y if skip is None else y + skip
+
+
+def skip_without_default(net: Net, x: torch.Tensor, skip: torch.Tensor | None) -> object:
+    return skip_by_default(net, x, skip)
+
+
+def overwritten_by_default(net: Net, x: torch.Tensor, context: torch.Tensor | None = None) -> object:
+    y = net.norm(net.conv(x))
+    if context is None:
+        context = y
+    return net.act(y) + context
+
+
+def only_without_both(net: Net, x: torch.Tensor, one: object = None, other: object = None) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if one is None and other is None else 0)
+
+
+def either_bool(net: Net, x: torch.Tensor, plain: bool = True) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if plain is False else 0)
+
+
+def by_number(net: Net, x: torch.Tensor, *, scale: int | None = 1) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if scale is None else 0)
+
+
+def by_further(net: Net, x: torch.Tensor, *further: object, **named: object) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if named.get("skip") is None else 0)
+
+
+def too_many(
+    net: Net, x: torch.Tensor, a: object = None, b: object = None, c: object = None, d: object = None, e: object = None
+) -> object:  # fmt: skip
+    return net.act(net.norm(net.conv(x)))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    forward: Callable[..., object]
+    feeds: bool
+    overwrites: bool
+    given: tuple[object, ...] = ()
+
+    def __str__(self) -> str:
+        return self.forward.__name__
+
+
+ARGUMENTS = (
+    Arguments(skip_by_default, False, True),
+    Arguments(skip_if_given, True, True),
+    Arguments(skip_without_default, False, True, (None,)),
+    Arguments(overwritten_by_default, True, False),
+    Arguments(only_without_both, False, True),
+    Arguments(either_bool, False, True),
+    Arguments(by_number, False, True),
+    Arguments(by_further, False, True),
+    Arguments(too_many, False, False),
+)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "part"])
+@pytest.mark.parametrize("case", ARGUMENTS, ids=str)
+def test_what_holds_without_a_tensor_too(case: Arguments, inside: bool) -> None:
+    class Takes(Net):
+        forward = case.forward
+
+    net = Takes(lambda n, x: x)
+    if not inside:
+        flow = flow_of(net)
+    else:
+        outer = Untraceable(reaches_in=False)
+        outer.block, given = net, case.given
+        net.register_forward_pre_hook(lambda module, args: (*args, *given))
+        flow = flow_of(outer, torch.randn(1, 4, 3, 3))
+    assert flow.feeds_only(net.conv, net.norm) == case.feeds
+    assert flow.may_overwrite(net.act) == case.overwrites

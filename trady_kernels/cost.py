@@ -181,6 +181,14 @@ def weight_elements(layer: Layer) -> int:
     return layer.weight.numel() // channels_of(layer)
 
 
+def _computes_as_base(layer: nn.Module) -> bool:
+    """Whether a layer takes one tensor and returns one, as torch's and the sparse ones do."""
+    forward = type(layer).forward
+    return hasattr(layer, "channel_weight") or (
+        "forward" not in layer.__dict__ and (forward is nn.Conv2d.forward or forward is nn.Linear.forward)
+    )
+
+
 def _stored_bytes(layer: Layer, input: torch.Tensor, elements: int) -> int:
     """Bytes of so many elements of a layer's input, as the layer keeps them for backward."""
     if getattr(layer, "stored", "exact") == "8bit":
@@ -265,7 +273,8 @@ def measure_network(model: nn.Module, example_input: Example) -> NetworkCost:
     The network runs once, in eval mode; modes, gradients, buffers and random numbers are left as they were.
     The run builds an autograd graph, which tells exactly what each layer's input is made from, but drops
     what the graph would keep. Not counted: products without such a layer (attention's, also the projections
-    inside ``nn.MultiheadAttention``; products of functional calls), norms, activations, pooling. The layers
+    inside ``nn.MultiheadAttention``; products of functional calls), layers of subclasses whose forward takes no
+    ``input`` or returns no tensor, norms, activations, pooling. The layers
     inside a reentrant activation checkpoint look as if no gradient reached them.
 
     Args:
@@ -291,17 +300,26 @@ def measure_network(model: nn.Module, example_input: Example) -> NetworkCost:
     called: list[LayerCost] = []
     origins: list[_Origin] = []
     entered: list[tuple[_Origin, bool]] = []
+    # A forward of a subclass's own may take and return anything.
+    known = {layer for layer in names if _computes_as_base(layer)}
+
+    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[0] if args else kwargs.get("input")
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        input = args[0] if args else kwargs["input"]
-        entered.append((_Origin.of([input]), torch.is_grad_enabled()))
-        torch.set_grad_enabled(False)  # the mark stands for all that the layer does
+        entered.append((_Origin.of(tensors_in(input_of(args, kwargs))), torch.is_grad_enabled()))
+        if layer in known:
+            torch.set_grad_enabled(False)  # the mark stands for all that the layer does
 
     def count(
         layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
     ) -> torch.Tensor:
         assert isinstance(layer, (nn.Conv2d, nn.Linear))  # dynamo of torch 2.10 knows no unions
-        input = args[0] if args else kwargs["input"]
+        input = input_of(args, kwargs)
+        origin, tracked = entered.pop()
+        torch.set_grad_enabled(tracked)
+        if not isinstance(input, torch.Tensor) or not isinstance(output, torch.Tensor):
+            return output
         channels = channels_of(layer)
         per_channel = weight_elements(layer)
         samples = 1 if input.dim() == (3 if isinstance(layer, nn.Conv2d) else 1) else batch
@@ -320,9 +338,7 @@ def measure_network(model: nn.Module, example_input: Example) -> NetworkCost:
         before = seen.channel if seen else Cost()
         found[name] = LayerCost(name, channels, before + weight + activation)
         called.append(LayerCost(name, channels, activation))
-        origin, tracked = entered.pop()
         origins.append(origin)
-        torch.set_grad_enabled(tracked)
         return _Mark.apply(output.detach(), anchor, len(called) - 1)
 
     handles: list[Any] = []

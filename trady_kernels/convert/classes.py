@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from trady_kernels.nn.activation import (
     LeanHardsigmoid,
@@ -82,6 +83,8 @@ DENSE: Mapping[type[nn.Module], type[nn.Module]] = {
 
 def base_in(table: Mapping[type[nn.Module], Any], module: nn.Module) -> type[nn.Module] | None:
     """The class in ``table`` whose computation ``module`` does unchanged."""
+    if is_parametrized(module):  # by properties of a class made for it, which another class would not have
+        return None
     kind = type(module)
     for base in table:
         if isinstance(module, base) and all(
@@ -90,6 +93,17 @@ def base_in(table: Mapping[type[nn.Module], Any], module: nn.Module) -> type[nn.
         ):
             return base
     return None
+
+
+def added_names(module: nn.Module, base: type[nn.Module]) -> list[str]:
+    """The public names that the class of ``module`` adds to ``base``'s: what another class would not have."""
+    return [
+        name
+        for kind in type(module).__mro__
+        if not issubclass(base, kind)
+        for name in vars(kind)
+        if not name.startswith("_") and not hasattr(base, name)
+    ]
 
 
 def frozen_class(module: _BatchNorm) -> type[nn.Module] | None:

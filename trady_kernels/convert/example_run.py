@@ -33,6 +33,8 @@ class Calls:
         counts: how often each module is called; None without an example.
         attention: the modules that call ``F.scaled_dot_product_attention`` themselves.
         before_norm: ``{name of a norm: name of the layer called last before it}``, of the norms that have one.
+        bypassed: names of the layers whose weight something else than the layer computes with.
+        without: names of the arguments that modules were given None for.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -40,20 +42,62 @@ class Calls:
     counts: Counter[nn.Module] | None = None
     attention: list[nn.Module] = field(default_factory=list)
     before_norm: dict[str, str] = field(default_factory=dict)
+    bypassed: set[str] = field(default_factory=set)
+    without: dict[nn.Module, set[str]] = field(default_factory=dict)
 
 
-class _Attending(TorchFunctionMode):
-    """Notes which module runs when ``F.scaled_dot_product_attention`` is called."""
+#: Through these no gradient comes back to the tensor they are called on.
+_WITHOUT_GRADIENT = {
+    torch.Tensor.detach,
+    torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.grad.__get__,  # type: ignore[union-attr]
+    torch.Tensor.new_tensor,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_full,
+    torch.Tensor.new_ones,
+    torch.Tensor.new_zeros,
+    torch.empty_like,
+    torch.full_like,
+    torch.ones_like,
+    torch.rand_like,
+    torch.randn_like,
+    torch.zeros_like,
+}
+#: These take dtype and device alone of any tensor but the first.
+_CASTS = {torch.Tensor.to, torch.Tensor.type_as}
 
-    def __init__(self, running: list[nn.Module]) -> None:
+
+class _Watching(TorchFunctionMode):
+    """Notes which module runs when a function is called that the conversion has to know of.
+
+    Attributes:
+        attention: the modules that call ``F.scaled_dot_product_attention``.
+        bypassed: the layers whose weight goes into a call while another module runs.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str], running: list[nn.Module]) -> None:
         super().__init__()
         self._running = running
-        self.modules: dict[nn.Module, None] = {}
+        self._layers = {
+            id(weight): module
+            for module in names
+            if isinstance(module, _ConvNd | nn.Linear)
+            and (weight := module._parameters.get("weight")) is not None
+        }
+        self.attention: dict[nn.Module, None] = {}
+        self.bypassed: set[nn.Module] = set()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and self._running:
-            self.modules[self._running[-1]] = None
-        return function(*args, **(kwargs or {}))
+        running = self._running[-1] if self._running else None
+        if function is F.scaled_dot_product_attention and running is not None:
+            self.attention[running] = None
+        output = function(*args, **(kwargs or {}))
+        # What yields no tensor asks for a shape or a dtype.
+        if function not in _WITHOUT_GRADIENT and next(tensors_in(output), None) is not None:
+            given = args[:1] if function in _CASTS else (args, kwargs)
+            layers = {self._layers.get(id(tensor)) for tensor in tensors_in(given)}
+            self.bypassed |= {layer for layer in layers if layer is not None and layer is not running}
+        return output
 
 
 def all_calls(names: Mapping[nn.Module, str]) -> Calls:
@@ -83,6 +127,16 @@ def _fits(forward: Callable[..., Any], example_input: Example) -> bool:
     return True
 
 
+def _without(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
+    """The names of the arguments for which a module is given None."""
+    try:
+        signature = inspect.signature(inspect.unwrap(type(module).forward))
+        given = signature.bind_partial(module, *args, **kwargs).arguments
+    except (TypeError, ValueError):  # the forward will say so itself
+        return set()
+    return {name for name, value in given.items() if value is None}
+
+
 def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_input: Example) -> Calls:
     """Run the network once, in eval mode, and note what it calls.
 
@@ -96,8 +150,12 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     norm_is_last = False
     running: list[nn.Module] = []
 
-    def begins(module: nn.Module, args: tuple[Any, ...]) -> None:
+    without: dict[nn.Module, set[str]] = {}
+
+    def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.append(module)
+        if any(value is None for value in (*args, *kwargs.values())):
+            without.setdefault(module, set()).update(_without(module, args, kwargs))
 
     def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal norm_is_last
@@ -114,9 +172,9 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
                 before_norm.setdefault(names[module], layers[-1])
 
     handles = [module.register_forward_hook(called) for module in names]
-    handles += [module.register_forward_pre_hook(begins) for module in names]
+    handles += [module.register_forward_pre_hook(begins, with_kwargs=True) for module in names]
     try:
-        with without_trace(model, training=False), torch.no_grad(), _Attending(running) as attending:
+        with without_trace(model, training=False), torch.no_grad(), _Watching(names, running) as watching:
             output = call(model, example_input)
     except TypeError as error:
         if _fits(model.forward, example_input):
@@ -138,4 +196,5 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
             head = name
     if head is None and layers and not norm_is_last:
         head = layers[-1]
-    return Calls(layers, head, counts, list(attending.modules), before_norm)
+    bypassed = {names[layer] for layer in watching.bypassed}
+    return Calls(layers, head, counts, list(watching.attention), before_norm, bypassed, without)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from trady_kernels.batch import without_trace
 from trady_kernels.convert.classes import FOLDED_NORMS, FOLDED_PADDING, SPARSE, base_in
 from trady_kernels.convert.graph import Flow, trace_flow
 from trady_kernels.nn.conv2d import SparseConv2d
@@ -20,6 +21,7 @@ def trace(
     names: Mapping[nn.Module, str],
     becomes: Mapping[str, type[nn.Module]],
     counts: Mapping[nn.Module, int] | None,
+    without: Mapping[nn.Module, Set[str]],
 ) -> Flow:
     """What the graphs of a network prove.
 
@@ -28,6 +30,7 @@ def trace(
         names: its modules.
         becomes: the class of those that change it.
         counts: how often an example run calls each module; None without an example.
+        without: names of the arguments for which it gives modules None.
     """
 
     def is_fresh(module: nn.Module) -> bool:
@@ -38,7 +41,10 @@ def trace(
         return issubclass(kind, (nn.Conv2d, nn.Linear, _BatchNorm))
 
     leaves = {module for module in names if isinstance(module, _BatchNorm)}
-    return trace_flow(model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts)
+    with without_trace(model):  # buffers are no proxies: a forward that counts its calls writes to them
+        return trace_flow(
+            model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts, without=without
+        )
 
 
 def _is_watched(module: nn.Module) -> bool:

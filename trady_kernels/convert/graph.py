@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +18,9 @@ from torch import fx, nn
 _ADDITIONS = (torch.add, "add")
 #: ``y += x`` writes into y, and fx shows it as ``y + x``.
 _IN_PLACE_ADDITIONS = (operator.add, operator.iadd, "add_")
+
+#: Of a forward with more combinations of arguments than this, nothing is proven.
+_MOST_COMBINATIONS = 16
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,54 @@ class Flow:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, leaves: Set[nn.Module]) -> None:
+    """Traces a forward whose ``arguments``, by name, are these values; all others are tensors."""
+
+    def __init__(self, leaves: Set[nn.Module], arguments: Mapping[str, object]) -> None:
         super().__init__()
         self._leaves = leaves
+        self._arguments = arguments
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return module in self._leaves or next(module.children(), None) is None
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        # Not fx's concrete_args: those know neither *args nor **kwargs, and take a dict apart.
+        names = inspect.unwrap(root_fn).__code__.co_varnames
+        return function, [self._arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
+
+
+def _combinations(module: nn.Module, without: Set[str]) -> Iterator[dict[str, object]]:
+    """What a caller may give a module's forward, as far as a graph tells it from tensors; all tensors come first.
+
+    To a trace every argument is there: ``if skip is None`` would take the branch that no call without one takes.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    _, *parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
+    values = {p.name: _values_besides_tensors(p, p.name in without) for p in parameters}
+    if math.prod(len(others) + 1 for others in values.values()) > _MOST_COMBINATIONS:
+        raise ValueError(f"{type(module).__name__}: too many combinations of arguments")
+    choices = ([{}, *({name: other} for other in others)] for name, others in values.items())
+    for chosen in itertools.product(*choices):
+        yield {name: value for choice in chosen for name, value in choice.items()}
+
+
+def _values_besides_tensors(parameter: inspect.Parameter, may_be_none: bool) -> list[object]:
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return [()]
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return [{}]
+    default = parameter.default
+    if isinstance(default, bool):
+        return [True, False]
+    values = [] if default is parameter.empty or isinstance(default, torch.Tensor) else [default]
+    annotation = "" if parameter.annotation is parameter.empty else str(parameter.annotation)
+    may_be_none |= "None" in annotation or "Optional" in annotation
+    if default is not None and may_be_none:
+        values.append(None)
+    return values
 
 
 @contextmanager
@@ -84,10 +132,17 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def trace_flow(
-    model: nn.Module, *, leaves: Set[nn.Module], fresh: Set[nn.Module], calls: Mapping[nn.Module, int] | None
+    model: nn.Module,
+    *,
+    leaves: Set[nn.Module],
+    fresh: Set[nn.Module],
+    calls: Mapping[nn.Module, int] | None,
+    without: Mapping[nn.Module, Set[str]],
 ) -> Flow:
     """Trace a network, in training and in evaluation mode, and read off what holds in both.
 
+    A forward is traced with tensors for all of its arguments and with what else they may be: None or another
+    default, either bool, nothing for ``*args`` and ``**kwargs``. What holds in all of these graphs is proven.
     Where the whole cannot be traced, each child is by itself. What the graph of a part shows is proven only if
     nobody reaches into the part from outside, which takes the counted calls of an example run.
 
@@ -96,6 +151,7 @@ def trace_flow(
         leaves: modules that stay one node although they have children.
         fresh: modules whose output is a new tensor that their backward does not need.
         calls: how often an example run calls each module; None without an example.
+        without: names of the arguments for which it gives modules None.
     """
     flows = []
     with _restored(model):
@@ -103,11 +159,19 @@ def trace_flow(
             for module in model.modules():
                 module.training = training
             flow = Flow()
-            _trace(model, leaves, fresh, calls, flow, is_root=True)
-            flows.append(flow)
-    first, second = flows
-    both = first.sites.keys() & second.sites.keys()
-    return Flow({module: first.sites[module] + second.sites[module] for module in both})
+            _trace(model, leaves, fresh, calls, without, flow, is_root=True)
+            flows.append(flow.sites)
+    return Flow(_in_all(flows))
+
+
+def _in_all(graphs: Sequence[Mapping[nn.Module, list[_Site]]]) -> dict[nn.Module, list[_Site]]:
+    """The sites of the modules that every graph contains, from all graphs."""
+    first, *others = graphs
+    return {
+        module: [site for sites in graphs for site in sites[module]]
+        for module in first
+        if all(module in sites for sites in others)
+    }
 
 
 def _trace(
@@ -115,27 +179,47 @@ def _trace(
     leaves: Set[nn.Module],
     fresh: Set[nn.Module],
     calls: Mapping[nn.Module, int] | None,
+    without: Mapping[nn.Module, Set[str]],
     flow: Flow,
     is_root: bool,
 ) -> None:
+    graphs = []
     try:
-        graph = _Tracer(leaves).trace(module)
+        for arguments in _combinations(module, without.get(module, set())):
+            graphs.append(_sites(module, leaves, fresh, arguments))
     except Exception:  # control flow on values, foreign calls: anything that a forward may do
         if calls is None:
             return
         for child in module.children():
             if child not in leaves and next(child.children(), None) is not None:
-                _trace(child, leaves, fresh, calls, flow, is_root=False)
+                _trace(child, leaves, fresh, calls, without, flow, is_root=False)
         return
+    if not is_root:
+        assert calls is not None
+        graphs = [
+            {
+                inner: sites
+                for inner, sites in found.items()
+                if calls.get(inner, 0) == len(sites) * calls.get(module, 0)
+            }
+            for found in graphs
+        ]
+    for inner, sites in _in_all(graphs).items():
+        flow.sites.setdefault(inner, []).extend(sites)
+
+
+def _sites(
+    module: nn.Module, leaves: Set[nn.Module], fresh: Set[nn.Module], arguments: Mapping[str, object]
+) -> dict[nn.Module, list[_Site]]:
+    """The calls in the graph of a module whose forward gets these arguments, and tensors for the others."""
+    graph = _Tracer(leaves, arguments).trace(module)
     found: dict[nn.Module, list[_Site]] = {}
     modules = dict(module.named_modules(remove_duplicate=False))
     _show_attributes(graph, module)
     for node in graph.nodes:
         if node.op == "call_module":
             found.setdefault(modules[node.target], []).append(_site(node, modules, fresh))
-    for inner, sites in found.items():
-        if is_root or (calls is not None and calls.get(inner, 0) == len(sites) * calls.get(module, 0)):
-            flow.sites.setdefault(inner, []).extend(sites)
+    return found
 
 
 def _show_attributes(graph: fx.Graph, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -11,19 +12,28 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trady_kernels.batch import Example, call, without_trace
 from trady_kernels.convert import fold, report
+from trady_kernels.convert.all_or_nothing import all_or_nothing
 from trady_kernels.convert.biases import biases_to_train, check_biases
 from trady_kernels.convert.classes import (
     DENSE,
     LEAN,
     SPARSE,
+    added_names,
     base_in,
     frozen_class,
 )
 from trady_kernels.convert.example_run import NORMS, Calls, all_calls, example_calls
-from trady_kernels.convert.report import ConversionReport, biases_of_reports, find_report
+from trady_kernels.convert.report import (
+    ConversionReport,
+    biases_of_reports,
+    folded_of_reports,
+    head_of_part,
+)
 from trady_kernels.functional.stored import Stored, check_stored
 from trady_kernels.memory import saved_by_module
 from trady_kernels.nn.attention import keep_attention, recompute_attention
@@ -90,7 +100,8 @@ def sparsify(
         example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments. The network
             runs on it twice and is left as it was: in eval mode, whose layers become sparse, and in the mode
             it is in, with gradients, for the bytes in the report. Without it: all layers, in the order of their
-            definition, nothing folded in a network that fx cannot trace whole, and no bytes.
+            definition, also those whose weight the network uses directly (a tied decoder's), which then loses that
+            part of its gradient; nothing folded in a network that fx cannot trace whole, and no bytes.
         head: name of the module that stays dense and trains as a whole; "auto" for the last layer whose
             output is the network's (the last layer called where an operation without layers follows); None
             for no head.
@@ -111,10 +122,11 @@ def sparsify(
         ``model``.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``example_input`` is of another type or not what its forward takes.
+        TypeError: ``model`` is not a module, or has layers whose parameters are sharded or packed (``DTensor``);
+            ``example_input`` is of another type or not what its forward takes.
         ValueError: ``head`` names no module, or one that is sparse already; ``freeze_norm``, ``lean``, ``biases`` or
-            ``stored`` is none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy parameters. Nothing has
-            changed then.
+            ``stored`` is none of these; ``model`` has no layer that can become sparse, is itself one, or has lazy
+            parameters. Nothing has changed then, nor where the network raises in one of its two runs.
     """
     _check_model(model)
     if isinstance(model, _ConvNd | nn.Linear | _BatchNorm):
@@ -129,11 +141,11 @@ def sparsify(
     check_biases(biases)
     check_stored(stored)
     names = {module: name for name, module in model.named_modules()}
-    earlier = find_report(model)
+    _check_tensors(names)
     trained_before = biases_of_reports(model)
     calls = example_calls(model, names, example_input) if example_input is not None else all_calls(names)
     if head == "auto":
-        head = earlier.head if earlier else calls.head
+        head = _last_layer(model, names, calls)
     modules = dict(model.named_modules(remove_duplicate=False))
     inside_head = _modules_of_head(modules, head)
     plan = _plan(names, inside_head, calls, freeze_norm=freeze_norm, lean=bool(lean))
@@ -142,53 +154,55 @@ def sparsify(
             f"model: got {type(model).__name__} in which no nn.Conv2d or nn.Linear besides the head can become "
             "sparse, expected at least one"
         )
-    flow = fold.trace(model, names, plan.becomes, calls.counts)
+    flow = fold.trace(model, names, plan.becomes, calls.counts, calls.without)
 
-    kept = set(inside_head) if freeze_norm else inside_head | {m for m in names if isinstance(m, NORMS)}
-    for module in names:  # all of them before the first change: parameters may be shared
-        _record(module)
-    for module, name in names.items():
-        if name in plan.norms:
-            module.__class__ = plan.norms[name]
-        if module not in kept and not isinstance(module, SparseChannels):
+    with all_or_nothing(model):
+        kept = set(inside_head)
+        if not freeze_norm:  # with what computes their parameters
+            kept.update(*(module.modules() for module in names if isinstance(module, NORMS)))
+        for module in names:  # all of them before the first change: parameters may be shared
+            _record(module)
+        for module, name in names.items():
+            if name in plan.norms:
+                module.__class__ = plan.norms[name]
+            if module not in kept and not isinstance(module, SparseChannels):
+                for parameter in module.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+                    parameter.grad = None  # an optimiser would still step on it
+            if name in plan.sparse and not isinstance(module, SparseChannels):
+                layer_class = plan.sparse[name]
+                assert issubclass(layer_class, SparseChannels)
+                layer_class.take_over(module, channels=(), stored=stored)  # a count would draw at random
+            if name in plan.lean:
+                module.__class__ = plan.lean[name]
+        for module in inside_head:
             for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-                parameter.grad = None  # an optimiser would still step on it
-        if name in plan.sparse and not isinstance(module, SparseChannels):
-            layer_class = plan.sparse[name]
-            assert issubclass(layer_class, SparseChannels)
-            layer_class.take_over(module, channels=(), stored=stored)  # a count would draw at random
-        if name in plan.lean:
-            module.__class__ = plan.lean[name]
-    for module in inside_head:
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(True)
-    folded = dict(earlier.folded) if earlier else {}
-    folded.update(fold.fold(names, flow))
-    fold.overwrite(names, flow)
-    trained = biases_to_train(names, plan.sparse, plan.norms, calls, folded, biases)
-    for bias in trained_before:
-        if id(bias) not in map(id, trained.values()):
-            bias.requires_grad_(False)
-            bias.grad = None  # an optimiser would still step on it
-    for bias in trained.values():
-        bias.requires_grad_(True)
-    for module in calls.attention if lean else ():
-        if module not in inside_head:
-            recompute_attention(module)
-    if lean == "8bit":
-        keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
-    known = {*plan.becomes, *(names[module] for module in inside_head)}
-    model.__dict__[report.ATTRIBUTE] = ConversionReport(
-        head,
-        tuple(plan.sparse),
-        tuple(plan.norms),
-        plan.dense,
-        folded,
-        tuple(plan.lean),
-        {} if example_input is None else _kept_elsewhere(model, example_input, known),
-        {name: bias.numel() for name, bias in trained.items()},
-    )
+                parameter.requires_grad_(True)
+        folded = {**folded_of_reports(model, names), **fold.fold(names, flow)}
+        fold.overwrite(names, flow)
+        trained = biases_to_train(names, plan.sparse, plan.norms, calls, folded, biases)
+        for bias in trained_before:
+            if id(bias) not in map(id, trained.values()):
+                bias.requires_grad_(False)
+                bias.grad = None  # an optimiser would still step on it
+        for bias in trained.values():
+            bias.requires_grad_(True)
+        for module in calls.attention if lean else ():
+            if module not in inside_head:
+                recompute_attention(module)
+        if lean == "8bit":
+            keep_in_eight_bits(model, exact=[modules[head]] if head is not None else [])
+        known = {*plan.becomes, *(names[module] for module in inside_head)}
+        model.__dict__[report.ATTRIBUTE] = ConversionReport(
+            head,
+            tuple(plan.sparse),
+            tuple(plan.norms),
+            plan.dense,
+            folded,
+            tuple(plan.lean),
+            {} if example_input is None else _kept_elsewhere(model, example_input, known),
+            {name: bias.numel() for name, bias in trained.items()},
+        )
     return model
 
 
@@ -253,6 +267,18 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
+def _check_tensors(names: Mapping[nn.Module, str]) -> None:
+    for module, name in names.items():
+        if not isinstance(module, _ConvNd | nn.Linear):
+            continue
+        for key, parameter in module._parameters.items():
+            if is_traceable_wrapper_subclass(parameter):
+                raise TypeError(
+                    f"model: got a {type(parameter).__name__} as {name}.{key}, expected a plain parameter: shard no "
+                    "sparse layer (FSDP2, tensor parallelism), DistributedDataParallel trains them"
+                )
+
+
 def _plan(
     names: Mapping[nn.Module, str],
     inside_head: Set[nn.Module],
@@ -280,7 +306,12 @@ def _plan(
         elif isinstance(module, _BatchNorm) and freeze_norm:
             frozen = frozen_class(module)
             if frozen is None:
-                plan.dense[name] = f"{type(module).__name__} cannot be frozen: its statistics follow train()"
+                why = (
+                    "parameters are computed (parametrised)"
+                    if is_parametrized(module)
+                    else "statistics follow train()"
+                )
+                plan.dense[name] = f"{type(module).__name__} cannot be frozen: its {why}"
             else:
                 plan.norms[name] = frozen
         elif type(module) in LEAN.values():
@@ -305,6 +336,18 @@ def _dense_class(module: nn.Module) -> type[nn.Module]:
     """The class that ``densify`` gives a module."""
     before = module.__dict__.get(_RECORD)
     return before.kind if before else DENSE.get(type(module), type(module))
+
+
+def _last_layer(model: nn.Module, names: Mapping[nn.Module, str], calls: Calls) -> str | None:
+    """What ``head="auto"`` means: the head of before, or the layer whose output is the network's."""
+    before = model.__dict__.get(report.ATTRIBUTE)
+    if before is not None:
+        return before.head
+    layer = next((module for module, name in names.items() if name == calls.head), None)
+    if isinstance(layer, SparseChannels):  # of a part that has a head elsewhere, or none: a wrapper's network
+        with suppress(LookupError):
+            return head_of_part(model, names, layer)
+    return calls.head
 
 
 def _modules_of_head(modules: Mapping[str, nn.Module], head: str | None) -> set[nn.Module]:
@@ -342,6 +385,8 @@ def _reasons_to_stay(names: Mapping[nn.Module, str], calls: Calls) -> dict[str, 
         weight = module._parameters.get("weight")
         if weight is None:
             reasons[name] = "its weight is computed (parametrised), not a plain parameter"
+        elif is_parametrized(module):
+            reasons[name] = "one of its parameters is computed (parametrised)"
         elif not weight.is_floating_point():
             reasons[name] = f"its weight is {weight.dtype}"
         elif len(owners[id(weight)]) > 1:
@@ -349,8 +394,14 @@ def _reasons_to_stay(names: Mapping[nn.Module, str], calls: Calls) -> dict[str, 
             reasons[name] = f"its weight is shared with {others}"
         elif name not in called:
             reasons[name] = "no call reaches it: its weight is used directly, or not at all"
-        elif isinstance(module, tuple(SPARSE)) and base_in(SPARSE, module) is None:
-            reasons[name] = f"{type(module).__name__} has a forward of its own"
+        elif name in calls.bypassed:
+            reasons[name] = "its weight is also used directly"
+        elif isinstance(module, tuple(SPARSE)):
+            base = base_in(SPARSE, module)
+            if base is None:
+                reasons[name] = f"{type(module).__name__} has a forward of its own"
+            elif added := added_names(module, base):
+                reasons[name] = f"{type(module).__name__} has a {added[0]!r}, which sparse layers lack"
     return reasons
 
 

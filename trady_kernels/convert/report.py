@@ -67,12 +67,38 @@ def find_report(model: nn.Module) -> ConversionReport | None:
     return next((m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__), None)
 
 
+def _reports(model: nn.Module) -> dict[nn.Module, ConversionReport]:
+    """The reports of a network and of parts of it that ``sparsify`` converted by themselves, outer ones first."""
+    return {m: m.__dict__[ATTRIBUTE] for m in model.modules() if ATTRIBUTE in m.__dict__}
+
+
 def biases_of_reports(model: nn.Module) -> list[nn.Parameter]:
     """The biases that ``sparsify`` let train, in a network or in parts of it that it converted by themselves."""
-    reports = {
-        module: module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__
-    }
-    return [module.get_parameter(name) for module, report in reports.items() for name in report.biases]
+    return [part.get_parameter(name) for part, report in _reports(model).items() for name in report.biases]
+
+
+def folded_of_reports(model: nn.Module, names: Mapping[nn.Module, str]) -> dict[str, str]:
+    """What convolutions do already, in a network or in parts of it: ``folded`` by the network's names."""
+    folded = {}
+    for part, report in _reports(model).items():
+        inside = dict(part.named_modules(remove_duplicate=False))
+        for name, conv in report.folded.items():
+            if name in inside and conv in inside:  # neither has been replaced by something else
+                folded[names[inside[name]]] = names[inside[conv]]
+    return folded
+
+
+def head_of_part(model: nn.Module, names: Mapping[nn.Module, str], layer: nn.Module) -> str | None:
+    """The head of the part that ``sparsify`` converted by itself and that holds ``layer``, by the network's names.
+
+    Raises:
+        LookupError: no report tells of ``layer``.
+    """
+    for part, report in _reports(model).items():
+        inside = dict(part.named_modules(remove_duplicate=False))
+        if layer in inside.values():
+            return None if report.head is None else names[inside[report.head]]
+    raise LookupError(names[layer])
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:

@@ -208,7 +208,7 @@ class SparseChannels(nn.Module):
     def hand_back(self, dense: type[nn.Module]) -> None:
         """Turn this layer into the class ``dense`` in place, its values kept: ``take_over`` undone."""
         self.synchronize()
-        optimizer_state.unregister(self)
+        optimizer_state.unregister(self.channel_weight)
         del self.channel_weight, self.channels
         self.__dict__.pop("stored", None)
         for name in _IDENTITIES:

@@ -61,9 +61,9 @@ def register(layer: Layer) -> Layer:
     return known
 
 
-def unregister(layer: Layer) -> None:
-    """Forget a layer that is sparse no longer."""
-    _layers.pop(id(layer.channel_weight), None)
+def unregister(rows: nn.Parameter) -> None:
+    """Forget the layer that owned ``rows`` and is sparse no longer."""
+    _layers.pop(id(rows), None)
 
 
 def layer_of(parameter: torch.Tensor) -> Layer | None:
