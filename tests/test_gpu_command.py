@@ -518,7 +518,7 @@ def test_a_step_that_cannot_be_captured_leaves_the_other_figures(
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: tensor)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where, **how: module)
     full = training_step.CONTENDERS[:1]
-    settings = training_step.Settings(network, "cuda", 2, 64, 1, None, False, ("contiguous",), full)
+    settings = training_step.Settings(network, "cuda", 2, 64, 1, None, None, ("contiguous",), full)
     (row,) = training_step.measure(settings).rows.values()
     assert (row.milliseconds, row.graph_milliseconds, row.peak_bytes) == (1.0, None, 7)
     assert "stream is capturing" in capsys.readouterr().err

@@ -319,7 +319,7 @@ def test_report(trainer: Trainer, tmp_path: Path) -> None:
     rates = text.split("### Learning rates chosen")[1]
     assert re.search(r"\| trady +\|  0.9 \| +\|", rates) and re.search(r"\| head-only +\| 0.02 \| +\|", rates)
     assert re.search(r"\| full\+checkpoint +\| 0.03 \| +\|", rates)
-    assert "0 of 5 are the lowest or the highest of those tried" in rates
+    assert "None is the lowest or the highest of those tried." in rates
     assert "all runs together took 0.0 hours" in text
     assert (
         "| clothes | efficientnet_lite0 |               40 | all          |      2 |     0.5 |    32 | 64x64 |"
@@ -501,7 +501,7 @@ def test_rates_of_a_budget_are_those_of_its_scheme(tmp_path: Path) -> None:
         cells.add(Training(task, "frugal@2%", "1%", 0.9, 0, False), outcome(0.8))
     images, texts = report(cells).split("### Learning rates chosen")[1:]
     assert "| frugal@2% |  0.9 | highest        |" in images and "1 of 1 are" in images
-    assert "| frugal@2% |  0.9 |                |" in texts and "0 of 1 are" in texts
+    assert "| frugal@2% |  0.9 |                |" in texts and "None is the lowest" in texts
 
 
 def test_rows_without_a_run_are_named(tmp_path: Path) -> None:

@@ -315,8 +315,9 @@ def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOu
     return [
         "### Learning rates chosen",
         "",
-        f"{sum(map(bool, ends.values()))} of {len(rows)} are the lowest or the highest of those tried: a still better one may "
-        "lie outside.",
+        f"{at_an_end} of {len(rows)} are the lowest or the highest of those tried: a still better one may lie outside."
+        if (at_an_end := sum(map(bool, ends.values())))
+        else "None is the lowest or the highest of those tried.",
         "",
         *markdown(["scheme", "rate", "of those tried"], rows),
     ]
