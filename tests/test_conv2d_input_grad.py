@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from trady_kernels.ops import conv2d_input_grad
 from trady_kernels.ops.backend import OPERATORS
 from trady_kernels.ops.layout import FORMATS, memory_format_of
 
+#: The package, whose name in trady_kernels.ops is its function's.
+conv2d_input_grad_package = importlib.import_module("trady_kernels.ops.conv2d_input_grad")
 DEPTHWISE = tuple(case for case in CONV_CASES if case.groups == case.in_channels == case.out_channels)
 GEOMETRY = ("stride", "padding", "dilation")
 
@@ -119,6 +122,17 @@ def test_choice_on_a_gpu(
         assert (
             OPERATORS["conv2d_depthwise_input_grad"].choose(grad_output, weight, (9, 9), *geometry) == taken
         )
+
+
+def test_a_gpu_without_triton_takes_convolution_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv2d_input_grad_package, "TRITON_INSTALLED", False)
+    with FakeTensorMode():
+        grad_output = torch.empty(
+            2, 16, 9, 9, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last
+        )
+        weight = torch.empty(16, 1, 3, 3, dtype=torch.bfloat16, device="cuda")
+        choose = OPERATORS["conv2d_depthwise_input_grad"].choose
+        assert choose(grad_output, weight, (9, 9), (1, 1), (1, 1), (1, 1)) == "reference"
 
 
 def test_format_of_the_result_is_that_of_the_gradient() -> None:

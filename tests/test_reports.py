@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 from collections.abc import Callable
@@ -253,6 +254,24 @@ def test_studies_that_cannot_be_run_are_left_out_before_the_first_run(
         assert out.index(said) < out.index("tails: ")
     assert main(["study", "pool", "--quick", "--task", task, "--output", str(tmp_path)]) == 2
     assert "ranking: got none for timm:resnet18" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "extra"), (("scipy", "study"), ("matplotlib", "cli")))
+def test_what_reports_need_is_asked_for_before_anything_runs(
+    name: str,
+    extra: str,
+    tmp_path: Path,
+    ran: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda module, *rest: None if module == name else find(module, *rest)
+    )
+    assert main(["study", "tails", "--quick", "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{name} is not installed" in said and f"trady-kernels[{extra}]" in said and not ran
 
 
 def test_what_no_study_can_run_is_refused(

@@ -70,12 +70,10 @@ class LayerFractions(Saved):
         # A share of the full cost is another one with another input.
         if self.contributions and (budget != Budget.parse(self.budget) or budget.of(cost) > limit):
             chosen = choose_fractions(self.contributions, layers, budget)
-            made_for = max(
-                limit, 1
-            )  # a share may round to nothing, which is no budget; one buys nothing either
-            return replace(
-                self, budget=f"{made_for} B" if budget.kind == "bytes" else made_for, layers=chosen
-            )
+            # A share may round to nothing, which is no budget; one buys nothing either.
+            made_for = max(limit, 1)
+            written = f"{made_for} B" if budget.kind == "bytes" else made_for
+            return replace(self, budget=written, layers=chosen)
         if budget.of(cost) > limit:
             unit = "bytes" if budget.kind == "bytes" else "elements"
             raise ValueError(

@@ -112,9 +112,8 @@ class ShareOfCost(RankedPool):
         limit = budget.limit(total(layer.full for layer in layers.values()))
         cost = 0
         for name in ranking:
-            if name in layers and (
-                not cost or limit > self.share * cost
-            ):  # a small share may round to nothing
+            # A small share may round to nothing.
+            if name in layers and (not cost or limit > self.share * cost):
                 yield name
                 cost += budget.of(layers[name].full)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
-from trady_kernels.ops.backend import Operator, by_device
+from trady_kernels.ops.backend import Operator, by_device, is_tracing
 from trady_kernels.ops.scatter_channels.reference import scatter_channels_ as reference
 
 
@@ -79,6 +78,6 @@ def scatter_channels_(
                 f"channels: got index {wrong[0]}, expected 0 <= index < {count}, the input channels of weight"
             ) from None
         raise
-    if not is_dynamo_compiling():
+    if not is_tracing():
         # An operator whose schema lives in Python has no kernel that does it.
         torch.autograd.graph.increment_version(weight)
