@@ -28,8 +28,8 @@ def applied(function: type[torch.autograd.Function]) -> Callable[..., torch.Tens
     C++ ``apply`` underneath needs none of it, except under ``torch.func`` and while something is compiled.
 
     torch.compile runs it on tensors without values, and so writes down the operations of forward and backward. Else it
-    would read every line of them, of ``setup_context`` and of what they call: most of the time that it takes to trace a
-    network (the first step's seconds of ``benchmarks/training_step.py --compile``).
+    would read every line of them, of ``setup_context`` and of what they call. The first step's seconds of
+    ``benchmarks/training_step.py --compile`` tell what that is, in a second run, whose kernels are compiled already.
 
     Raises:
         NotImplementedError: by what is returned: an argument has a tangent.
