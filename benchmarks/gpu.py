@@ -161,7 +161,7 @@ def _step_name(network: str, compiled: bool) -> str:
 def table() -> tuple[Stage, ...]:
     """The stages in order. Those that run beside one another measure nothing: timed ones are alone."""
     plot = ("--plot", "{folder}/{name}.png") if importlib.util.find_spec("matplotlib") else ()
-    of_gradient = ("--operator", "conv2d_channel_grad", "--format", "contiguous", "--dtype", "float32")
+    float32 = ("--dtype", "float32", "--operator")
     return (
         Stage(
             "build",
@@ -208,7 +208,7 @@ def table() -> tuple[Stage, ...]:
                 *plot,
                 *_JSON,
             ),
-            75,
+            70,
             modules=("rich",),
             kept_in="operators",
             plots="conv2d_channel_grad",
@@ -216,15 +216,22 @@ def table() -> tuple[Stage, ...]:
         Stage(
             "input gradient",
             ("{python}", "benchmarks/conv2d_input_grad.py", "--device", "cuda", *_JSON),
-            25,
+            15,
             modules=("triton",),
             kept_in="operators",
         ),
         *_steps(False, 30),
         Stage(
             "operators float32",
-            (*_BENCH, *of_gradient, "--selected", "1,16", *_JSON),
-            30,
+            (*_BENCH, *float32, "conv2d_channel_grad", "--selected", "1,16", *_JSON),
+            35,
+            modules=("rich",),
+            kept_in="operators",
+        ),
+        Stage(
+            "linear float32",
+            (*_BENCH, *float32, "linear_channel_grad", "--selected", "1,4,16", *_JSON),
+            10,
             modules=("rich",),
             kept_in="operators",
         ),

@@ -248,25 +248,84 @@ def test_half_types_have_no_limit() -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------------------
 
 
-def gpu_choice(k: int, outputs: int, dtype: torch.dtype, groups: int = 1, kernel: int = 3) -> str:
-    """What a convolution of 64 channels on a GPU takes."""
+def gpu_choice(
+    k: int,
+    outputs: int,
+    dtype: torch.dtype,
+    groups: int = 1,
+    kernel: int = 3,
+    *,
+    size: int = 9,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    operator: str = "conv2d_channel_grad",
+) -> str:
+    """What a convolution of 64 channels on a GPU takes, on a batch of two maps."""
     with FakeTensorMode():
-        x = torch.empty(2, k, 9, 9, dtype=dtype, device="cuda")
-        dy = torch.empty(2, outputs, 9, 9, dtype=dtype, device="cuda")
+        shapes = ((2, channels, size, size) for channels in (k, outputs))
+        x, dy = (
+            torch.empty(shape, dtype=dtype, device="cuda", memory_format=memory_format) for shape in shapes
+        )
         geometry = (kernel, kernel, 1, 1, kernel // 2, kernel // 2, 1, 1)
         channels = torch.empty(k, dtype=torch.int64, device="cuda")
-        return OPERATORS["conv2d_channel_grad"].choose(x, dy, channels, 64, geometry, groups)
+        return OPERATORS[operator].choose(x, dy, channels, 64, geometry, groups)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_gpu_shipped(dtype: torch.dtype) -> None:
-    """Triton for few channels, cuDNN for many, CUDA C++ for groups; in contiguous float32 cuDNN alone."""
-    few = "aten" if dtype == torch.float32 else "triton"
-    assert [gpu_choice(k, 32, dtype) for k in (1, 3, 4)] == [few, few, "aten"]
-    assert [gpu_choice(k, 32, dtype, kernel=1) for k in (16, 17)] == [few, "aten"]
-    assert gpu_choice(40, 12, dtype, kernel=1) == few, "12 outputs are the few channels of a product"
+    """Triton for few channels, cuDNN for many, CUDA C++ for groups."""
+    assert [gpu_choice(k, 32, dtype) for k in (1, 3, 4)] == ["triton", "triton", "aten"]
+    assert [gpu_choice(k, 32, dtype, kernel=1) for k in (16, 17)] == ["triton", "aten"]
+    assert gpu_choice(40, 12, dtype, kernel=1) == "triton", "12 outputs are the few channels of a product"
     assert gpu_choice(64, 64, dtype, groups=64) == gpu_choice(3, 64, dtype, groups=8) == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
+def test_gpu_shipped_in_float32() -> None:
+    """1x1 layers of planes in CUDA C++, those of rows for few channels there and for more in Triton; taps in Triton."""
+    f32, last = torch.float32, {"memory_format": torch.channels_last}
+    assert [gpu_choice(k, 64, f32, kernel=1) for k in (1, 16, 32, 33)] == ["cuda"] * 3 + ["aten"]
+    rows = [gpu_choice(k, 64, f32, kernel=1, **last) for k in (1, 7, 8, 16, 17)]
+    assert rows == ["cuda", "cuda", "triton", "triton", "aten"]
+    for size, most in ((9, 1), (100, 4), (200, 16)):
+        assert [gpu_choice(k, 64, f32, size=size) for k in (most, most + 1)] == ["triton", "aten"]
+    assert [gpu_choice(k, 64, f32, **last) for k in (1, 32, 33)] == ["triton", "triton", "aten"]
+    assert gpu_choice(64, 64, f32, groups=64) == gpu_choice(3, 64, f32, groups=8) == "cuda"
+    with FakeTensorMode():
+        linear = [
+            OPERATORS["linear_channel_grad"].choose(*(torch.empty(50, n, device="cuda") for n in (k, 64)))
+            for k in (1, 7, 8, 16, 17)
+        ]
+    assert linear == rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
+@pytest.mark.parametrize("operator", ("conv2d_channel_grad_with_bias", "conv2d_channel_grad_squares"))
+def test_gpu_products_without_cuda(operator: str) -> None:
+    """What has no kernel in CUDA C++ is Triton's where that is faster than ATen."""
+    found = [
+        gpu_choice(4, 64, torch.float32, kernel=1, memory_format=memory_format, operator=operator)
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+    ]
+    taken = [OPERATORS[operator]._existing(name)[0] for name in found]
+    assert taken == ["aten", "triton" if "triton" in OPERATORS[operator].kernels else "aten"]
+
+
+def test_gpu_shipped_for_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    planes = ("conv2d_channel_grad", "1x1", torch.contiguous_format, torch.float32)
+    for reason, capability, expected in (
+        (None, (8, 0), {"1x1", "1x1 strided", "kxk", "linear", "grouped"}),
+        (None, (7, 5), {"1x1", "1x1 strided", "linear", "grouped"}),
+        ("not built", (9, 0), {"1x1", "1x1 strided", "kxk", "linear", "grouped"}),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=capability: of)
+        monkeypatch.setattr(choice, "unavailable", lambda name, why=reason: why if name == "cuda" else None)
+        limits = shipped("cuda")
+        assert {limit.family for limit in limits} == expected
+        assert any(limit.key == planes for limit in limits) == (reason is None)
+        halves = {limit.family for limit in limits if limit.dtype in choice.HALVES}
+        assert halves == (expected if capability >= (8, 0) else {"grouped"})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is chosen depends on the GPU here")
@@ -379,7 +438,7 @@ def test_gpu_float64() -> None:
     with FakeTensorMode():
         rows = [torch.empty(9, 4, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.float64)]
     choose = OPERATORS["linear_channel_grad"].choose
-    assert [choose(x, x) for x in rows] == ["triton", "aten"]
+    assert [choose(x, x) for x in rows] == ["cuda", "aten"]
 
 
 def test_gpu_table(table: Path) -> None:
@@ -409,7 +468,7 @@ def test_gpu_table(table: Path) -> None:
 def test_gpu_stand_ins(family: str) -> None:
     """Without compiled CUDA code groups go to Triton, without Triton everything to ATen."""
     operator = OPERATORS["conv2d_channel_grad"]
-    name = own_kernel("cuda", family)
+    name = own_kernel("cuda", family, torch.channels_last, torch.float32, 4)
     without_cuda = {name: kernel for name, kernel in operator.kernels.items() if name != "cuda"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "kernels", without_cuda | {"triton": operator.kernels["reference"]})

@@ -13,7 +13,13 @@ from interpreted import on, round_bfloat16
 from test_conv2d_channel_grad import LAYOUTS, Exact, arguments
 from tolerances import sum_tolerance
 
-from trady_kernels.ops import backend, conv2d_channel_grad, conv2d_channel_grad_with_bias, last_kernel
+from trady_kernels.ops import (
+    backend,
+    conv2d_channel_grad,
+    conv2d_channel_grad_squares,
+    conv2d_channel_grad_with_bias,
+    last_kernel,
+)
 from trady_kernels.ops.conv2d_channel_grad import reference
 
 kernel = pytest.importorskip(
@@ -338,6 +344,39 @@ def test_lanes_along_channels_want_pixels_in_one_row() -> None:
 )
 def test_stride_of_pixels(shape: tuple[int, ...], window: tuple[slice, ...], stride: int | None) -> None:
     assert kernel.stride_of_pixels(torch.empty(shape).to(memory_format=torch.channels_last)[window]) == stride
+
+
+def test_float32_takes_three_products_where_it_is_not_all_vectors() -> None:
+    def precision(selected: int, memory_format: torch.memory_format, asked: str = "ieee") -> str:
+        x, dy = (
+            torch.empty((4, channels, 16, 16), device="meta", memory_format=memory_format)
+            for channels in (selected, 64)
+        )
+        return kernel.plan(x, dy, 9, 1, False, asked, MULTIPROCESSORS).precision
+
+    assert [precision(k, torch.channels_last) for k in (1, 4, 16)] == ["tf32x3", "ieee", "ieee"]
+    assert [precision(k, torch.contiguous_format) for k in (1, 4)] == ["tf32x3", "tf32x3"]
+    assert [precision(k, torch.channels_last, "tf32") for k in (1, 4)] == ["tf32", "tf32"]
+    assert planned(LAYERS[0][0], "channels_last").precision == "ieee", "of half types every product is exact"
+
+
+@pytest.mark.parametrize("selected", (1, 2, 5, 8))
+def test_channels_come_by_fours(selected: int, triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are adjacent, with zeros behind that no result has; one alone does without."""
+    seen = []
+    plan = kernel.plan
+    monkeypatch.setattr(kernel, "plan", lambda x, *rest: seen.append(x.shape[1]) or plan(x, *rest))
+    case = ConvCase("", 2, 12, 16, (6, 7), selected, padding=(1, 1))
+    args = arguments(case, torch.float32)
+    expected = {1: 1, 2: 4, 5: 8, 8: 8}[selected]
+    for layout, taken in (("channels_last", expected), ("contiguous", selected)):
+        grad, bias = results(triton_device, layout, args, conv2d_channel_grad_with_bias)
+        Exact(case, args).check(grad)
+        torch.testing.assert_close(bias, args[1].sum((0, 2, 3)))
+        assert seen.pop() == taken
+        (squares,) = results(triton_device, layout, args, conv2d_channel_grad_squares)
+        torch.testing.assert_close(squares, grad.square().sum((1, 2, 3)))
+        assert seen.pop() == taken
 
 
 def test_the_bias_is_a_row() -> None:

@@ -31,6 +31,7 @@
 #include "elements.h"
 #include "launch.h"
 #include "layout.h"
+#include "sums.h"
 
 namespace trady::cuda {
 namespace {
@@ -38,48 +39,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
 // ---- kernels ------------------------------------------------------------------------------------------------
 
 // The first plane of grad_output that a channel belongs to.
 __device__ int64_t first_output(const Conv2dChannelGrad& q, int64_t channel) {
   assert(0 <= channel && channel < q.in_channels && "conv2d_channel_grad: an index in channels is out of range");
   return static_cast<uint32_t>(channel) / static_cast<uint32_t>(q.in_per_group) * q.outputs;
-}
-
-// Adds up `sums` of the threads that are equal modulo `lanes`, a power of two up to 32, in a fixed order, and hands
-// them to store(index, lane, sum). All threads of the block call it; nobody else uses `scratch` by then.
-constexpr int SUMS_TOGETHER = 9;
-template <int COUNT, int MOST_WARPS, class Sum, class Store>
-__device__ __forceinline__ void add_threads(const Sum (&sums)[COUNT], int lanes,
-                                            Sum (&scratch)[MOST_WARPS][SUMS_TOGETHER][32], const Store& store) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-#pragma unroll
-  for (int base = 0; base < COUNT; base += SUMS_TOGETHER) {
-    Sum of_warp[SUMS_TOGETHER];
-    const int count = min(SUMS_TOGETHER, COUNT - base);
-#pragma unroll
-    for (int i = 0; i < count; ++i) of_warp[i] = sums[base + i];
-    for (int apart = 16; apart >= lanes; apart /= 2) {
-#pragma unroll
-      for (int i = 0; i < count; ++i) of_warp[i] += __shfl_xor_sync(ALL_LANES, of_warp[i], apart);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      if (lane < lanes) scratch[warp][i][lane] = of_warp[i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count * lanes; i += blockDim.x) {
-      Sum sum = scratch[0][i / lanes][i % lanes];
-#pragma unroll
-      for (int w = 1; w < MOST_WARPS; ++w) {
-        if (w < warps) sum += scratch[w][i / lanes][i % lanes];
-      }
-      store(base + i / lanes, i % lanes, sum);
-    }
-  }
 }
 
 // Rows of grad_output, from `row` on, times the rows of the input that they meet, of which `top` is the first. Nothing
@@ -159,35 +124,6 @@ constexpr int resident_direct_blocks(int k) { return k == 7 ? 1 : k == 5 ? 2 : 3
 
 // ---- planes through shared memory ---------------------------------------------------------------------------
 
-// A vector, of which the first `bytes`, an even number, are read: memory may end there.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global, unsigned bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Of this thread; those of the last groups may still be under way.
-template <int GROUPS>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" : : "n"(GROUPS) : "memory");
-}
-#else
-__device__ __forceinline__ void copy_later(uint4* shared, const uint4* global, unsigned bytes) {
-  if (bytes == VECTOR_BYTES) {
-    *shared = *global;
-    return;
-  }
-  for (unsigned i = 0; i < bytes / sizeof(uint16_t); ++i) {
-    reinterpret_cast<uint16_t*>(shared)[i] = reinterpret_cast<const uint16_t*>(global)[i];
-  }
-}
-__device__ __forceinline__ void end_of_copies() {}
-template <int GROUPS>
-__device__ __forceinline__ void wait_for_copies() {}
-#endif
-
 // Runs of `length` elements, one an image, with `vectors` of room for each.
 template <class T>
 __device__ __forceinline__ void copy_runs(uint4* shared, int vectors, uint32_t inverse, const T* first,
@@ -231,9 +167,11 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_blocks(K, OUTPUTS))
   __shared__ uint4 stages[2][STAGE_VECTORS];
   using Scratch = float[SUM_THREADS / 32][SUMS_TOGETHER][32];
   static_assert(sizeof(Scratch) <= sizeof(stages));
-  const int outputs = static_cast<int>(q.outputs), passes = (outputs + OUTPUTS - 1) / OUTPUTS;
-  const int64_t j = blockIdx.x / passes;
-  const int output = blockIdx.x % passes * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
+  // Blocks side by side have the same outputs for several channels: what these share, they find in the cache.
+  const int outputs = static_cast<int>(q.outputs);
+  const auto selected = static_cast<uint32_t>(q.selected);
+  const int64_t j = blockIdx.x % selected;
+  const int output = blockIdx.x / selected * OUTPUTS, last_output = min(OUTPUTS, outputs - output) - 1;
   input += j * q.input_stride[1];
   grad_output += (first_output(q, channels[j]) + output) * q.grad_stride[1];
 
@@ -438,34 +376,6 @@ __global__ void __launch_bounds__(GENERAL_THREADS, GENERAL_BLOCKS)
   }
 }
 
-// ---- the second stage ---------------------------------------------------------------------------------------
-
-// A row of threads, up to a warp and a power of two, for each element, whose parts lie side by side. They are not
-// __restrict__: the kernel that writes them may still run when this one starts.
-constexpr int PARTS_TOGETHER = 16;  // loads on their way
-template <class Sum>
-__global__ void add_parts(const Sum* partial, Sum* out, int64_t elements, int parts) {
-  const int64_t element = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int adders = static_cast<int>(blockDim.x);
-  Sum sum = 0;
-  wait_for_previous();
-  if (element < elements) {
-    partial += element * parts;
-    for (int part = static_cast<int>(threadIdx.x); part < parts; part += PARTS_TOGETHER * adders) {
-      Sum of_part[PARTS_TOGETHER];
-#pragma unroll
-      for (int i = 0; i < PARTS_TOGETHER; ++i) {
-        const int there = part + i * adders;
-        of_part[i] = there < parts ? partial[there] : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < PARTS_TOGETHER; ++i) sum += of_part[i];
-    }
-  }
-  for (int apart = adders / 2; apart > 0; apart /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, apart);
-  if (threadIdx.x == 0 && element < elements) out[element] = sum;
-}
-
 // ---- host ---------------------------------------------------------------------------------------------------
 
 struct Call {
@@ -475,21 +385,6 @@ struct Call {
   cudaStream_t stream;
   const Conv2dChannelGrad& q;
 };
-
-// Runs first(buffer) with room for `parts` of the result, and adds them up.
-template <class Sum, class First>
-void in_two_stages(const Call& call, int64_t parts, const First& first) {
-  auto* out = static_cast<Sum*>(call.out.mutable_data_ptr());
-  if (parts == 1) return first(out);
-  const int64_t elements = call.q.elements();
-  const Tensor partial = new_empty(call.out, std::vector<int64_t>{elements, parts}, call.out.scalar_type());
-  first(static_cast<Sum*>(partial.mutable_data_ptr()));
-  unsigned adders = 1;
-  while (adders < 32 && adders < parts) adders *= 2;
-  const dim3 block(adders, SUM_THREADS / adders);
-  launch_early(add_parts<Sum>, static_cast<unsigned>(ceil_div(elements, block.y)), block, call.stream,
-               static_cast<const Sum*>(partial.const_data_ptr()), out, elements, parts);
-}
 
 constexpr unsigned whole_warps(int threads) { return static_cast<unsigned>((threads + 31) / 32 * 32); }
 
@@ -502,7 +397,7 @@ void usual(const Call& call) {
   if (is_dense_plane(q.height, q.width, q.input_stride) && is_dense_plane(q.out_height, q.out_width, q.grad_stride)) {
     const StagedPlan plan = plan_staged(q, sizeof(T), OUTPUTS);
     if (plan.planes) {
-      return in_two_stages<float>(call, plan.splits, [&](float* partial) {
+      return in_two_stages<float>(call.out, plan.splits, call.stream, [&](float* partial) {
         launch(staged_sums<T, K, S, OUTPUTS>, dim3(static_cast<unsigned>(q.selected * passes), plan.splits),
                whole_warps(plan.columns * plan.slots), call.stream, input, grad_output, call.channels, partial, q,
                plan);
@@ -511,7 +406,7 @@ void usual(const Call& call) {
   }
   const DirectPlan plan = plan_direct(q, OUTPUTS);
   const int64_t parts = static_cast<int64_t>(plan.chunks) * plan.splits;
-  in_two_stages<float>(call, parts, [&](float* partial) {
+  in_two_stages<float>(call.out, parts, call.stream, [&](float* partial) {
     const dim3 grid(static_cast<unsigned>(ceil_div(q.selected, plan.lanes) * passes), static_cast<unsigned>(parts));
     launch(direct_sums<T, K, S, OUTPUTS>, grid, SUM_THREADS, call.stream, input, grad_output, call.channels, partial, q,
            plan);
@@ -544,14 +439,30 @@ void usual_of(const Call& call) {
   }
 }
 
+// False where tensors are too large for it.
+bool product(const Call& call) {
+  Product p = product_of(call.q);
+  if (sum_products(p, call.input, call.grad_output, call.out, call.stream)) return true;
+  // Of a mean, say, whose gradient is one number for all pixels.
+  const Tensor grad_output = torch::stable::contiguous(call.grad_output);
+  p.grad_image = grad_output.stride(0);
+  p.grad_channel = grad_output.stride(1);
+  p.grad_row = grad_output.stride(2);
+  p.grad_column = grad_output.stride(3);
+  return sum_products(p, call.input, grad_output, call.out, call.stream);
+}
+
 template <class T>
 void sums_of(const Call& call) {
   using Sum = computed_in<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_product(call.q) && product(call)) return;
+  }
   if constexpr (!std::is_same_v<T, double>) {
     if (is_usual(call.q)) return usual_of<T>(call);
   }
   const GeneralPlan plan = plan_general(call.q);
-  in_two_stages<Sum>(call, plan.splits, [&](Sum* partial) {
+  in_two_stages<Sum>(call.out, plan.splits, call.stream, [&](Sum* partial) {
     const dim3 grid(static_cast<unsigned>(call.q.selected * call.q.outputs), static_cast<unsigned>(plan.splits));
     launch(general_sums<T, Sum>, grid, GENERAL_THREADS, call.stream, static_cast<const T*>(call.input.const_data_ptr()),
            static_cast<const T*>(call.grad_output.const_data_ptr()), call.channels, partial, call.q, plan);

@@ -4,11 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define TRADY_HOST_DEVICE __host__ __device__
-#else
-#define TRADY_HOST_DEVICE
-#endif
+#include "products.h"
 
 namespace trady::cuda {
 
@@ -26,15 +22,10 @@ struct Conv2dChannelGrad {
   TRADY_HOST_DEVICE constexpr int64_t elements() const { return selected * outputs * taps(); }
 };
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-constexpr int SUM_THREADS = 256;
 constexpr int GENERAL_THREADS = 128;
 // About eight for each multiprocessor of the largest GPUs. Not asked of the GPU: sums are the same bits on all of them.
 constexpr int64_t WANTED_BLOCKS = 1024;
-constexpr int64_t MOST_OFFSET = (int64_t{1} << 31) - 1;
 
-constexpr int VECTOR_BYTES = 16;
 // Two of these, with what else a block shares, stay below the 48 KiB that need no opt-in.
 constexpr int STAGE_VECTORS = 1024;
 // In front of the first plane: a 7x7 kernel's columns begin up to six floats before a row.
@@ -54,6 +45,29 @@ constexpr bool is_usual(const Conv2dChannelGrad& q) {
          q.out_width <= 1 << 15 && q.batch * q.out_height <= MOST_OFFSET / 2 &&
          reach(q.height + k, q.width + k, q.input_stride) <= MOST_OFFSET &&
          reach(q.out_height, q.out_width, q.grad_stride) <= MOST_OFFSET;
+}
+
+// The 1x1 kernel of a layer without groups and padding, as the product that it is.
+constexpr Product product_of(const Conv2dChannelGrad& q) {
+  Product p{};
+  p.rows = q.selected;
+  p.outputs = q.outputs;
+  p.images = q.batch;
+  p.height = q.out_height;
+  p.width = q.out_width;
+  p.input_image = q.input_stride[0];
+  p.input_channel = q.input_stride[1];
+  p.input_row = q.stride[0] * q.input_stride[2];
+  p.input_column = q.stride[1] * q.input_stride[3];
+  p.grad_image = q.grad_stride[0];
+  p.grad_channel = q.grad_stride[1];
+  p.grad_row = q.grad_stride[2];
+  p.grad_column = q.grad_stride[3];
+  return p;
+}
+constexpr bool is_product(const Conv2dChannelGrad& q) {
+  return q.kernel[0] == 1 && q.kernel[1] == 1 && q.padding[0] == 0 && q.padding[1] == 0 &&
+         q.in_per_group == q.in_channels;
 }
 
 constexpr bool is_dense_plane(int64_t height, int64_t width, const int64_t (&stride)[4]) {

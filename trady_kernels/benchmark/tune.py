@@ -58,15 +58,17 @@ def pixels_of(layer: Layer, batch: int) -> int:
 
 def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
     """Time both kernels on a layer, at all its numbers of channels in one interleaved run."""
-    benchmark, ours = BENCHMARKS[operator], own_kernel(setting.device, _family(layer))
-    kernels = {name: OPERATORS[operator].checked(name) for name in (ours, "aten")}
+    benchmark = BENCHMARKS[operator]
     wanted = setting.selected or selections(layer.in_channels)
     calls = benchmark.calls(layer, setting, sorted({k for k in wanted if k <= layer.in_channels}))
+    names = {call.selected: (_own_kernel(layer, setting, call.selected), "aten") for call in calls}
     times = interleaved(
         {
-            (name, call.selected): partial(kernels[name], *benchmark.operands(call.arguments))
+            (name, call.selected): partial(
+                OPERATORS[operator].checked(name), *benchmark.operands(call.arguments)
+            )
             for call in calls
-            for name in kernels
+            for name in names[call.selected]
         },
         setting.rounds,
         seconds=benchmark.seconds,
@@ -75,7 +77,13 @@ def points(operator: str, layer: Layer, setting: Setting) -> Iterator[Point]:
     pixels, threads = pixels_of(layer, setting.batch), torch.get_num_threads()
     for call in calls:
         k = call.selected
-        yield Point(layer.label, threads, pixels, k, _channels(layer, k), times[ours, k], times["aten", k])
+        ours, aten = (times[name, k] for name in names[k])
+        yield Point(layer.label, threads, pixels, k, _channels(layer, k), ours, aten)
+
+
+def _own_kernel(layer: Layer, setting: Setting, selected: int) -> str:
+    of = FORMATS[setting.memory_format], DTYPES[setting.dtype], _channels(layer, selected)
+    return own_kernel(setting.device, _family(layer), *of)
 
 
 def _channels(layer: Layer, selected: int) -> int:

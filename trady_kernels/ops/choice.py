@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from trady_kernels.ops.backend import HALVES, cpu_name, instruction_set, triton_version
+from trady_kernels.ops.backend import HALVES, cpu_name, instruction_set, triton_version, unavailable
 from trady_kernels.ops.layout import FORMATS
 
 ANY = 1 << 62
@@ -107,18 +107,22 @@ _OTHERS = (
 
 _SHIPPED = {"avx512": _AVX512, "avx512_bf16": _AVX512, "avx512_amx": _AMX}
 
-#: Measured on an H200 (torch 2.11, Triton 3.6), layers of MobileNetV2, ResNet-50, ViT-tiny and BERT at batch 128, 1, 4 and 16
-#: channels, bfloat16 in channels_last and float32 in contiguous layout without TF32 (benchmarks/results/gpu.json): Triton's
-#: kernels take less time than ATen's path, which has channels by eights, on large maps, and up to seven channels on all but
-#: the smallest; float32 stays with ATen in contiguous layout. Not measured: float32 in channels_last, half types in
-#: contiguous layout (with taps held to three channels) and more than 16 channels. float16 is taken for bfloat16's twin.
+#: Measured on an H200 (torch 2.11, Triton 3.6), layers of MobileNetV2, ResNet-50, ViT-tiny and BERT at batch 128, up to 32
+#: channels in float32 without TF32, in both layouts, and 1, 4 and 16 in bfloat16 in channels_last
+#: (benchmarks/results/gpu.json). Half types: Triton's kernels take less time than ATen's path, which has channels by
+#: eights, on large maps, and up to seven channels on all but the smallest. float32: CUDA C++ wins at all numbers of
+#: channels that were measured in 1x1 layers of planes, Triton in larger kernels up to a number that grows with the map.
+#: Not measured: half types in contiguous layout (with taps held to three channels) and more than 16 channels of them.
+#: float16 is taken for bfloat16's twin.
 _GPU = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 0),
-    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 0),
-    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 0),
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 32),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 32),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 1, 10_000),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 4, 50_000),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 16),
     Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 16),
     Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, 16),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 16),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 32),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, 16),
     *(
         limit
@@ -154,21 +158,36 @@ def shipped(device: str = "cpu") -> tuple[Limit, ...]:
     """The limits that come with the package for a device type and, on the CPU, the C++ kernels' instruction set."""
     if device == "cpu":
         return _SHIPPED.get(instruction_set() or "", _OTHERS)
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-        # Triton has no matrix units there: half types would be widened one by one.
-        return tuple(
-            limit
-            for limit in _GPU
-            if limit.dtype in (_F32, _F64) or own_kernel("cuda", limit.family) != "triton"
-        )
-    return _GPU
+    if not torch.cuda.is_available():
+        return _GPU
+    limits = list(_GPU)
+    if torch.cuda.get_device_capability() < (8, 0):
+        # Triton has no matrix units there: what needs them would be multiplied one by one.
+        on_units = [limit for limit in limits if limit.dtype in HALVES or limit.family == "kxk"]
+        limits = [limit for limit in limits if limit not in on_units or limit.family == "grouped"]
+    if unavailable("cuda"):  # Triton's products of planes in float32 are slower than ATen's
+        limits = [limit for limit in limits if not _of_planes(limit.family, limit.memory_format, limit.dtype)]
+    return tuple(limits)
 
 
-def own_kernel(device: str, family: str) -> str:
-    """Backend of the kernel that a limit is for."""
+#: Channels from which on Triton's products of float32 take less time than those in CUDA C++ where outputs are adjacent.
+_FEW_ROWS = 8
+
+
+def own_kernel(
+    device: str, family: str, memory_format: torch.memory_format, dtype: torch.dtype, channels: int
+) -> str:
+    """Backend of the kernel that a limit is for: of two for the same call the one that is faster on an H200."""
     if device == "cpu":
         return "cpp"
-    return "cuda" if family == "grouped" else "triton"
+    if family == "grouped":
+        return "cuda"
+    few = dtype == _F32 and family != "kxk" and channels < _FEW_ROWS
+    return "cuda" if few or _of_planes(family, memory_format, dtype) else "triton"
+
+
+def _of_planes(family: str, memory_format: torch.memory_format, dtype: torch.dtype) -> bool:
+    return family in ("1x1", "1x1 strided") and memory_format == _CONTIGUOUS and dtype == _F32
 
 
 def own_or_aten(
@@ -191,7 +210,7 @@ def own_or_aten(
     for limit in _limits[device].get((operator, family, memory_format, dtype), ()):
         if limit.most_pixels == ANY or pixels <= limit.most_pixels:
             few = limit.most_channels == ANY or channels <= limit.most_channels
-            return own_kernel(device, family) if few else "aten"
+            return own_kernel(device, family, memory_format, dtype, channels) if few else "aten"
     return "cpp" if device == "cpu" else "aten"
 
 
