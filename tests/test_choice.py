@@ -290,6 +290,8 @@ def test_gpu_shipped_in_float32() -> None:
     for size, most in ((9, 1), (100, 4), (200, 16)):
         assert [gpu_choice(k, 64, f32, size=size) for k in (most, most + 1)] == ["triton", "aten"]
     assert [gpu_choice(k, 64, f32, **last) for k in (1, 32, 33)] == ["triton", "triton", "aten"]
+    assert [gpu_choice(1, 64, f32, kernel=kernel, **last) for kernel in (5, 7)] == ["triton", "aten"]
+    assert gpu_choice(1, 64, f32, kernel=7) == gpu_choice(1, 64, torch.bfloat16, kernel=7, **last) == "triton"
     assert gpu_choice(64, 64, f32, groups=64) == gpu_choice(3, 64, f32, groups=8) == "cuda"
     with FakeTensorMode():
         linear = [
