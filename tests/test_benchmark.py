@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from trady_kernels.benchmark.goals import geometric_mean, verdicts
-from trady_kernels.benchmark.layers import CONVS, ConvLayer, LinearLayer, distinct, selections
+from trady_kernels.benchmark.layers import CONVS, LAYERS, ConvLayer, Layer, LinearLayer, distinct, selections
 from trady_kernels.benchmark.report import goals_table, rows_table, summary_table
 from trady_kernels.benchmark.roofline import Roofline, Work, conv2d_work, gather_work, linear_work
-from trady_kernels.benchmark.rows import BENCHMARKS, Row, Setting, measure
+from trady_kernels.benchmark.rows import BENCHMARKS, Row, Setting, _takes, measure
 from trady_kernels.benchmark.timing import FEWEST_ROUNDS, MOST_ROUNDS, interleaved
 from trady_kernels.models.loading import load_model
-from trady_kernels.ops.backend import unavailable
+from trady_kernels.ops.backend import OPERATORS, unavailable
 from trady_kernels.ops.choice import DTYPES
 from trady_kernels.ops.layout import FORMATS
 
@@ -165,6 +165,27 @@ def test_work_is_counted() -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("operator", ("conv2d_channel_grad", "linear_channel_grad"))
+def test_kernels_beside_the_chosen_one_on_a_gpu(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were made for the layer and the dtype."""
+    monkeypatch.setattr(OPERATORS[operator], "kernels", dict.fromkeys(("cuda", "triton", "aten")))
+    layers: dict[str, Layer] = (
+        {"linear": next(layer for layer in LAYERS if isinstance(layer, LinearLayer))}
+        if operator == "linear_channel_grad"
+        else {layer.family: layer for layer in LAYERS if isinstance(layer, ConvLayer)}
+    )
+    for family, layer in layers.items():
+        for dtype in ("float32", "bfloat16", "float64"):
+            setting = Setting("contiguous", dtype, device="cuda")
+            found = [kernel for kernel in ("cuda", "triton") if _takes(operator, kernel, layer, setting)]
+            expected = {"float32": ["cuda", "triton"], "bfloat16": ["triton"], "float64": []}[dtype]
+            if family.startswith("depthwise"):
+                expected = ["cuda"]
+            elif family in ("3x3", "7x7"):
+                expected = [kernel for kernel in expected if kernel == "triton"]
+            assert found == expected, (family, dtype)
+
+
 def test_roofline_takes_the_slower_of_the_two() -> None:
     roofline = Roofline(1)
     memory, compute = Work(1 << 20, 1, 0), Work(1, 10**9, 0)

@@ -144,12 +144,12 @@ def linear_on_cuda(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
 
 
 def check_linear(x: torch.Tensor, dy: torch.Tensor, device: str) -> None:
-    rows = dy.shape[:-1].numel()
+    rows, accumulate = dy.shape[:-1].numel(), torch.promote_types(x.dtype, F32)
     exact = torch.einsum("nk,no->ko", x.double().flatten(0, -2), dy.double().flatten(0, -2))
     sizes = torch.einsum("nk,no->ko", x.double().abs().flatten(0, -2), dy.double().abs().flatten(0, -2))
     actual = linear_on_cuda(x.to(device), dy.to(device))
-    assert actual.dtype == F32 and actual.shape == exact.shape and actual.is_contiguous()
-    assert bool(((actual.double() - exact).abs() <= sum_tolerance(F32, rows) * sizes).all())
+    assert actual.dtype == accumulate and actual.shape == exact.shape and actual.is_contiguous()
+    assert bool(((actual.double() - exact).abs() <= sum_tolerance(x.dtype, rows) * sizes).all())
 
 
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
@@ -159,6 +159,16 @@ def test_linear(case: LinearCase, cuda_device: str) -> None:
         check_linear(x, dy, cuda_device)
         for layout in ("slice", "transposed"):
             check_linear(laid_out(x, layout), laid_out(dy, layout), cuda_device)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_linear_in_other_dtypes(dtype: torch.dtype, cuda_device: str) -> None:
+    """By a matrix product of ATen's, in what they are summed in."""
+    for x, dy in (
+        (torch.randn(3, 9, 5), torch.randn(3, 9, 12)),
+        (torch.randn(0, 5), torch.randn(0, 2)),
+    ):
+        check_linear(x.to(dtype), dy.to(dtype), cuda_device)
 
 
 def test_linear_of_one_number(cuda_device: str) -> None:
@@ -171,8 +181,7 @@ def test_linear_of_one_number(cuda_device: str) -> None:
         (torch.zeros(3), torch.zeros(3), "have 1 and 1 dimensions"),
         (torch.zeros(3, 2), torch.zeros(3, 1, 2), "have 2 and 3 dimensions"),
         (torch.zeros(3, 2), torch.zeros(4, 2), "size along dimension 0 is 4, expected 3"),
-        (torch.zeros(3, 2).bfloat16(), torch.zeros(3, 2).bfloat16(), "expected float32"),
-        (torch.zeros(3, 2), torch.zeros(3, 2).double(), "expected float32"),
+        (torch.zeros(3, 2), torch.zeros(3, 2).double(), "has dtype Double, expected Float, that of input"),
     ),
 )
 def test_linear_refuses(x: torch.Tensor, dy: torch.Tensor, message: str, cuda_device: str) -> None:

@@ -352,7 +352,7 @@ def measure(operator: str, layer: Layer, setting: Setting, roofline: Roofline) -
         _check(operator, layer, setting, k, ours, call.result(call.peer()))
         contenders["auto", k] = partial(benchmark.front, *call.arguments)
         for name in _OURS[setting.device]:
-            if name != kernels[k] and not unavailable(name) and _takes(operator, name, call, setting):
+            if name != kernels[k] and not unavailable(name) and _takes(operator, name, layer, setting):
                 contenders[name, k] = partial(
                     OPERATORS[operator].kernels[name], *benchmark.operands(call.arguments)
                 )
@@ -398,14 +398,16 @@ def measure(operator: str, layer: Layer, setting: Setting, roofline: Roofline) -
 _OURS = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 
-def _takes(operator: str, kernel: str, call: Call, setting: Setting) -> bool:
-    """Whether a kernel of ours runs the call, and as what it was made for."""
+def _takes(operator: str, kernel: str, layer: Layer, setting: Setting) -> bool:
+    """Whether a kernel of ours runs the operator on a layer, and as what it was made for."""
     if kernel not in OPERATORS[operator].kernels:
         return False
-    if setting.device == "cpu" or operator != "conv2d_channel_grad":
-        return not (kernel == "triton" and setting.dtype == "float64" and operator == "linear_channel_grad")
-    dense = call.arguments[-1] == 1
-    return setting.dtype != "float64" and dense if kernel == "triton" else not dense
+    if setting.device == "cpu" or operator not in ("conv2d_channel_grad", "linear_channel_grad"):
+        return True
+    grouped = isinstance(layer, ConvLayer) and not layer.dense
+    if kernel == "triton":
+        return setting.dtype != "float64" and not grouped
+    return grouped or (setting.dtype == "float32" and layer.family in ("1x1", "linear"))
 
 
 def _selected(layer: Layer, setting: Setting) -> list[int]:

@@ -205,8 +205,8 @@ def backend(name: str) -> Iterator[None]:
 
     An operator without a kernel of that name is not left to another one: calling it raises. ``"reference"``, ``"cpp"``
     and ``"triton"`` run whole networks. ``"aten"`` has weight gradients and ``scatter_channels_`` alone, and ``"cuda"``
-    nothing for linear layers but in float32, convolutions with a trained bias, max pooling and 8-bit storage: these two
-    are for calls of single operators. ``fold_norm`` and ``shift_channels_``, ATen's own work but in CUDA C++, and
+    nothing for convolutions with a trained bias, max pooling and 8-bit storage: these two are for calls of single
+    operators. ``fold_norm`` and ``shift_channels_``, ATen's own work but in CUDA C++, and
     ``conv2d_depthwise_input_grad``, but in Triton, run on the reference under names that have no kernel of them.
 
     Args:
