@@ -63,14 +63,22 @@ def test_others(stem: str, tmp_path: Path) -> None:
     assert outside_registers(report) == {}
 
 
-def test_a_kernel_that_starts_early_waits_before_it_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stem", "kernels"),
+    (
+        ("conv2d_channel_grad", {"staged_sums", "direct_sums", "general_sums"}),
+        ("products", {"point_sums", "row_sums"}),
+    ),
+)
+def test_a_kernel_that_starts_early_waits_before_it_reads(
+    stem: str, kernels: set[str], tmp_path: Path
+) -> None:
     """Parts that a kernel reads while another one may still write them: not before the wait, nor as constants."""
     output = tmp_path / "kernels.ptx"
-    compile(ROOT / "csrc" / "cuda" / "conv2d_channel_grad.cu", ("compute_90",), output, "-ptx")
-    kernels = "staged_sums", "direct_sums", "general_sums", "add_parts"
-    pattern = rf"\.entry \w*?({'|'.join(kernels)})I.*?\{{\n(.*?)\n\}}"
+    compile(ROOT / "csrc" / "cuda" / f"{stem}.cu", ("compute_90",), output, "-ptx")
+    pattern = rf"\.entry \w*?({'|'.join({*kernels, 'add_parts'})})I.*?\{{\n(.*?)\n\}}"
     entries = re.findall(pattern, output.read_text(), re.DOTALL)
-    assert {name for name, _ in entries} == {*kernels}
+    assert {name for name, _ in entries} == {*kernels, "add_parts"}
     for name, body in entries:
         if name == "add_parts":
             before, after = body.split("griddepcontrol.wait")
