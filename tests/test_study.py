@@ -436,6 +436,26 @@ def test_a_run_far_below_its_other_seeds_is_named(tmp_path: Path) -> None:
     assert said in report(cells).splitlines()
 
 
+def test_rows_that_learn_less_than_the_head_alone_are_named(tmp_path: Path) -> None:
+    """Where their rate was tuned at another budget: of the table's own budget nothing is said."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells = opened(tmp_path / "cells.json")
+    for seed, loss in enumerate((0.7, 0.3, 0.6)):
+        cells.add(Training("digits", "head-only", "", 0.1, seed, False), outcome(0.8 + seed / 100))
+        curves = {"train_loss": [1.0, loss]}
+        for budget in ("2.2%", "7%"):
+            top1 = 0.9 if loss == 0.3 else 0.75
+            cells.add(Training("digits", "trady", budget, 0.1, seed, False), outcome(top1, curves=curves))
+        cells.add(Training("digits", "medyate", "7%", 0.1, seed, False), outcome(0.805))
+        for other in ("medyate", "s-topk-random"):
+            cells.add(Training("digits", other, "2.2%", 0.1, seed, False), outcome(0.7))
+    said = (
+        "* trady: 2 of 3 runs end below all of head-only on their task, with training losses of 0.60 to 0.70. The learning "
+        "rate was tuned at 2.2% and not here: the row says little about its budget."
+    )
+    assert [line for line in report(cells).splitlines() if "below all of" in line] == [said]
+
+
 def test_rows_with_fewer_runs_say_so(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
     cells = opened(tmp_path / "cells.json")

@@ -182,6 +182,8 @@ def _model(
             claims = claims_table({**bound, **free}, rate_ends(tasks, cells, finals))
             lines += [*claims, *([""] if claims else [])]
         lines += _notes({**bound, **free} if budget == first else bound)
+        if budget != first and "head-only" in free:
+            lines += _below_the_head(bound, free["head-only"], first)
         ours += presets_rows(budget, tasks, bound)
         left_out += presets_left_out(budget, bound)
     savings = f"![What is kept by epoch]({plot}{_SAVINGS}.png)"
@@ -293,6 +295,23 @@ def _far_below(name: str, series: Series) -> list[str]:
             if top1[task, seed] < median - _FAR_BELOW and not outcome.diverged
         ]
     return [f"* {name}: {', '.join(found)}, far below its other seeds"] if found else []
+
+
+def _below_the_head(schemes: dict[str, Series], head: Series, tuned: str) -> list[str]:
+    """Rows that learned less than their last layer alone does, at a rate that is another budget's."""
+    lowest = {task: min(accuracies(of_task(head, task)).values()) for task in tasks_of(head)}
+    lines = []
+    for name, series in schemes.items():
+        below = [key for key, top1 in accuracies(series).items() if top1 < lowest.get(key[0], 0.0)]
+        if 3 * len(below) < len(series):
+            continue
+        losses = sorted(series[key].curves["train_loss"][-1] for key in below if not series[key].diverged)
+        ends = f", with training losses of {losses[0]:.2f} to {losses[-1]:.2f}" if losses else ""
+        lines.append(
+            f"* {name}: {len(below)} of {len(series)} runs end below all of head-only on their task{ends}. The learning rate was "
+            f"tuned at {tuned} and not here: the row says little about its budget."
+        )
+    return [*lines, ""] if lines else []
 
 
 def _measured(series: Series) -> list[str]:

@@ -141,7 +141,7 @@ class TrainingOutcome:
 Series = dict[tuple[str, int], TrainingOutcome]
 
 
-def accuracies(series: Series) -> dict[object, float]:
+def accuracies(series: Series) -> dict[tuple[str, int], float]:
     """In percent."""
     return {key: 100 * outcome.top1 for key, outcome in series.items()}
 
