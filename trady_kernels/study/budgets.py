@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,21 +55,35 @@ def finals_of(cells: Trainings) -> dict[Training, TrainingOutcome]:
     return finals
 
 
-def chosen_rates(finals: Iterable[Training]) -> list[tuple[str, float]]:
-    """Every scheme with the learning rate of its runs on test samples."""
-    return sorted({(cell.scheme, cell.learning_rate) for cell in finals})
+def chosen_rates(finals: Iterable[Training]) -> list[tuple[str, str, float]]:
+    """Every scheme and budget with the learning rate of its runs on test samples."""
+    return sorted({(cell.scheme, cell.budget, cell.learning_rate) for cell in finals})
 
 
-def rate_ends(tasks: Sequence[str], cells: Trainings, finals: Iterable[Training]) -> dict[str, str]:
-    """Of every scheme that ran, whether its learning rate is the lowest or the highest of those tried, or ""."""
-    tried: dict[str, set[float]] = defaultdict(set)
+def tried_rates(tasks: Sequence[str], cells: Trainings) -> dict[tuple[str, str], set[float]]:
+    """The learning rates that were tried of every scheme, whatever its own budget, at every budget of the table."""
+    tried: dict[tuple[str, str], set[float]] = defaultdict(set)
     for cell in cells:
         if cell.held_out and cell.task in tasks:
-            tried[_tried_as(cell.scheme)].add(cell.learning_rate)
-    found = {}
-    for scheme, rate in chosen_rates(finals):
-        rates = tried[_tried_as(scheme)] or {math.nan}
-        found[scheme] = {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
+            tried[_tried_as(cell.scheme), cell.budget].add(cell.learning_rate)
+    return tried
+
+
+def rate_ends(
+    tasks: Sequence[str], cells: Trainings, finals: Iterable[Training]
+) -> dict[tuple[str, str], str]:
+    """Of every scheme and budget that ran, what is to be known of its learning rate, or "".
+
+    Whether it is the lowest or the highest of those tried, or that none was tried at this budget.
+    """
+    tried, found = tried_rates(tasks, cells), {}
+    tuned = {scheme for scheme, _ in tried}
+    for scheme, budget, rate in chosen_rates(finals):
+        as_scheme = _tried_as(scheme)
+        if rates := tried.get((as_scheme, budget)):
+            found[scheme, budget] = {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
+        else:
+            found[scheme, budget] = "of another budget" if as_scheme in tuned else ""
     return found
 
 
@@ -162,8 +175,8 @@ def _budget_verdicts(cells: Trainings, found: Mapping[tuple[str, str, str], Runs
 def _ends_in_words(cells: Trainings, runs: Runs) -> str:
     """What is to be known of the learning rates of runs, where one is the lowest or the highest of those tried."""
     tasks = list(dict.fromkeys(cell.task for cell in runs))
-    named = [f"{scheme} {end}" for scheme, end in rate_ends(tasks, cells, runs).items() if end]
-    return f" (rates at an end of those tried: {', '.join(named)})" if named else ""
+    named = [f"{row_of(*row)} {end}" for row, end in rate_ends(tasks, cells, runs).items() if end]
+    return f" (rates at an end of those tried, or of another budget: {', '.join(named)})" if named else ""
 
 
 def plot_budget(path: Path, cells: Trainings) -> None:

@@ -37,7 +37,7 @@ class Matrix:
 
     Attributes:
         recipes: settings of each task, of those too that only learning rates are tuned on.
-        schemes: by the network, of each budget; at the first one that has it, a scheme's learning rate is tuned, with whatever budget of its own.
+        schemes: by the network, of each budget, at each of which a scheme's learning rate is tuned anew.
         rates: by the network, the middle one of the learning rates tried, of a scheme by name; "" for all others.
             With momentum m it is 1 - m times that.
         seeds: how many.
@@ -66,7 +66,7 @@ class Matrix:
         return iter(dict.fromkeys(rows))
 
     def trials(self, row: Row, cells: Mapping[Training, TrainingOutcome] | Trainings) -> list[Training]:
-        """The runs that choose a row's learning rate, one for the tasks of a network and for all budgets.
+        """The runs that choose a row's learning rate, one for the tasks of a network.
 
         Three rates are tried; where the best of them is the lowest or the highest, the three move on by one, so that what is
         chosen has a worse one on either side. On a single task the best rate is often the one that luck did not spoil.
@@ -97,11 +97,13 @@ class Matrix:
         ]
 
     def _tuned_at(self, row: Row) -> tuple[str, str]:
-        """Scheme and budget whose trials serve for a row: the first ones of this scheme, with a budget of its own or without."""
+        """Scheme and budget whose trials serve for a row: its own, or those of the scheme with another budget of its own."""
         scheme = tuned_as(row.scheme)
         if not row.budget:
             return scheme, ""
-        for budget, schemes in self.schemes[self.recipes[row.task].model].items():
+        budgets = self.schemes[self.recipes[row.task].model]
+        for budget in dict.fromkeys((row.budget, *budgets)):
+            schemes = budgets.get(budget, ())
             if row.scheme in schemes:
                 return scheme, budget
             if alike := [other for other in schemes if _without_budget(other) == _without_budget(row.scheme)]:

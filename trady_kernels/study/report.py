@@ -120,7 +120,7 @@ def _making(cells: Trainings, timings: Timings | None) -> list[str]:
         *made_with(cells),
         f"A run has {_threads(cells)}; all runs together took {_hours(cells)}.",
         f"{_seeds(cells)} seeds; a row with fewer runs says how many of them it has. A scheme's learning rate, "
-        "one for all tasks of a network, is the best of three by the mean accuracy on samples held out from "
+        "one for all tasks of a network at each budget, is the best of three by the mean accuracy on samples held out from "
         "those to train on, with seed 0; where that is the lowest or the highest of them, the three move on by one, "
         f"up to {MOST_MOVES} times. The test samples were evaluated by the final runs alone, and the last "
         "epoch counts. Figures are means over seeds with the sample standard deviation; a run that diverged "
@@ -179,11 +179,13 @@ def _model(
             "",
         ]
         if budget == first:
-            claims = claims_table({**bound, **free}, rate_ends(tasks, cells, finals))
+            ends = rate_ends(tasks, cells, finals)
+            here = {scheme: end for (scheme, at), end in ends.items() if at in (budget, "")}
+            claims = claims_table({**bound, **free}, here)
             lines += [*claims, *([""] if claims else [])]
         lines += _notes({**bound, **free} if budget == first else bound)
-        if budget != first and "head-only" in free:
-            lines += _below_the_head(bound, free["head-only"], first)
+        if "head-only" in free:
+            lines += _below_the_head(bound, free["head-only"])
         ours += presets_rows(budget, tasks, bound)
         left_out += presets_left_out(budget, bound)
     savings = f"![What is kept by epoch]({plot}{_SAVINGS}.png)"
@@ -297,19 +299,19 @@ def _far_below(name: str, series: Series) -> list[str]:
     return [f"* {name}: {', '.join(found)}, far below its other seeds"] if found else []
 
 
-def _below_the_head(schemes: dict[str, Series], head: Series, tuned: str) -> list[str]:
-    """Rows that learned less than their last layer alone does, at a rate that is another budget's."""
+def _below_the_head(schemes: dict[str, Series], head: Series) -> list[str]:
+    """Rows that learned less than their last layer alone does: their learning rate, or their steps, were no good."""
     lowest = {task: min(accuracies(of_task(head, task)).values()) for task in tasks_of(head)}
     lines = []
     for name, series in schemes.items():
         below = [key for key, top1 in accuracies(series).items() if top1 < lowest.get(key[0], 0.0)]
         if 3 * len(below) < len(series):
             continue
-        losses = sorted(series[key].curves["train_loss"][-1] for key in below if not series[key].diverged)
+        curves = [series[key].curves.get("train_loss", ()) for key in below]
+        losses = sorted(curve[-1] for curve in curves if curve)
         ends = f", with training losses of {losses[0]:.2f} to {losses[-1]:.2f}" if losses else ""
         lines.append(
-            f"* {name}: {len(below)} of {len(series)} runs end below all of head-only on their task{ends}. The learning rate was "
-            f"tuned at {tuned} and not here: the row says little about its budget."
+            f"* {name}: {len(below)} of {len(series)} runs end below all of head-only on their task{ends}"
         )
     return [*lines, ""] if lines else []
 
@@ -330,12 +332,16 @@ def _measured(series: Series) -> list[str]:
 
 def _rates(tasks: list[str], cells: Trainings, finals: dict[Training, TrainingOutcome]) -> list[str]:
     ends = rate_ends(tasks, cells, finals)
-    rows = [[scheme, f"{rate:g}", ends[scheme]] for scheme, rate in chosen_rates(finals)]
+    rows = [
+        [row_of(scheme, budget), f"{rate:g}", ends[scheme, budget]]
+        for scheme, budget, rate in chosen_rates(finals)
+    ]
+    at_an_end = sum(end in ("lowest", "highest") for end in ends.values())
     return [
         "### Learning rates chosen",
         "",
         f"{at_an_end} of {len(rows)} are the lowest or the highest of those tried: a still better one may lie outside."
-        if (at_an_end := sum(map(bool, ends.values())))
+        if at_an_end
         else "None is the lowest or the highest of those tried.",
         "",
         *markdown(["scheme", "rate", "of those tried"], rows),
