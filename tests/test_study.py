@@ -525,6 +525,7 @@ def test_rates_of_a_budget_are_those_of_its_scheme(tmp_path: Path) -> None:
     cells.begin(PROVENANCE)
     for rate in (0.1, 0.3, 0.9):
         cells.add(Training("digits", "frugal@2%", "1%", rate, 0, True), outcome(0.8))
+    cells.add(Training("digits", "frugal@14%", "7%", 0.1, 0, True), outcome(0.8))  # and more are to come
     for task in ("digits", "tweets"):
         cells.add(Training(task, "frugal@3%", "1%", 0.9, 0, False), outcome(0.8))
         cells.add(Training(task, "frugal@14%", "7%", 0.9, 0, False), outcome(0.8))

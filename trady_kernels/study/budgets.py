@@ -80,7 +80,8 @@ def rate_ends(
     tuned = {scheme for scheme, _ in tried}
     for scheme, budget, rate in chosen_rates(finals):
         as_scheme = _tried_as(scheme)
-        if rates := tried.get((as_scheme, budget)):
+        rates = tried.get((as_scheme, budget), set())
+        if rate in rates:
             found[scheme, budget] = {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
         else:
             found[scheme, budget] = "of another budget" if as_scheme in tuned else ""
