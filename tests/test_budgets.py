@@ -119,13 +119,17 @@ def test_a_rate_at_an_end_of_those_tried_is_said_with_the_verdict(cells: Trainin
     for rate in (0.05, 0.1, 0.2):
         cells.add(Training("mnist", "trady", "1%", rate, 0, True), outcome_of(0.8))
     (verdict,) = verdicts_of(cells).values()
+    assert "(rates at an end of those tried, or of another budget: trady at 7% of another budget)" in verdict
+    for rate in (0.05, 0.1, 0.2):
+        cells.add(Training("mnist", "trady", "7%", rate, 0, True), outcome_of(0.8))
+    (verdict,) = verdicts_of(cells).values()
     assert "won" in verdict and "rates at an end" not in verdict
     cells.add(Training("mnist", "frugal@2%", "1%", 0.1, 0, True), outcome_of(0.8))
     cells.add(Training("mnist", "frugal@2%", "1%", 0.2, 0, True), outcome_of(0.8))
     add(cells, "mnist", "frugal@2%", "1%", (0.80, 0.81))
     add(cells, "mnist", "frugal@14%", "7%", (0.85, 0.87))
     frugal = verdicts_of(cells)["efficientnet_lite0, frugal, 14% against 2%"]
-    assert "(rates at an end of those tried: frugal@14% lowest, frugal@2% lowest)" in frugal
+    assert "frugal@14% at 7% of another budget, frugal@2% at 1% lowest)" in frugal
 
 
 def test_what_is_counted_stands_beside_what_is_measured(cells: Trainings) -> None:

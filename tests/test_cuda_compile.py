@@ -50,17 +50,22 @@ def outside_registers(report: str) -> dict[str, str]:
     return found
 
 
+def check(stem: str, architectures: tuple[str, ...], folder: Path) -> None:
+    source = ROOT / "csrc" / "cuda" / f"{stem}.cu"
+    report = compile(source, architectures, folder / "object.o")
+    if "__global__" in source.read_text():  # linear_channel_grad calls the kernels of products
+        assert outside_registers(report) == {}
+
+
 @pytest.mark.parametrize("stem", SOURCES)
 def test_usual(stem: str, tmp_path: Path) -> None:
-    report = compile(ROOT / "csrc" / "cuda" / f"{stem}.cu", USUAL, tmp_path / "object.o")
-    assert outside_registers(report) == {}
+    check(stem, USUAL, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", SOURCES)
 def test_others(stem: str, tmp_path: Path) -> None:
-    report = compile(ROOT / "csrc" / "cuda" / f"{stem}.cu", OTHERS, tmp_path / "object.o")
-    assert outside_registers(report) == {}
+    check(stem, OTHERS, tmp_path)
 
 
 @pytest.mark.parametrize(

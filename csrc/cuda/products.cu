@@ -109,8 +109,20 @@ struct Pixels {
   }
 };
 
+// Elements that are loaded one by one, whose number or place is no multiple of a vector's, take registers of their own,
+// and so do copies where there is nothing that makes them beside the thread.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int COPIES_IN_REGISTERS = 1;
+#else
+constexpr int COPIES_IN_REGISTERS = 0;
+#endif
+__device__ constexpr int resident(int rows, bool vectors) {
+  const int blocks = resident_products(rows) - !vectors - COPIES_IN_REGISTERS;
+  return blocks < 1 ? 1 : blocks;
+}
+
 template <int ROWS, bool VECTORS>
-__global__ void __launch_bounds__(SUM_THREADS, resident_products(ROWS))
+__global__ void __launch_bounds__(SUM_THREADS, resident(ROWS, VECTORS))
     point_sums(const float* __restrict__ input, const float* __restrict__ grad_output, float* __restrict__ partial,
                const Product p, const PointPlan plan) {
   let_next_start();
@@ -124,11 +136,8 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_products(ROWS))
   const int first_step = part * plan.share;
 
   // Rows and outputs that do not exist are others' again, and are not stored.
-  uint32_t planes[EACH];
-#pragma unroll
-  for (int o = 0; o < EACH; ++o) {
-    planes[o] = min(first_output + o, outputs - 1) * static_cast<uint32_t>(p.grad_channel);
-  }
+  const int last = max(0, min(EACH, outputs - first_output) - 1);
+  const uint32_t first_plane = min(first_output, outputs - 1) * static_cast<uint32_t>(p.grad_channel);
   const auto copy = [&](int n) {
     if (n < plan.share) {
       const Pixels<VECTORS> pixels(p, first_step + n);
@@ -143,7 +152,9 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_products(ROWS))
   const auto load = [&](int n) {
     const Pixels<VECTORS> pixels(p, first_step + n);
 #pragma unroll
-    for (int o = 0; o < EACH; ++o) pixels.load(grad_output, planes[o], next[o]);
+    for (int o = 0; o < EACH; ++o) {
+      pixels.load(grad_output, first_plane + min(o, last) * static_cast<uint32_t>(p.grad_channel), next[o]);
+    }
   };
   copy(0);
   copy(1);
@@ -186,9 +197,8 @@ __global__ void __launch_bounds__(SUM_THREADS, resident_products(ROWS))
 
 // ---- rows ---------------------------------------------------------------------------------------------------
 
-// Outputs that are loaded one by one, whose number or place is no multiple of a vector's, take registers of their own.
 template <int ROWS, bool VECTORS>
-__global__ void __launch_bounds__(SUM_THREADS, resident_products(ROWS) - !VECTORS)
+__global__ void __launch_bounds__(SUM_THREADS, resident(ROWS, VECTORS))
     row_sums(const float* __restrict__ input, const float* __restrict__ grad_output, float* __restrict__ partial,
              const Product p, const RowPlan plan, bool input_vectors) {
   let_next_start();
