@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -311,6 +312,47 @@ def test_gpu_products_without_cuda(operator: str) -> None:
     ]
     taken = [OPERATORS[operator]._existing(name)[0] for name in found]
     assert taken == ["aten", "triton" if "triton" in OPERATORS[operator].kernels else "aten"]
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "mean", "worst"), (("contiguous", 2.14, 0.95), ("channels_last", 2.11, 1.0))
+)
+def test_gpu_figures_of_what_is_chosen(memory_format: str, mean: float, worst: float) -> None:
+    """docs/gpu_kernels.md against the rows: 1 and 16 channels with the kernel of each that is chosen, as batch 128 is."""
+    root = Path(__file__).parent.parent
+    content = json.loads((root / "benchmarks" / "results" / "gpu_products.json").read_text())
+    ratios = []
+    for row in content["rows"]:
+        k, took, label = row["selected"], row["microseconds"], row["label"]
+        if (
+            row["memory_format"] != memory_format
+            or k not in (1, 16)
+            or row["operator"] != "conv2d_channel_grad"
+        ):
+            continue
+        size = int(label.split("@")[1].split()[0]) // (2 if "/2" in label else 1)
+        kind = "1x1" if label.startswith("1x1") else "kxk"
+        key = ("conv2d_channel_grad", kind, getattr(torch, LAYOUTS[memory_format]), torch.float32)
+        limits = [limit for limit in choice._GPU if limit.key == key]
+        taken = k <= next(limit.most_channels for limit in limits if 128 * size**2 <= limit.most_pixels)
+        # CUDA C++ stands for Triton's product of 1x1 layers, which was measured in another run.
+        ours = (
+            "cuda" if kind == "1x1" else "triton" if k == 16 and memory_format == "channels_last" else THREE
+        )
+        if not taken or (label.startswith("7x7") and memory_format == "channels_last"):
+            ours = "aten path"
+        ratios.append(
+            min(took[name] for name in ("aten compact", "aten padded") if name in took) / took[ours]
+        )
+    assert len(ratios) == 84 and math.exp(math.fsum(map(math.log, ratios)) / 84) == pytest.approx(
+        mean, abs=5e-3
+    )
+    assert min(ratios) == pytest.approx(worst, abs=5e-3)
+    assert f"**{mean:.2f}**, **{worst:.2f}**" in (root / "docs" / "gpu_kernels.md").read_text()
+
+
+THREE = "triton, three products of TF32"
+LAYOUTS = {"contiguous": "contiguous_format", "channels_last": "channels_last"}
 
 
 def test_gpu_shipped_for_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

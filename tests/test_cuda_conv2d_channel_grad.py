@@ -344,12 +344,17 @@ int main() {
 """
 
 
-def test_plans(tmp_path: Path) -> None:
+def output_of(program: str, folder: Path) -> str:
+    """What a C++ program on the headers of csrc prints, once it has been compiled and its assertions held."""
     compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    (tmp_path / "plans.cpp").write_text(_PLANS)
+    (folder / "program.cpp").write_text(program)
     command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-UNDEBUG", "-I", CSRC]
-    subprocess.run([*command, tmp_path / "plans.cpp", "-o", tmp_path / "plans"], check=True)
-    done = subprocess.run([tmp_path / "plans"], capture_output=True, text=True)
+    subprocess.run([*command, folder / "program.cpp", "-o", folder / "program"], check=True)
+    done = subprocess.run([folder / "program"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    staged, strips, several = map(int, done.stdout.split())
+    return done.stdout
+
+
+def test_plans(tmp_path: Path) -> None:
+    staged, strips, several = map(int, output_of(_PLANS, tmp_path).split())
     assert staged > 1000 and strips > 100 and several > 100

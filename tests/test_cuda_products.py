@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from cases import CONV_CASES, LINEAR_CASES, POINT, ConvCase, LinearCase, laid_out
 from test_conv2d_channel_grad import LAYOUTS, Exact, arguments
+from test_cuda_conv2d_channel_grad import output_of
 from tolerances import sum_tolerance
 
 from trady_kernels.ops import backend, conv2d_channel_grad, last_kernel, linear_channel_grad
 from trady_kernels.ops.backend import OPERATORS
 
-CSRC = Path(__file__).parent.parent / "csrc"
 F32 = torch.float32
 
 
@@ -245,11 +243,5 @@ int main() {
 
 
 def test_plans(tmp_path: Path) -> None:
-    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
-    (tmp_path / "plans.cpp").write_text(_PLANS)
-    command = [compiler, "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-UNDEBUG", "-I", CSRC]
-    subprocess.run([*command, tmp_path / "plans.cpp", "-o", tmp_path / "plans"], check=True)
-    done = subprocess.run([tmp_path / "plans"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    several, narrow = map(int, done.stdout.split())
+    several, narrow = map(int, output_of(_PLANS, tmp_path).split())
     assert several > 100 and narrow > 100

@@ -38,7 +38,7 @@ struct Product {
 constexpr int EACH = 4;
 constexpr int MOST_ROWS = 16;  // of a block: what registers hold the sums of
 constexpr int PRODUCT_WARPS = SUM_THREADS / 32;
-// Of a thread block whose warps share pixels: more would not leave room in shared memory.
+// Warps of a block along pixels, each with a copy of its own of the input: shared memory has no room for more.
 constexpr int MOST_PIXEL_WARPS = 2;
 constexpr int POINT_PIXELS = 32 * EACH;
 

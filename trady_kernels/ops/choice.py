@@ -109,7 +109,7 @@ _SHIPPED = {"avx512": _AVX512, "avx512_bf16": _AVX512, "avx512_amx": _AMX}
 
 #: Measured on an H200 (torch 2.11, Triton 3.6), layers of MobileNetV2, ResNet-50, ViT-tiny and BERT at batch 128, up to 32
 #: channels in float32 without TF32, in both layouts, and 1, 4 and 16 in bfloat16 in channels_last
-#: (benchmarks/results/gpu.json). Half types: Triton's kernels take less time than ATen's path, which has channels by
+#: (benchmarks/results/gpu_operators.json, gpu_products.json). Half types: Triton's kernels take less time than ATen's path, which has channels by
 #: eights, on large maps, and up to seven channels on all but the smallest. float32: CUDA C++ wins at all numbers of
 #: channels that were measured in 1x1 layers of planes, Triton in larger kernels up to a number that grows with the map.
 #: Not measured: half types in contiguous layout (with taps held to three channels) and more than 16 channels of them.
