@@ -120,9 +120,7 @@ TRADY_INLINE void transpose_tile(const char* in, int64_t line, char* out) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const char* from = in + i * line + 16 * quarter;
-      const auto load4 = [](const char* p) __attribute__((always_inline)) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-      };
+      const auto load4 = [](const char* p) INLINED { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
       v[i] = _mm512_castsi128_si512(load4(from));
       v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x00f0, load4(from + 4 * line));
       v[i] = _mm512_mask_broadcast_i32x4(v[i], 0x0f00, load4(from + 8 * line));
@@ -150,7 +148,7 @@ TRADY_INLINE void interleave_pixels(const bfloat16* from, const int64_t* offsets
   constexpr u16 order_high = order_low + static_cast<uint16_t>(kLines);
   const int64_t whole = count / kStep * kStep;
   const int left = static_cast<int>(count - whole);
-  const auto put = [&](char* to, u16 a, u16 b, bool two) __attribute__((always_inline)) {
+  const auto put = [&](char* to, u16 a, u16 b, bool two) INLINED {
     store_operand(reinterpret_cast<bfloat16*>(to), shuffle(a, b, order_low));
     if (two) store_operand(reinterpret_cast<bfloat16*>(to + pitch), shuffle(a, b, order_high));
   };

@@ -213,8 +213,8 @@ struct Row {
     constexpr int VL = LANES<T>;
     if constexpr (LOADS == Loads::easy && STRIDE == 1)
       return load(x + J);
-    else if constexpr (LOADS == Loads::easy)  // of the second vector no more than the last output needs
-      return even_lanes(load(x + J), load_first(x + J + VL, VL - 1));
+    else if constexpr (LOADS == Loads::easy)  // the second vector ends with what the last output needs
+      return even_then_odd_lanes(load(x + J), load(x + J + VL - 1));
     else if constexpr (STRIDE == 1)
       return load_where(x + J, columns.inputs[J][0]);
     else
@@ -245,31 +245,43 @@ TRADY_INLINE void add_strip(const S* x, const S* d, const Conv2dChannelGrad& q,
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++, d += q.grad_stride[2])
     grad[r] = LOADS == Loads::masked ? load_where(d, columns.outputs) : load(d);
-#pragma GCC unroll 32
-  for (int t = 0; t < strip.MET; t++, x += q.input_stride[2]) {
-    if (!strip.meets(t)) continue;
-    const Row<T, S, LOADS, KERNEL, STRIDE> met(x, columns);
-    auto add_column = [&]<int J>() __attribute__((always_inline)) {
-      const vector_of<T> value = keep(met.template column<J>());
-#pragma GCC unroll 8
-      for (int r = 0; r < ROWS; r++) {
-        const int i = t - r * STRIDE;
-        if (i >= 0 && i < KERNEL)
-          acc[i * KERNEL + J] = multiply_add_where(acc[i * KERNEL + J], grad[r], value, columns.lanes(J));
-      }
-    };
-    // Those of one remainder by the stride after another, so that fewer vectors are alive.
-    add_column.template operator()<0>();
-    if constexpr (STRIDE == 1) add_column.template operator()<1>();
-    add_column.template operator()<2>();
+  // Those of one remainder by the stride after another, so that fewer vectors are alive.
+  const auto each_column = [](auto add) INLINED {
+    add.template operator()<0>();
+    if constexpr (STRIDE == 1) add.template operator()<1>();
+    add.template operator()<2>();
     if constexpr (KERNEL > 3) {
-      if constexpr (STRIDE == 1) add_column.template operator()<3>();
-      add_column.template operator()<4>();
+      if constexpr (STRIDE == 1) add.template operator()<3>();
+      add.template operator()<4>();
     }
     if constexpr (STRIDE == 2) {
-      add_column.template operator()<1>();
-      if constexpr (KERNEL > 3) add_column.template operator()<3>();
+      add.template operator()<1>();
+      if constexpr (KERNEL > 3) add.template operator()<3>();
     }
+  };
+  const auto add = [&]<int J>(int t, vector_of<T> value) INLINED {
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++) {
+      const int i = t - r * STRIDE;
+      if (i >= 0 && i < KERNEL)
+        acc[i * KERNEL + J] = multiply_add_where(acc[i * KERNEL + J], grad[r], value, columns.lanes(J));
+    }
+  };
+  using MetRow = Row<T, S, LOADS, KERNEL, STRIDE>;
+  if constexpr (KERNEL * KERNEL + ROWS < VECTOR_REGISTERS) {
+#pragma GCC unroll 32
+    for (int t = 0; t < strip.MET; t++, x += q.input_stride[2]) {
+      if (!strip.meets(t)) continue;
+      const MetRow met(x, columns);
+      each_column([&]<int J>() INLINED { add.template operator()<J>(t, keep(met.template column<J>())); });
+    }
+  } else {  // the sums of one kernel column have registers, those of all have not
+    each_column([&]<int J>() INLINED {
+      const S* row = x;
+#pragma GCC unroll 32
+      for (int t = 0; t < strip.MET; t++, row += q.input_stride[2])
+        if (strip.meets(t)) add.template operator()<J>(t, keep(MetRow(row, columns).template column<J>()));
+    });
   }
 }
 
@@ -334,7 +346,7 @@ void add_pairs(const Conv2dChannelGrad& q, int64_t first, int64_t count, int64_t
       const S *following_x = following.input, *following_d = following.grad;
       int64_t top = -q.padding[0], rows = q.out_height;
       // All images, so that there is little else to do for each.
-      auto add = [&]<int COUNT>() __attribute__((always_inline)) {
+      auto add = [&]<int COUNT>() INLINED {
         constexpr int64_t AREA = STRIDE * STRIDE;
         const Strip<KERNEL, STRIDE, COUNT> strip(top, q.height);
         // Images whose whole vectors lie in the tensors begin in these.
@@ -391,11 +403,7 @@ void add_pairs(const Conv2dChannelGrad& q, int64_t first, int64_t count, int64_t
   }
 }
 
-#if defined(__AVX512F__)
-constexpr int ROWS_3 = 7, ROWS_5 = 4;
-#else
-constexpr int ROWS_3 = 4, ROWS_5 = 2;
-#endif
+constexpr int ROWS_3 = VECTOR_REGISTERS == 32 ? 7 : 4, ROWS_5 = 4;
 
 template <class T, class S>
 void run_task(const Conv2dChannelGrad& q, int64_t task, void* partial) {

@@ -25,8 +25,8 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
            int left, A* sums, int64_t sums_step) {
   using V = vector_of<A>;
   constexpr int VL = LANES<A>, LINE = 64 / sizeof(A);
-  // Chains of multiply-adds that do not wait for each other.
-  constexpr int CHAINS = VECTORS * OUTPUTS >= 16 ? 1 : VECTORS * OUTPUTS >= 4 ? 2 : 4;
+  // Chains of multiply-adds that do not wait for each other, as far as there are registers for their sums.
+  constexpr int CHAINS = VECTORS * OUTPUTS >= VECTOR_REGISTERS / 2 ? 1 : VECTORS * OUTPUTS >= 4 ? 2 : 4;
   V acc[CHAINS][OUTPUTS * VECTORS];
 #pragma GCC unroll 4
   for (int chain = 0; chain < CHAINS; chain++)
@@ -37,7 +37,7 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
     const A* g[OUTPUTS];
 #pragma GCC unroll 8
     for (int o = 0; o < OUTPUTS; o++) g[o] = grad + n * images.grad_step + o * output_step;
-    const auto step = [&](V* to, int64_t p) __attribute__((always_inline)) {
+    const auto step = [&](V* to, int64_t p) INLINED {
       V values[VECTORS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) values[v] = keep(load(x + v * VL));

@@ -13,8 +13,6 @@
 namespace trady::TRADY_ISA {
 namespace {
 
-#define INLINED __attribute__((always_inline))
-
 TRADY_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 TRADY_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 TRADY_INLINE int64_t clamp(int64_t a, int64_t low, int64_t high) { return max(low, min(a, high)); }

@@ -79,7 +79,7 @@ void block(const Block& b, const typename P::A* __restrict x, const typename P::
   constexpr int lanes = LANES<Element>;
   constexpr int bytes = V * lanes * static_cast<int>(sizeof(Element));
   Vector sums[F][V] = {};
-  const auto step = [&](bool both) __attribute__((always_inline)) {
+  const auto step = [&](bool both) INLINED {
     Vector read[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {

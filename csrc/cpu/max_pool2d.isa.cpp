@@ -192,7 +192,7 @@ void rows(const MaxPool2d& pool, const Images& input, T* output, uint8_t* offset
       T* to = output + (i * width + x) * channels;
       uint8_t* to_offsets = offsets + (i * width + x) * channels;
       const int first = static_cast<int>(vertical.begin * pool.kernel[1] + horizontal.begin);
-      over<T>(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+      over<T>(channels, [&](int64_t c, int count) INLINED {
         V best = V{} - static_cast<scalar_of<T>>(INFINITE);
         I winner = I{} + first;
         for (int64_t ky = vertical.begin; ky < vertical.end; ++ky) {
@@ -226,7 +226,7 @@ void backward_rows(const MaxPool2d& pool, const Images& grad_output, const uint8
       const Holder *left = horizontal.holders + horizontal.first[x],
                    *right = horizontal.holders + horizontal.first[x + 1];
       T* to = grad_input + (i * width + x) * channels;
-      over<T>(channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+      over<T>(channels, [&](int64_t c, int count) INLINED {
         V sum = {};
         for (const Holder* row = above; row < below; ++row) {
           for (const Holder* column = left; column < right; ++column) {
@@ -289,9 +289,8 @@ TRADY_INLINE void split_row(const MaxPool2d& pool, const T* from, scalar_of<T>* 
   constexpr int L = LANES<T>;
   const int64_t width = pool.size[1], stride = pool.stride[1], padding = pool.padding[1];
   if (stride == 1) {
-    over<T>(width, [&](int64_t i, int count) __attribute__((always_inline)) {
-      store_some(parts + padding + i, load_some(from + i, count), count);
-    });
+    over<T>(width,
+            [&](int64_t i, int count) INLINED { store_some(parts + padding + i, load_some(from + i, count), count); });
     return;
   }
   int64_t i = 0;
@@ -367,7 +366,7 @@ void planes(const MaxPool2d& pool, const Images& input, T* output, uint8_t* offs
       }
       T* to = output + (plane * out_height + y) * out_width;
       uint8_t* to_offsets = offsets + (plane * out_height + y) * out_width;
-      over<T>(out_width, [&](int64_t x, int count) __attribute__((always_inline)) {
+      over<T>(out_width, [&](int64_t x, int count) INLINED {
         V best = load(best_in_row + at[vertical.begin] + x);
         I winner = (I)load(winner_in_row + at[vertical.begin] + x) + static_cast<int>(vertical.begin * pool.kernel[1]);
         for (int64_t ky = vertical.begin + 1; ky < vertical.end; ++ky) {
@@ -415,7 +414,7 @@ TRADY_INLINE void join(T* to, int64_t width, int64_t stride, const F& sum) {
   constexpr int L = LANES<T>;
   using V = vector_of<T>;
   if (stride == 1) {
-    over<T>(width, [&](int64_t i, int count) __attribute__((always_inline)) { store_some(to + i, sum(0, i), count); });
+    over<T>(width, [&](int64_t i, int count) INLINED { store_some(to + i, sum(0, i), count); });
   } else if (stride == 2) {
     offsets_of<scalar_of<T>> low, high;
     for (int lane = 0; lane < L; ++lane) {
@@ -490,16 +489,15 @@ void backward_planes(const MaxPool2d& pool, const Images& grad_output, const uin
         memcpy(gradients + start, from + row->out * grad_output.row, static_cast<size_t>(out_width) * sizeof(T));
         memcpy(winners + start, offsets + (plane * out_height + row->out) * out_width, static_cast<size_t>(out_width));
       }
-      join(grad_input + (plane * height + y) * width, width, stride,
-           [&](int64_t remainder, int64_t i) __attribute__((always_inline)) {
-             V sum = {};
-             const Term* end = terms + first[remainder + 1] * held_by;
-             for (const Term* term = terms + first[remainder] * held_by; term < end; ++term) {
-               const int64_t at = term->at + i;
-               sum += won(gradients + at, winners + at, static_cast<int>(term->offset));
-             }
-             return sum;
-           });
+      join(grad_input + (plane * height + y) * width, width, stride, [&](int64_t remainder, int64_t i) INLINED {
+        V sum = {};
+        const Term* end = terms + first[remainder + 1] * held_by;
+        for (const Term* term = terms + first[remainder] * held_by; term < end; ++term) {
+          const int64_t at = term->at + i;
+          sum += won(gradients + at, winners + at, static_cast<int>(term->offset));
+        }
+        return sum;
+      });
     }
   }
 }

@@ -17,6 +17,7 @@
 #endif
 
 #define TRADY_INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // of a lambda
 
 namespace trady::TRADY_ISA {
 namespace {
@@ -256,6 +257,14 @@ TRADY_INLINE void store_first(double* p, f64 value, int count) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), (__m512d)value);
 }
 #else
+#if defined(__AVX2__)
+TRADY_INLINE f32 load_first(const float* p, int count) {
+  return (f32)_mm256_maskload_ps(p, (__m256i)(i32{0, 1, 2, 3, 4, 5, 6, 7} < count));
+}
+TRADY_INLINE f64 load_first(const double* p, int count) {
+  return (f64)_mm256_maskload_pd(p, (__m256i)(i64{0, 1, 2, 3} < int64_t{count}));
+}
+#endif
 template <class T>
 TRADY_INLINE vector_of<T> load_first(const T* p, int count) {
   scalar_of<T> lanes[LANES<T>] = {};
@@ -306,6 +315,15 @@ TRADY_INLINE V odd_lanes(V a, V b) {
   index_of<V> odd;
   for (int lane = 0; lane < lanes_of<V>; ++lane) odd[lane] = static_cast<decltype(+odd[0])>(2 * lane + 1);
   return shuffle(a, b, odd);
+}
+
+// Lanes 0, 2, 4, ... of a, then 1, 3, 5, ... of b.
+template <class V>
+TRADY_INLINE V even_then_odd_lanes(V a, V b) {
+  constexpr int count = lanes_of<V>;
+  index_of<V> index;
+  for (int lane = 0; lane < count; ++lane) index[lane] = static_cast<decltype(+index[0])>(2 * lane + 2 * lane / count);
+  return shuffle(a, b, index);
 }
 
 // rows[i][j] becomes rows[j][i]: pairs of vectors are interleaved until each holds a column.
