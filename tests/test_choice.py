@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -349,6 +350,32 @@ def test_gpu_figures_of_what_is_chosen(memory_format: str, mean: float, worst: f
     )
     assert min(ratios) == pytest.approx(worst, abs=5e-3)
     assert f"**{mean:.2f}**, **{worst:.2f}**" in (root / "docs" / "gpu_kernels.md").read_text()
+
+
+def test_avx2_figures_of_what_is_chosen() -> None:
+    """docs/cpu_kernels.md against tune_avx2.json: ATen's path over the kernel that the shipped limits take."""
+    root = Path(__file__).parent.parent
+    content = json.loads((root / "benchmarks" / "results" / "tune_avx2.json").read_text())
+    assert content["machine"]["instruction_set"] == "avx2"
+    document = (root / "docs" / "cpu_kernels.md").read_text()
+    for limit in content["limits"]:
+        if limit["dtype"] != "float32":
+            continue
+        family, memory_format = limit["family"], limit["memory_format"]
+        key = (limit["operator"], family, getattr(torch, LAYOUTS[memory_format]), torch.float32)
+        (shipped,) = (known for known in choice._AVX2 if known.key == key)
+        cells = []
+        for threads, few in itertools.product((1, 2), (True, False)):
+            ratios = [
+                point["aten"] / point["ours"] if point["channels"] <= shipped.most_channels else 1.0
+                for point in limit["points"]
+                if point["threads"] == threads and (point["selected"] <= 12) == few
+            ]
+            mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+            cells.append(f"{mean:.2f} ({min(ratios):.2f})")
+        layers = {"kxk": "3x3, 7x7"}.get(family, family)
+        name = layers if family == "linear" else f"{layers}, {memory_format}"
+        assert f"| {name} | {' | '.join(cells)} |" in document
 
 
 THREE = "triton, three products of TF32"

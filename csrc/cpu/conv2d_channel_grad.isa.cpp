@@ -25,6 +25,8 @@ template <class P, int OUTPUTS, int ROWS, int COLUMNS>
 void block(const P* input, const int64_t* rows, const P* grad, int64_t output_step, Segments<P> segments, int64_t ahead,
            scalar_of<P>* sums) {
   constexpr int TAPS = ROWS * COLUMNS;
+  static_assert(OUTPUTS * TAPS + (OUTPUTS < TAPS ? OUTPUTS : TAPS) + 1 <= VECTOR_REGISTERS,
+                "sums and operands are in registers");
   constexpr int VL = OPERANDS<P>;
   constexpr auto at = [](int o, int t) { return COLUMNS == 1 ? t * OUTPUTS + o : o * TAPS + t; };
   vector_of<P> acc[OUTPUTS * TAPS];

@@ -22,6 +22,11 @@ struct Stretches {
   int64_t grad_stretch, grad_step;
 };
 
+template <class E>
+TRADY_INLINE bool page_apart(int64_t step) {
+  return step * static_cast<int64_t>(sizeof(E)) % 4096 == 0;
+}
+
 // The outputs of a step's pixels, of which there are fewer than STEP<P> only behind the last whole step. E is the
 // tensor's type, or the accumulation type where they were copied, operand by operand.
 template <class P, class E>
@@ -51,8 +56,13 @@ void block(const P* input, const int64_t* rows, const E* grad, const Stretches& 
   constexpr int VL = LANES<P>;
   // Chains of multiply-adds that do not wait for each other.
   constexpr int CHAINS = VECTORS * TAPS >= 8 ? 1 : VECTORS * TAPS >= 4 ? 2 : 4;
+  static_assert(CHAINS * VECTORS * TAPS + (VECTORS < TAPS ? VECTORS : TAPS) + 1 <= VECTOR_REGISTERS,
+                "sums and operands are in registers");
   // Steps from one request to the use: about 200 cycles. What was copied is in the caches.
   constexpr int64_t AHEAD = 200 / (VECTORS * TAPS) + 1;
+  // Of pixels a page apart, which share a set of the first cache, no more than it has room for. With AVX-512 not
+  // measured.
+  constexpr int64_t NEAR = VECTOR_REGISTERS < 32 && AHEAD > 4 ? 4 : AHEAD;
   constexpr bool PREFETCHES = STEP<P> == 1 || is_same<E, P>;
   V acc[CHAINS][VECTORS * TAPS];
 #pragma GCC unroll 4
@@ -65,7 +75,8 @@ void block(const P* input, const int64_t* rows, const E* grad, const Stretches& 
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; i++) x[i] = input + n * stretches.input_stretch + rows[i];
       const E* g = grad + n * stretches.grad_stretch;
-      const int64_t grad_step = stretches.grad_step, ahead = AHEAD * grad_step;
+      const int64_t grad_step = stretches.grad_step;
+      const int64_t ahead = (page_apart<E>(grad_step) ? NEAR : AHEAD) * grad_step;
       const int64_t input_step = PITCH == kShortPlane ? STEP<P> : stretches.input_step;
       auto step = [&](V* sums, auto whole) INLINED {
         if constexpr (PITCH != kShortPlane) prefetch(x[0] + AHEAD * input_step);
@@ -345,8 +356,8 @@ struct Task : Planes<P, S, kShortPlane> {
     const int64_t rows = taps.row_end - taps.row, calls = blocks() * (fused() ? 1 : rows);
     // Where several blocks read them, pairs are made once; and pixels a page apart, which all fall into the same few
     // sets of the caches, are brought together.
-    const bool page_apart = q.grad_stride[3] * static_cast<int64_t>(sizeof(S)) % 4096 == 0;
-    const bool copies = turns_over() || !grad_is_flat() || (STEP<P> > 1 && calls > 1) || (page_apart && calls >= 4);
+    const bool copies = turns_over() || !grad_is_flat() || (STEP<P> > 1 && calls > 1) ||
+                        (page_apart<S>(q.grad_stride[3]) && calls >= 4);
     const int64_t most = kVectorsByTaps[fused() ? 9 : ceil_div(row_taps(), blocks())];
     int64_t vectors;
     for (int64_t output = first_output; output < last_output; output += vectors * VL) {

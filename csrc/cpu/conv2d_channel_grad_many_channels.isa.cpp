@@ -27,6 +27,7 @@ void block(const A* input, int64_t pitch, const A* grad, int64_t output_step, co
   constexpr int VL = LANES<A>, LINE = 64 / sizeof(A);
   // Chains of multiply-adds that do not wait for each other, as far as there are registers for their sums.
   constexpr int CHAINS = VECTORS * OUTPUTS >= VECTOR_REGISTERS / 2 ? 1 : VECTORS * OUTPUTS >= 4 ? 2 : 4;
+  static_assert(CHAINS * OUTPUTS * VECTORS + VECTORS + 1 <= VECTOR_REGISTERS, "sums and operands are in registers");
   V acc[CHAINS][OUTPUTS * VECTORS];
 #pragma GCC unroll 4
   for (int chain = 0; chain < CHAINS; chain++)

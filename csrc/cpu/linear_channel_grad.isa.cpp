@@ -76,6 +76,7 @@ void block(const Block& b, const typename P::A* __restrict x, const typename P::
            const typename P::Element* __restrict ahead, typename P::A* __restrict grad, int count) {
   using Element = typename P::Element;
   using Vector = vector_of<Element>;
+  static_assert(F * V + V + 1 <= VECTOR_REGISTERS, "sums and operands are in registers");
   constexpr int lanes = LANES<Element>;
   constexpr int bytes = V * lanes * static_cast<int>(sizeof(Element));
   Vector sums[F][V] = {};

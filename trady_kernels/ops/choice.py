@@ -63,11 +63,12 @@ Key = tuple[str, str, torch.memory_format, torch.dtype]
 _CONTIGUOUS, _CHANNELS_LAST = torch.contiguous_format, torch.channels_last
 _F32, _F64 = torch.float32, torch.float64
 
-#: What ``trady bench --tune`` found against torch 2.13 (oneDNN and MKL, with AVX-512 themselves), on the layers of
-#: MobileNetV2, EfficientNet-Lite0, ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels. With AMX: on a
-#: Xeon that has it, one thread and two (benchmarks/results/tune.json), where a call takes 0.9 to 7.4% longer (root mean
-#: square) than the faster of the two kernels. The others: on a Zen 4, on one thread, by the number of selected channels
-#: alone, before the last changes to the kernels; strided 1x1 in channels_last was not measured there.
+#: What ``trady bench --tune`` found against torch 2.13 (oneDNN and MKL), on the layers of MobileNetV2, EfficientNet-Lite0,
+#: ResNet-18 and ResNet-50 at batch 8, by instruction set of the C++ kernels, on one thread and two. With AMX: on a Xeon
+#: that has it (benchmarks/results/tune.json), where a call takes 0.9 to 7.4% longer (root mean square) than the faster of the two
+#: kernels. With AVX-512: on a Zen 4, one thread, by the number of selected channels alone, before the last changes to the
+#: kernels; strided 1x1 in channels_last was not measured there. With AVX2, and taken for the other sets: on a first Zen
+#: (benchmarks/results/tune_avx2.json), 0.0 to 5.5% longer.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
@@ -93,13 +94,13 @@ _AMX = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 156, 64),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, 24),
 )
-_OTHERS = (
-    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 15),
-    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 44),
-    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 13),
-    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, ANY),
-    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 13),
-    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, 9),
+_AVX2 = (
+    Limit("conv2d_channel_grad", "1x1", _CONTIGUOUS, _F32, 303),
+    Limit("conv2d_channel_grad", "1x1", _CHANNELS_LAST, _F32, 135),
+    Limit("conv2d_channel_grad", "1x1 strided", _CONTIGUOUS, _F32, 362),
+    Limit("conv2d_channel_grad", "1x1 strided", _CHANNELS_LAST, _F32, 90),
+    Limit("conv2d_channel_grad", "kxk", _CONTIGUOUS, _F32, 90),
+    Limit("conv2d_channel_grad", "kxk", _CHANNELS_LAST, _F32, ANY),
     *_LINEAR,
 )
 # Families without a limit above are where oneDNN is not to be trusted, and no table may have one for them: strided and
@@ -157,7 +158,7 @@ KEYS: dict[str, tuple[Key, ...]] = {
 def shipped(device: str = "cpu") -> tuple[Limit, ...]:
     """The limits that come with the package for a device type and, on the CPU, the C++ kernels' instruction set."""
     if device == "cpu":
-        return _SHIPPED.get(instruction_set() or "", _OTHERS)
+        return _SHIPPED.get(instruction_set() or "", _AVX2)
     if not torch.cuda.is_available():
         return _GPU
     limits = list(_GPU)
