@@ -152,6 +152,25 @@ def test_traced_graph_writes_nothing() -> None:
     assert torch.equal(compiled(x), layer(x)) and not torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    (
+        (SparseConv2d(4, 6, 3, channels=[0, 2]), (2, 4, 5, 5)),
+        (SparseLinear(8, 6, channels=[0, 2]), (3, 8)),
+        (SparseLinear(8, 6, channels=[0, 2], stored="8bit"), (3, 8)),
+    ),
+    ids=("conv2d", "linear", "linear, 8 bit"),
+)
+def test_select_before_the_backward_of_a_graph_raises(
+    layer: SparseConv2d | SparseLinear, shape: tuple[int, ...]
+) -> None:
+    """As without the compiler: its gradient would be that of the channels before."""
+    output = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(shape))
+    layer.select([1, 3])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_functional_call() -> None:
     layer = SparseConv2d(4, 6, 3, channels=[0, 2])
     x = torch.randn(2, 4, 5, 5)

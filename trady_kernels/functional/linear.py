@@ -13,6 +13,7 @@ from trady_kernels.functional.first_order import first_order_only, refuse_vmap
 from trady_kernels.functional.rows import check_rows
 from trady_kernels.functional.stored import Stored, check_stored, holds_no_more, pack, unpack
 from trady_kernels.ops import gather_channels, linear_channel_grad
+from trady_kernels.ops.backend import is_tracing
 
 
 def _multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -77,7 +78,7 @@ class _SparseLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         if grad_output is None:
             return (None,) * 6
-        selected, scales, weight, _channels = ctx.saved_tensors
+        selected, scales, weight, channels = ctx.saved_tensors
         bias_dtype, rows_dtype = ctx.dtypes
         grad_input = grad_bias = grad_rows = None
         rows_of_output = grad_output.flatten(0, -2) if grad_output.dim() > 1 else grad_output[None]  # (N, O)
@@ -85,6 +86,9 @@ class _SparseLinear(torch.autograd.Function):
             selected = unpack(selected, scales, grad_output.dtype)
             rows_of_input = selected.flatten(0, -2) if selected.dim() > 1 else selected[None]
             grad_rows = linear_channel_grad(rows_of_input, rows_of_output).to(rows_dtype)
+            if is_tracing():
+                # A graph keeps nothing that its backward does not use, and then nobody notices that `channels` changed.
+                grad_rows = torch.where(channels[:, None] < 0, 0, grad_rows)
         if ctx.needs_input_grad[0]:
             grad_input = torch.matmul(grad_output, weight.to(grad_output.dtype))
         if ctx.needs_input_grad[2]:
