@@ -263,7 +263,7 @@ def test_matrix_tiles_of_others_stay_as_they_were(layout: str, isa: str) -> None
     ids=str,
 )
 def test_shipped_choice_by_shape(case: ConvCase, layout: str) -> None:
-    """C++ by the shipped limits of every instruction set, and where oneDNN errs."""
+    """C++ by the shipped limits, those of whatever instruction set runs, and where oneDNN errs."""
     x, dy, *rest = arguments(case, torch.float32)
     conv2d_channel_grad(*LAYOUTS[layout](x, dy), *rest)
     assert last_kernel("conv2d_channel_grad") == "cpp"

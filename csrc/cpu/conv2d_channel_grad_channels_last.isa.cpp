@@ -60,8 +60,8 @@ void block(const P* input, const int64_t* rows, const E* grad, const Stretches& 
                 "sums and operands are in registers");
   // Steps from one request to the use: about 200 cycles. What was copied is in the caches.
   constexpr int64_t AHEAD = 200 / (VECTORS * TAPS) + 1;
-  // Of pixels a page apart, which share a set of the first cache, no more than it has room for. With AVX-512 not
-  // measured.
+  // Of pixels a page apart, which share a set of the first cache, no more than that has room for: measured with AVX2,
+  // left alone where there are 32 registers.
   constexpr int64_t NEAR = VECTOR_REGISTERS < 32 && AHEAD > 4 ? 4 : AHEAD;
   constexpr bool PREFETCHES = STEP<P> == 1 || is_same<E, P>;
   V acc[CHAINS][VECTORS * TAPS];

@@ -68,7 +68,7 @@ _F32, _F64 = torch.float32, torch.float64
 #: that has it (benchmarks/results/tune.json), where a call takes 0.9 to 7.4% longer (root mean square) than the faster of the two
 #: kernels. With AVX-512: on a Zen 4, one thread, by the number of selected channels alone, before the last changes to the
 #: kernels; strided 1x1 in channels_last was not measured there. With AVX2, and taken for the other sets: on a first Zen
-#: (benchmarks/results/tune_avx2.json), 0.0 to 5.5% longer.
+#: (benchmarks/results/tune_avx2.json, docs/cpu_kernels.md), 0.0 to 5.5% longer.
 _LINEAR = (
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F32, ANY),
     Limit("linear_channel_grad", "linear", _CONTIGUOUS, _F64, ANY),
