@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from trady_kernels.batch import Example
+from trady_kernels.convert.example_run import all_calls, example_calls
 from trady_kernels.convert.graph import Flow, trace_flow
 
 
@@ -27,16 +28,11 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-def flow_of(model: nn.Module, example: torch.Tensor | None = None) -> Flow:
-    calls: Counter[nn.Module] | None = None
-    if example is not None:
-        calls = Counter()
-        handles = [m.register_forward_hook(lambda m, *_: calls.update([m])) for m in model.modules()]
-        model.eval()(example)
-        for handle in handles:
-            handle.remove()
+def flow_of(model: nn.Module, example: Example | None = None) -> Flow:
+    names = {module: name for name, module in model.named_modules()}
+    calls = all_calls(names) if example is None else example_calls(model, names, example)
     fresh = {m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)}
-    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls, without={})
+    return trace_flow(model, leaves=set(), fresh=fresh, calls=calls.counts, others=calls.others)
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,35 @@ def by_further(net: Net, x: torch.Tensor, *further: object, **named: object) -> 
     return net.act(net.norm(y)) + (y if named.get("skip") is None else 0)
 
 
+def asks_a_tensor(net: Net, x: object) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if isinstance(x, torch.Tensor) else 0)
+
+
+def asks_something_else(net: Net, x: object) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (0 if isinstance(x, torch.Tensor) else y)
+
+
+def asks_of_an_output(net: Net, x: torch.Tensor) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if torch.is_tensor(y) else 0)
+
+
+def asks_of_an_attribute(net: Net, x: torch.Tensor) -> object:
+    y = net.conv(x)
+    return net.act(net.norm(y)) + (y if isinstance(x.mT, torch.Tensor) else 0)
+
+
+def asks_a_tensor_first(net: Net, x: object) -> object:
+    return net.act(net.norm(net.conv(x))) if isinstance(x, torch.Tensor) else x
+
+
+def asks_for_a_parameter(net: Net, x: object) -> object:
+    y = net.conv(x)
+    return y if isinstance(y, nn.Parameter) else net.act(net.norm(y))
+
+
 def too_many(
     net: Net, x: torch.Tensor, a: object = None, b: object = None, c: object = None, d: object = None, e: object = None
 ) -> object:  # fmt: skip
@@ -220,6 +245,12 @@ ARGUMENTS = (
     Arguments(either_bool, False, True),
     Arguments(by_number, False, True),
     Arguments(by_further, False, True),
+    Arguments(asks_a_tensor, False, True),
+    Arguments(asks_something_else, False, True),
+    Arguments(asks_of_an_output, False, True),
+    Arguments(asks_of_an_attribute, False, True),
+    Arguments(asks_a_tensor_first, False, False),
+    Arguments(asks_for_a_parameter, True, True),
     Arguments(too_many, False, False),
 )
 
@@ -240,3 +271,24 @@ def test_what_holds_without_a_tensor_too(case: Arguments, inside: bool) -> None:
         flow = flow_of(outer, torch.randn(1, 4, 3, 3))
     assert flow.feeds_only(net.conv, net.norm) == case.feeds
     assert flow.may_overwrite(net.act) == case.overwrites
+
+
+class AsksOfATuple(Net):
+    def forward(self, x: torch.Tensor, further: object) -> object:
+        y = self.conv(x)
+        return self.act(self.norm(y)) + (y if isinstance(further, tuple) else 0)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "part"])
+def test_nothing_holds_of_what_gets_a_tuple_of_tensors(inside: bool) -> None:
+    """No proxy stands for a tuple: the graph shows what happens without one."""
+    net, x, further = AsksOfATuple(lambda n, x: x), torch.randn(1, 4, 3, 3), (torch.ones(1),)
+    if not inside:
+        flow = flow_of(net, (x, further))
+    else:
+        outer = Untraceable(reaches_in=False)
+        outer.block = net
+        net.register_forward_pre_hook(lambda module, args: (*args, further))
+        flow = flow_of(outer, x)
+    assert not flow.feeds_only(net.conv, net.norm)
+    assert not flow.may_overwrite(net.act)

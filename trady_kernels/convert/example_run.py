@@ -34,7 +34,8 @@ class Calls:
         attention: the modules that call ``F.scaled_dot_product_attention`` themselves.
         before_norm: ``{name of a norm: name of the layer called last before it}``, of the norms that have one.
         bypassed: names of the layers whose weight something else than the layer computes with.
-        without: names of the arguments that modules were given None for.
+        others: of the arguments that modules were given None for, or a tuple, a mapping or the like that holds
+            tensors, the names and the classes of what was given.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -43,7 +44,7 @@ class Calls:
     attention: list[nn.Module] = field(default_factory=list)
     before_norm: dict[str, str] = field(default_factory=dict)
     bypassed: set[str] = field(default_factory=set)
-    without: dict[nn.Module, set[str]] = field(default_factory=dict)
+    others: dict[nn.Module, dict[str, set[type]]] = field(default_factory=dict)
 
 
 #: Through these no gradient comes back to the tensor they are called on.
@@ -127,14 +128,19 @@ def _fits(forward: Callable[..., Any], example_input: Example) -> bool:
     return True
 
 
-def _without(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[str]:
-    """The names of the arguments for which a module is given None."""
+def _others(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, type]:
+    """The class of what a module is given for an argument that is no tensor but None, or holds tensors; by its name."""
     try:
         signature = inspect.signature(inspect.unwrap(type(module).forward))
         given = signature.bind_partial(module, *args, **kwargs).arguments
     except (TypeError, ValueError):  # the forward will say so itself
-        return set()
-    return {name for name, value in given.items() if value is None}
+        return {}
+    return {
+        name: type(value)
+        for name, value in given.items()
+        if value is None
+        or (not isinstance(value, torch.Tensor) and next(tensors_in(value), None) is not None)
+    }
 
 
 def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_input: Example) -> Calls:
@@ -150,12 +156,13 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     norm_is_last = False
     running: list[nn.Module] = []
 
-    without: dict[nn.Module, set[str]] = {}
+    others: dict[nn.Module, dict[str, set[type]]] = {}
 
     def begins(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.append(module)
-        if any(value is None for value in (*args, *kwargs.values())):
-            without.setdefault(module, set()).update(_without(module, args, kwargs))
+        if not all(isinstance(value, torch.Tensor) for value in (*args, *kwargs.values())):
+            for name, kind in _others(module, args, kwargs).items():
+                others.setdefault(module, {}).setdefault(name, set()).add(kind)
 
     def called(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal norm_is_last
@@ -197,4 +204,4 @@ def example_calls(model: nn.Module, names: Mapping[nn.Module, str], example_inpu
     if head is None and layers and not norm_is_last:
         head = layers[-1]
     bypassed = {names[layer] for layer in watching.bypassed}
-    return Calls(layers, head, counts, list(watching.attention), before_norm, bypassed, without)
+    return Calls(layers, head, counts, list(watching.attention), before_norm, bypassed, others)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_kernels.batch import without_trace
 from trady_kernels.convert.classes import FOLDED_NORMS, FOLDED_PADDING, SPARSE, base_in
-from trady_kernels.convert.graph import Flow, trace_flow
+from trady_kernels.convert.graph import Flow, Others, trace_flow
 from trady_kernels.nn.conv2d import SparseConv2d
 from trady_kernels.nn.norm_family import FoldedBatchNormAct2d, FrozenBatchNormAct2d
 
@@ -21,7 +21,7 @@ def trace(
     names: Mapping[nn.Module, str],
     becomes: Mapping[str, type[nn.Module]],
     counts: Mapping[nn.Module, int] | None,
-    without: Mapping[nn.Module, Set[str]],
+    others: Others,
 ) -> Flow:
     """What the graphs of a network prove.
 
@@ -30,7 +30,7 @@ def trace(
         names: its modules.
         becomes: the class of those that change it.
         counts: how often an example run calls each module; None without an example.
-        without: names of the arguments for which it gives modules None.
+        others: what it gives modules besides tensors.
     """
 
     def is_fresh(module: nn.Module) -> bool:
@@ -43,7 +43,7 @@ def trace(
     leaves = {module for module in names if isinstance(module, _BatchNorm)}
     with without_trace(model):  # buffers are no proxies: a forward that counts its calls writes to them
         return trace_flow(
-            model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts, without=without
+            model, leaves=leaves, fresh=set(filter(is_fresh, names)), calls=counts, others=others
         )
 
 

@@ -19,6 +19,10 @@ _ADDITIONS = (torch.add, "add")
 #: ``y += x`` writes into y, and fx shows it as ``y + x``.
 _IN_PLACE_ADDITIONS = (operator.add, operator.iadd, "add_")
 
+#: By module and name of an argument, the classes of what an example gives for it besides tensors: None, and what holds
+#: tensors.
+Others = Mapping[nn.Module, Mapping[str, Set[type]]]
+
 #: Of a forward with more combinations of arguments than this, nothing is proven.
 _MOST_COMBINATIONS = 16
 
@@ -68,16 +72,57 @@ class Flow:
         return bool(sites) and all(site.alone for site in sites)
 
 
-class _Tracer(fx.Tracer):
-    """Traces a forward whose ``arguments``, by name, are these values; all others are tensors."""
+class _Asked:
+    """A proxy that is what its tracer says where a forward asks, with ``isinstance``, what it is."""
 
-    def __init__(self, leaves: Set[nn.Module], arguments: Mapping[str, object]) -> None:
+    tracer: Any  # a _Tracer
+    _is_param = _is_buffer = False  # what isinstance(..., nn.Parameter) looks at
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        self.tracer.asked = True
+        return self.tracer.kind
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)  # type: ignore[arg-type]
+
+
+class _Proxy(_Asked, fx.Proxy):
+    """Any value of a forward but an attribute."""
+
+
+class _Attribute(_Asked, fx.proxy.Attribute):
+    """An attribute of a value: ``x.mT`` is a tensor too."""
+
+
+class _Tracer(fx.Tracer):
+    """Traces a forward whose ``arguments``, by name, are these values; all others are tensors.
+
+    Args:
+        leaves: modules that stay one node although they have children.
+        arguments: values, by the name of the argument.
+        kind: what every value that the graph stands for says it is, tensors and sizes alike.
+
+    Attributes:
+        asked: whether the forward has asked for the class of such a value.
+    """
+
+    def __init__(self, leaves: Set[nn.Module], arguments: Mapping[str, object], kind: type) -> None:
         super().__init__()
         self._leaves = leaves
         self._arguments = arguments
+        self.kind = kind
+        self.asked = False
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return module in self._leaves or next(module.children(), None) is None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        # fx would ask what it is, and take it for a constant tensor.
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
@@ -86,16 +131,16 @@ class _Tracer(fx.Tracer):
         return function, [self._arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
 
 
-def _combinations(module: nn.Module, without: Set[str]) -> Iterator[dict[str, object]]:
+def _combinations(module: nn.Module, others: Mapping[str, Set[type]]) -> Iterator[dict[str, object]]:
     """What a caller may give a module's forward, as far as a graph tells it from tensors; all tensors come first.
 
     To a trace every argument is there: ``if skip is None`` would take the branch that no call without one takes.
 
     Raises:
-        ValueError: there are too many.
+        ValueError: there are too many, or the example gives tensors inside of something, which no proxy stands for.
     """
     _, *parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters.values()
-    values = {p.name: _values_besides_tensors(p, p.name in without) for p in parameters}
+    values = {p.name: _values_besides_tensors(p, others.get(p.name, set())) for p in parameters}
     if math.prod(len(others) + 1 for others in values.values()) > _MOST_COMBINATIONS:
         raise ValueError(f"{type(module).__name__}: too many combinations of arguments")
     choices = ([{}, *({name: other} for other in others)] for name, others in values.items())
@@ -103,11 +148,14 @@ def _combinations(module: nn.Module, without: Set[str]) -> Iterator[dict[str, ob
         yield {name: value for choice in chosen for name, value in choice.items()}
 
 
-def _values_besides_tensors(parameter: inspect.Parameter, may_be_none: bool) -> list[object]:
+def _values_besides_tensors(parameter: inspect.Parameter, others: Set[type]) -> list[object]:
     if parameter.kind is parameter.VAR_POSITIONAL:
         return [()]
     if parameter.kind is parameter.VAR_KEYWORD:
         return [{}]
+    may_be_none = type(None) in others
+    if len(others) > may_be_none:
+        raise ValueError(f"{parameter.name}: tensors inside of {others}")
     default = parameter.default
     if isinstance(default, bool):
         return [True, False]
@@ -137,21 +185,22 @@ def trace_flow(
     leaves: Set[nn.Module],
     fresh: Set[nn.Module],
     calls: Mapping[nn.Module, int] | None,
-    without: Mapping[nn.Module, Set[str]],
+    others: Others,
 ) -> Flow:
     """Trace a network, in training and in evaluation mode, and read off what holds in both.
 
     A forward is traced with tensors for all of its arguments and with what else they may be: None or another
-    default, either bool, nothing for ``*args`` and ``**kwargs``. What holds in all of these graphs is proven.
-    Where the whole cannot be traced, each child is by itself. What the graph of a part shows is proven only if
-    nobody reaches into the part from outside, which takes the counted calls of an example run.
+    default, either bool, nothing for ``*args`` and ``**kwargs``; one that asks whether a value is a tensor, with
+    both answers. What holds in all of these graphs is proven. Where the whole cannot be traced, each child is by
+    itself. What the graph of a part shows is proven only if nobody reaches into the part from outside, which takes
+    the counted calls of an example run.
 
     Args:
         model: the network; it stays as it is.
         leaves: modules that stay one node although they have children.
         fresh: modules whose output is a new tensor that their backward does not need.
         calls: how often an example run calls each module; None without an example.
-        without: names of the arguments for which it gives modules None.
+        others: what it gives modules besides tensors.
     """
     flows = []
     with _restored(model):
@@ -159,7 +208,7 @@ def trace_flow(
             for module in model.modules():
                 module.training = training
             flow = Flow()
-            _trace(model, leaves, fresh, calls, without, flow, is_root=True)
+            _trace(model, leaves, fresh, calls, others, flow, is_root=True)
             flows.append(flow.sites)
     return Flow(_in_all(flows))
 
@@ -179,20 +228,20 @@ def _trace(
     leaves: Set[nn.Module],
     fresh: Set[nn.Module],
     calls: Mapping[nn.Module, int] | None,
-    without: Mapping[nn.Module, Set[str]],
+    others: Others,
     flow: Flow,
     is_root: bool,
 ) -> None:
-    graphs = []
+    graphs: list[dict[nn.Module, list[_Site]]] = []
     try:
-        for arguments in _combinations(module, without.get(module, set())):
-            graphs.append(_sites(module, leaves, fresh, arguments))
+        for arguments in _combinations(module, others.get(module, {})):
+            graphs += _graphs(module, leaves, fresh, arguments)
     except Exception:  # control flow on values, foreign calls: anything that a forward may do
         if calls is None:
             return
         for child in module.children():
             if child not in leaves and next(child.children(), None) is not None:
-                _trace(child, leaves, fresh, calls, without, flow, is_root=False)
+                _trace(child, leaves, fresh, calls, others, flow, is_root=False)
         return
     if not is_root:
         assert calls is not None
@@ -208,11 +257,21 @@ def _trace(
         flow.sites.setdefault(inner, []).extend(sites)
 
 
-def _sites(
+def _graphs(
     module: nn.Module, leaves: Set[nn.Module], fresh: Set[nn.Module], arguments: Mapping[str, object]
-) -> dict[nn.Module, list[_Site]]:
-    """The calls in the graph of a module whose forward gets these arguments, and tensors for the others."""
-    graph = _Tracer(leaves, arguments).trace(module)
+) -> Iterator[dict[nn.Module, list[_Site]]]:
+    """The calls in the graph of a module whose forward gets these arguments, and tensors for the others.
+
+    A forward that asks what a value is has two graphs: as if everything were a tensor, and as if nothing were.
+    """
+    for kind in (torch.Tensor, fx.Proxy):
+        tracer = _Tracer(leaves, arguments, kind)
+        yield _sites(tracer.trace(module), module, fresh)
+        if not tracer.asked:
+            return
+
+
+def _sites(graph: fx.Graph, module: nn.Module, fresh: Set[nn.Module]) -> dict[nn.Module, list[_Site]]:
     found: dict[nn.Module, list[_Site]] = {}
     modules = dict(module.named_modules(remove_duplicate=False))
     _show_attributes(graph, module)

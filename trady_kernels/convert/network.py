@@ -154,7 +154,7 @@ def sparsify(
             f"model: got {type(model).__name__} in which no nn.Conv2d or nn.Linear besides the head can become "
             "sparse, expected at least one"
         )
-    flow = fold.trace(model, names, plan.becomes, calls.counts, calls.without)
+    flow = fold.trace(model, names, plan.becomes, calls.counts, calls.others)
 
     with all_or_nothing(model):
         kept = set(inside_head)
