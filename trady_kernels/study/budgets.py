@@ -93,13 +93,20 @@ def _tried_as(scheme: str) -> str:
     return tuned_as(scheme).partition("@")[0]
 
 
-def first_budget(finals: Iterable[Training]) -> str:
-    """The budget with the most schemes; "" without one."""
+def budgets_of(finals: Iterable[Training]) -> list[str]:
+    """Budgets of runs, the one with the most schemes first."""
     schemes: dict[str, set[str]] = {}
     for cell in finals:
         if cell.budget:
             schemes.setdefault(cell.budget, set()).add(cell.scheme)
-    return max(sorted(schemes), key=lambda budget: len(schemes[budget]), default="")
+    most = max(map(len, schemes.values()), default=0)
+    first = next((budget for budget in sorted(schemes) if len(schemes[budget]) == most), "")
+    return sorted(schemes, key=lambda budget: (budget != first, budget))
+
+
+def first_budget(finals: Iterable[Training]) -> str:
+    """The budget with the most schemes; "" without one."""
+    return next(iter(budgets_of(finals)), "")
 
 
 Runs = Mapping[Training, TrainingOutcome]

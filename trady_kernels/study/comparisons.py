@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trady_kernels.study.markdown import markdown
@@ -104,6 +104,11 @@ def of_task(series: Series, wanted: str) -> Series:
     return {(task, seed): outcome for (task, seed), outcome in series.items() if task == wanted}
 
 
+def of_tasks(series: Series, wanted: Sequence[str]) -> Series:
+    """A row's runs on some tasks."""
+    return {(task, seed): outcome for (task, seed), outcome in series.items() if task in wanted}
+
+
 def against(first: Series, second: Series) -> PairedTest | None:
     """The paired test of two rows' accuracies in percent; None where they share no task and seed."""
     try:
@@ -171,13 +176,26 @@ def presets_left_out(budget: str, schemes: dict[str, Series]) -> list[str]:
     ]
 
 
-def presets_rows(budget: str, tasks: list[str], schemes: dict[str, Series]) -> list[list[str]]:
-    """Our rows that need no more bytes than a reference at the same budget, beside it: task by task and over all."""
+def presets_rows(
+    budget: str, networks: Mapping[str, Sequence[str]], schemes: dict[str, Series]
+) -> list[list[str]]:
+    """Our rows that need no more bytes than a reference at the same budget, beside it: task by task and over all.
+
+    Args:
+        budget: of the rows.
+        networks: their tasks; a row that one of them lacks, or on which it needs more bytes, is left out.
+        schemes: the rows.
+    """
+    tasks = list(itertools.chain.from_iterable(networks.values()))
     rows = []
     for name, other in _beside_references(schemes):
         mine, theirs = schemes[name], schemes[other]
         pooled = against(mine, theirs)
-        if pooled is None or not step_bytes(mine) <= step_bytes(theirs):
+        sizes = [
+            (step_bytes(of_tasks(mine, here)), step_bytes(of_tasks(theirs, here)))
+            for here in networks.values()
+        ]
+        if pooled is None or not all(own <= of_other for own, of_other in sizes):
             continue
         by_task = [against(of_task(mine, task), of_task(theirs, task)) for task in tasks]
         tests = [test for test in by_task if test is not None]
@@ -186,31 +204,54 @@ def presets_rows(budget: str, tasks: list[str], schemes: dict[str, Series]) -> l
             [
                 f"{name} - {other}",
                 budget,
-                f"{step_bytes(mine) / 2**20:.1f} of {step_bytes(theirs) / 2**20:.1f}",
+                ", ".join(f"{own / 2**20:.1f} of {of_other / 2**20:.1f}" for own, of_other in sizes),
                 *("" if test is None else test.words for test in by_task),
                 f"{len(ahead)} of {len(tests)}",
                 f"{sum(test.significant for test in ahead)} of {len(tests)}",
                 pooled.words,
                 pooled.interval,
+                _of_means(mine, theirs),
             ]
         )
     return rows
 
 
-def presets_section(tasks: list[str], seeds: int, rows: list[list[str]], left_out: list[str]) -> list[str]:
+def presets_table(tasks: Sequence[str], rows: list[list[str]]) -> list[str]:
+    """The rows of :func:`presets_rows` of these tasks."""
+    heads = ["rows", "budget", "bytes (MiB)", *tasks, "tasks ahead", "significantly"]
+    return markdown([*heads, "all", "95% interval", "over tasks' means"], rows)
+
+
+def presets_section(
+    tasks: Sequence[str], seeds: int, rows: list[list[str]], left_out: list[str]
+) -> list[str]:
     if not rows:
         return []
-    heads = ["rows", "budget", "bytes (MiB)", *tasks, "tasks ahead", "significantly", "all", "95% interval"]
     return [
         f"### Do {' and '.join(PRESETS)} win?",
         "",
         f"Their rows that need no more measured bytes than {' or '.join(REFERENCES)} at the same budget: the "
         "difference in accuracy with the paired test over the seeds of each task; on how many tasks it is ahead "
         "by the mean, and by that test at the level of 5%; then the test over all pairs of task and seed with "
-        f"the 95% confidence interval of the difference (Student's t). A test over {seeds} seeds has little "
-        "power: it misses most differences that are no larger than those between seeds.",
+        "the 95% confidence interval of the difference (Student's t), and that over the tasks' means. A test over "
+        f"{seeds} seeds has little power: it misses most differences that are no larger than those between seeds.",
         "",
-        *markdown(heads, rows),
+        *presets_table(tasks, rows),
         "",
         *([f"Left out, for more bytes: {', '.join(left_out)}.", ""] if left_out else []),
+    ]
+
+
+def presets_everywhere(networks: Mapping[str, Sequence[str]], rows: list[list[str]]) -> list[str]:
+    """One preset for everything: :func:`presets_rows` of several networks."""
+    if not rows:
+        return []
+    return [
+        f"## {' and '.join(networks)} together",
+        "",
+        "The same rows, same budget and same preset, on the tasks of all networks; bytes in the order of the networks. A test over "
+        f"the means of {sum(map(len, networks.values()))} tasks says more of other tasks than one over those of a single network.",
+        "",
+        *presets_table(list(itertools.chain.from_iterable(networks.values())), rows),
+        "",
     ]

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from trady_kernels.atomic_write import write_atomically
-from trady_kernels.study.budgets import chosen_rates, finals_of, first_budget, rate_ends
+from trady_kernels.study.budgets import budgets_of, chosen_rates, finals_of, first_budget, rate_ends
 from trady_kernels.study.cells import CellFile, made_with
 from trady_kernels.study.comparisons import (
     REFERENCES,
     against,
     claims_table,
     of_task,
+    presets_everywhere,
     presets_left_out,
     presets_rows,
     presets_section,
@@ -73,7 +74,7 @@ def write_report(cells: Trainings, folder: Path, name: str = "results") -> list[
     text = report(cells, name)
     write_atomically(document, lambda file: file.write(text.encode()))
     plots = []
-    for model in _models(cells):
+    for model in _networks(cells):
         here = {c: o for c, o in finals_of(cells).items() if cells.recipes[c.task].model == model}
         shown = {c: o for c, o in here.items() if c.budget in ("", first_budget(here))}
         stem = _plot_stem(name, model)
@@ -94,15 +95,22 @@ def report(cells: Trainings, name: str = "results") -> str:
     finals, timings = finals_of(cells), timings_beside(cells)
     times = {} if timings is None else step_times(timings)
     parts = ["# Results", "", *_making(cells, timings), ""]
-    for model in _models(cells):
-        tasks = [task for task, recipe in cells.recipes.items() if recipe.model == model]
+    networks = _networks(cells)
+    for model, tasks in networks.items():
         here = {cell: outcome for cell, outcome in finals.items() if cell.task in tasks}
         parts += _model(model, tasks, cells, here, times, _plot_stem(name, model))
+    if len(networks) > 1:
+        ours = [presets_rows(at, networks, _by_scheme(finals, at)) for at in budgets_of(finals)]
+        parts += presets_everywhere(networks, [row for rows in ours for row in rows])
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _models(cells: Trainings) -> list[str]:
-    return list(dict.fromkeys(cells.recipes[cell.task].model for cell in finals_of(cells)))
+def _networks(cells: Trainings) -> dict[str, list[str]]:
+    """Tasks of the networks that have a finished run on test samples."""
+    models = dict.fromkeys(cells.recipes[cell.task].model for cell in finals_of(cells))
+    return {
+        model: [task for task, recipe in cells.recipes.items() if recipe.model == model] for model in models
+    }
 
 
 def _plot_stem(name: str, model: str) -> str:
@@ -161,13 +169,12 @@ def _model(
         "",
         *_not_run(cells.recipes[tasks[0]], finals),
     ]
-    budgets = {cell.budget for cell in finals if cell.budget}
-    first = first_budget(finals)
-    free = _by_scheme({cell: outcome for cell, outcome in finals.items() if not cell.budget})
+    budgets = budgets_of(finals)
+    free = _by_scheme(finals, "")
     ours: list[list[str]] = []
     left_out: list[str] = []
-    for budget in sorted(budgets, key=lambda b: (b != first, b)):
-        bound = _by_scheme({cell: outcome for cell, outcome in finals.items() if cell.budget == budget})
+    for budget in budgets:
+        bound = _by_scheme(finals, budget)
         steps = {
             scheme: times.get((model, row_of(scheme, budget if scheme in bound else "")))
             for scheme in (*bound, *free)
@@ -178,15 +185,15 @@ def _model(
             *_table(tasks, {**bound, **free}, bound, steps, _seeds(cells)),
             "",
         ]
-        if budget == first:
+        if budget == budgets[0]:
             ends = rate_ends(tasks, cells, finals)
             here = {scheme: end for (scheme, at), end in ends.items() if at in (budget, "")}
             claims = claims_table({**bound, **free}, here)
             lines += [*claims, *([""] if claims else [])]
-        lines += _notes({**bound, **free} if budget == first else bound)
+        lines += _notes({**bound, **free} if budget == budgets[0] else bound)
         if "head-only" in free:
             lines += _below_the_head(bound, free["head-only"])
-        ours += presets_rows(budget, tasks, bound)
+        ours += presets_rows(budget, {model: tasks}, bound)
         left_out += presets_left_out(budget, bound)
     savings = f"![What is kept by epoch]({plot}{_SAVINGS}.png)"
     lines += presets_section(tasks, _seeds(cells), ours, left_out)
@@ -213,10 +220,12 @@ def _not_run(recipe: Settings, finals: dict[Training, TrainingOutcome]) -> list[
     return [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
 
 
-def _by_scheme(finals: dict[Training, TrainingOutcome]) -> dict[str, Series]:
+def _by_scheme(finals: dict[Training, TrainingOutcome], budget: str) -> dict[str, Series]:
+    """The rows at a budget; "" for those without one."""
     grouped: dict[str, Series] = defaultdict(dict)
     for cell, outcome in finals.items():
-        grouped[cell.scheme][cell.task, cell.seed] = outcome
+        if cell.budget == budget:
+            grouped[cell.scheme][cell.task, cell.seed] = outcome
     return dict(grouped)
 
 
