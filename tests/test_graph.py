@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Optional
 
 import pytest
 import torch
@@ -200,6 +201,19 @@ def asks_something_else(net: Net, x: object) -> object:
     return net.act(net.norm(y)) + (0 if isinstance(x, torch.Tensor) else y)
 
 
+def asks_in_other_words(net: Net, x: object) -> object:
+    y = net.conv(x)
+    z = net.act(net.norm(y))
+    if isinstance(x, int | torch.Tensor) and isinstance(x, (float, (torch.Tensor,))):
+        return z + y if isinstance(x, Optional[torch.Tensor]) else z  # noqa: UP045
+    return z
+
+
+def makes_a_tensor(net: Net, x: torch.Tensor) -> object:
+    """C++ looks at the size itself, and must not take it for a tensor."""
+    return net.act(net.norm(net.conv(x))) + torch.arange(x.shape[3]) if torch.is_tensor(x) else net.conv(x)
+
+
 def asks_of_an_output(net: Net, x: torch.Tensor) -> object:
     y = net.conv(x)
     return net.act(net.norm(y)) + (y if torch.is_tensor(y) else 0)
@@ -247,6 +261,8 @@ ARGUMENTS = (
     Arguments(by_further, False, True),
     Arguments(asks_a_tensor, False, True),
     Arguments(asks_something_else, False, True),
+    Arguments(asks_in_other_words, False, True),
+    Arguments(makes_a_tensor, False, False),
     Arguments(asks_of_an_output, False, True),
     Arguments(asks_of_an_attribute, False, True),
     Arguments(asks_a_tensor_first, False, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import itertools
 import math
@@ -9,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx, nn
@@ -72,56 +73,30 @@ class Flow:
         return bool(sites) and all(site.alone for site in sites)
 
 
-class _Asked:
-    """A proxy that is what its tracer says where a forward asks, with ``isinstance``, what it is."""
-
-    tracer: Any  # a _Tracer
-    _is_param = _is_buffer = False  # what isinstance(..., nn.Parameter) looks at
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        self.tracer.asked = True
-        return self.tracer.kind
-
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)  # type: ignore[arg-type]
-
-
-class _Proxy(_Asked, fx.Proxy):
-    """Any value of a forward but an attribute."""
-
-
-class _Attribute(_Asked, fx.proxy.Attribute):
-    """An attribute of a value: ``x.mT`` is a tensor too."""
-
-
 class _Tracer(fx.Tracer):
     """Traces a forward whose ``arguments``, by name, are these values; all others are tensors.
 
     Args:
         leaves: modules that stay one node although they have children.
         arguments: values, by the name of the argument.
-        kind: what every value that the graph stands for says it is, tensors and sizes alike.
+        tensors: what ``isinstance(value, torch.Tensor)`` is of everything that the graph stands for, tensors and sizes alike.
 
     Attributes:
-        asked: whether the forward has asked for the class of such a value.
+        asked: whether the forward has asked that.
     """
 
-    def __init__(self, leaves: Set[nn.Module], arguments: Mapping[str, object], kind: type) -> None:
+    def __init__(self, leaves: Set[nn.Module], arguments: Mapping[str, object], tensors: bool) -> None:
         super().__init__()
         self._leaves = leaves
         self._arguments = arguments
-        self.kind = kind
+        self._tensors = tensors
         self.asked = False
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return module in self._leaves or next(module.children(), None) is None
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
     def create_arg(self, a: Any) -> Any:
-        # fx would ask what it is, and take it for a constant tensor.
+        # fx would ask whether it is a tensor, and take it for a constant.
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
@@ -129,6 +104,38 @@ class _Tracer(fx.Tracer):
         # Not fx's concrete_args: those know neither *args nor **kwargs, and take a dict apart.
         names = inspect.unwrap(root_fn).__code__.co_varnames
         return function, [self._arguments.get(name, arg) for name, arg in zip(names, args, strict=False)]
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Say what proxies are, while a forward is traced.
+
+        Not by a ``__class__`` of theirs: C++ would believe it, and read a tensor where there is none.
+        """
+        is_instance = builtins.isinstance
+
+        def answer(value: object, kinds: Any) -> bool:
+            if not issubclass(type(value), fx.Proxy):
+                return is_instance(value, kinds)
+            known = _flat(kinds)
+            # A subclass, such as nn.Parameter, would look at flags of a tensor.
+            others = tuple(kind for kind in known if not issubclass(kind, torch.Tensor))
+            if torch.Tensor in known:
+                self.asked = True
+                if self._tensors:
+                    return True
+            return is_instance(value, others)
+
+        builtins.isinstance = answer  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            builtins.isinstance = is_instance
+
+
+def _flat(kinds: Any) -> list[type]:
+    """The classes in the second argument of ``isinstance``: one, a union of them, or nested tuples."""
+    members = kinds if type(kinds) is tuple else get_args(kinds) or None
+    return [kinds] if members is None else [kind for member in members for kind in _flat(member)]
 
 
 def _combinations(module: nn.Module, others: Mapping[str, Set[type]]) -> Iterator[dict[str, object]]:
@@ -264,9 +271,11 @@ def _graphs(
 
     A forward that asks what a value is has two graphs: as if everything were a tensor, and as if nothing were.
     """
-    for kind in (torch.Tensor, fx.Proxy):
-        tracer = _Tracer(leaves, arguments, kind)
-        yield _sites(tracer.trace(module), module, fresh)
+    for tensors in (True, False):
+        tracer = _Tracer(leaves, arguments, tensors)
+        with tracer.answering():
+            graph = tracer.trace(module)
+        yield _sites(graph, module, fresh)
         if not tracer.asked:
             return
 
