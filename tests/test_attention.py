@@ -145,15 +145,15 @@ class Attention(nn.Module):
         self.project = nn.Linear(8, 24)
         self.out = nn.Linear(8, 8)
         self.p = p
-        self.fails = False
+        self.fails: BaseException | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # (N, L, 8)
         query, key, value = self.project(input).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.p if self.training else 0.0
         )
-        if self.fails:
-            raise ValueError("on purpose")
+        if self.fails is not None:
+            raise self.fails
         return self.out(attended.transpose(1, 2).flatten(2))
 
 
@@ -213,17 +213,19 @@ def test_eight_bits_take_the_query_key_and_value_too() -> None:
     assert coarse < 0.3 * full
 
 
-def test_a_forward_that_fails_leaves_nothing_behind() -> None:
+@pytest.mark.parametrize("error", [ValueError("on purpose"), KeyboardInterrupt("in a notebook")], ids=repr)
+def test_a_forward_that_fails_leaves_nothing_behind(error: BaseException) -> None:
     module = Attention().train()
     recompute_attention(module)
-    module.fails = True
-    with pytest.raises(ValueError, match="on purpose"):
+    module.fails = error
+    with pytest.raises(type(error), match=str(error)):
         module(x())
     query = torch.randn(2, 3, 4, requires_grad=True)
     made = F.scaled_dot_product_attention(query, query, query, dropout_p=0.3)
     assert made.grad_fn is not None and made.grad_fn.name() != "_AttentionBackward"
-    module.fails = False
+    module.fails = None
     assert module(x()).grad_fn is not None
+    assert torch.overrides._get_current_function_mode_stack() == []
     keep_attention(module)
     assert not module._forward_pre_hooks and not module._forward_hooks
 

@@ -587,6 +587,10 @@ def test_an_interrupted_forward_is_ended_by_the_next() -> None:
     keep_in_eight_bits(model)
     with pytest.raises(KeyboardInterrupt):
         model(tokens())
+    other = tokens().requires_grad_()
+    assert torch.equal(
+        F.gelu(other).grad_fn._saved_self, other
+    )  # of no network, and exact before the next forward
     inner.interrupted = False
     x = tokens()
     assert kept_bytes(model, x) == packed_bytes(FULL)  # also under the hooks that count

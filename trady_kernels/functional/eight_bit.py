@@ -42,6 +42,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint
 
 from trady_kernels.functional import apply
+from trady_kernels.functional.running import is_running
 from trady_kernels.ops import dequantize_blocks, pack_bits, quantize_blocks
 from trady_kernels.ops.backend import FLOATING, is_tracing
 from trady_kernels.ops.layout import is_dense
@@ -171,6 +172,9 @@ class _Run:
     def pack(self, tensor: torch.Tensor) -> _Reference | _Packed:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
             return _Reference(tensor, self.outer)
+        if not any(is_running(entered.call) for entered in _stack.entered if entered.run is self):
+            # Cut off, and what saves now is not of this network.
+            return _Reference(tensor, self.outer)
         storage = tensor.untyped_storage()
         elements, size = tensor.numel(), tensor.element_size()
         if storage.nbytes() < MIN_ELEMENTS * size or storage.data_ptr() in self.known:
@@ -236,6 +240,7 @@ def _hide_from_dynamo() -> None:
         _Reference.restore,
         _restore,
         _saves_exactly,
+        is_running,
     ):
         skip(function)
 
@@ -249,8 +254,8 @@ class _Entered:
     run: _Run | None
     #: Begun with it; None where the run is that of a network further out.
     hooks: saved_tensors_hooks | None
-    #: The call of the owner.
-    frame: FrameType
+    #: Of the owner.
+    call: FrameType
 
 
 class _Stack(threading.local):
@@ -272,13 +277,9 @@ def _run_of(hooks: _Hooks | None) -> _Run | None:
     return run if isinstance(run, _Run) else None
 
 
-def _end_interrupted(frame: FrameType | None) -> None:
-    """End the forwards that a KeyboardInterrupt cut off: torch calls no hooks after one."""
-    running = set()
-    while frame is not None:
-        running.add(frame)
-        frame = frame.f_back
-    while _stack.entered and _stack.entered[-1].frame not in running:
+def _end_interrupted() -> None:
+    """End the forwards that a KeyboardInterrupt cut off."""
+    while _stack.entered and not is_running(_stack.entered[-1].call):
         last = _stack.entered[-1]
         if last.hooks is not None:
             if _run_of(_active_hooks()) is not last.run:
@@ -302,8 +303,7 @@ def enter(owner: object, references: Callable[[], Iterable[torch.Tensor]]) -> No
     if "torch._dynamo" in sys.modules:
         _hide_from_dynamo()
     call = sys._getframe(2)
-    if _stack.entered:
-        _end_interrupted(call)
+    _end_interrupted()
     run = hooks = None
     if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         outer = _active_hooks()

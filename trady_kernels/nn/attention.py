@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from trady_kernels.functional.attention import scaled_dot_product_attention
+from trady_kernels.functional.running import is_running
 
 # In the module's own dict, as those of nn/eight_bit.py are and for the same reason.
 _HANDLES = "_attention_handles"
 
 
 class _Recomputing(TorchFunctionMode):
-    """Takes the calls of ``F.scaled_dot_product_attention``, from whatever library they come."""
+    """Takes the calls of ``F.scaled_dot_product_attention`` inside of ``call``, from whatever library they come."""
+
+    def __init__(self, call: FrameType) -> None:
+        super().__init__()
+        self.call = call
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and is_running(self.call):
             function = scaled_dot_product_attention
         return function(*args, **(kwargs or {}))
 
@@ -33,10 +40,19 @@ class _Stack(threading.local):
 _stack = _Stack()
 
 
+def _end_interrupted() -> None:
+    """End the forwards that a KeyboardInterrupt cut off."""
+    while _stack.entered and not is_running(_stack.entered[-1][1].call):
+        if _get_current_function_mode() is not _stack.entered[-1][1]:
+            return  # under somebody else's mode: the next forward without it
+        _stack.entered.pop()[1].__exit__(None, None, None)
+
+
 def _enter(module: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    mode = _Recomputing()
+    _end_interrupted()
+    mode = _Recomputing(sys._getframe(1))
     mode.__enter__()
     _stack.entered.append((module, mode))
 
