@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from trady_kernels.batch import without_trace
 from trady_kernels.convert.classes import FOLDED_NORMS, FOLDED_PADDING, SPARSE, base_in
-from trady_kernels.convert.graph import Flow, Others, trace_flow
+from trady_kernels.convert.graph import Flow, trace_flow
+from trady_kernels.convert.tracer import Others
 from trady_kernels.nn.conv2d import SparseConv2d
 from trady_kernels.nn.norm_family import FoldedBatchNormAct2d, FrozenBatchNormAct2d
 
