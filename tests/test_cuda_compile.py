@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -14,6 +16,9 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 #: Compute capabilities: of every run, and of the slow set, with the code that later GPUs compile for themselves.
 USUAL, OTHERS = ("sm_80", "sm_90"), ("sm_75", "sm_86", "sm_89", "sm_100", "sm_120", "compute_90")
+
+#: Of a kernel as cuobjdump has it.
+IN_REGISTERS = re.compile(r"\bSTACK:0\b.*\bLOCAL:0\b")
 
 
 def nvcc() -> str:
@@ -50,16 +55,64 @@ def outside_registers(report: str) -> dict[str, str]:
     return found
 
 
+def has_kernels(source: Path) -> bool:
+    """linear_channel_grad calls those of products."""
+    return "__global__" in source.read_text()
+
+
 def check(stem: str, architectures: tuple[str, ...], folder: Path) -> None:
     source = ROOT / "csrc" / "cuda" / f"{stem}.cu"
     report = compile(source, architectures, folder / "object.o")
-    if "__global__" in source.read_text():  # linear_channel_grad calls the kernels of products
+    if has_kernels(source):
         assert outside_registers(report) == {}
+
+
+def disassembler() -> str | None:
+    """cuobjdump of the CUDA toolkit, or the one that Triton comes with."""
+    triton = importlib.util.find_spec("triton")
+    inside = "" if triton is None or triton.origin is None else str(Path(triton.origin).parent)
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=f"{inside}/backends/nvidia/bin")
+
+
+def taken(tool: str, binary: Path) -> dict[str, dict[str, str]]:
+    """By architecture, the kernels of an object or a library, with what each takes."""
+    command = [tool, "--dump-resource-usage", binary]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found: dict[str, dict[str, str]] = {}
+    for part in done.stdout.split("Fatbin elf code:")[1:]:
+        (architecture,) = re.findall(r"^arch = (\w+)$", part, re.MULTILINE)
+        found.setdefault(architecture, {}).update(re.findall(r"Function (\w+):\s*(REG.*)", part))
+    return found
+
+
+@functools.cache
+def built() -> dict[str, dict[str, str]]:
+    """The same of the library that was built in place; nothing where a source is newer."""
+    library, tool = ROOT / "trady_kernels" / "_lib" / "libtrady_cuda.so", disassembler()
+    sources = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "csrc").glob("*.h")]
+    changed = max(path.stat().st_mtime for path in sources)
+    if tool is None or not library.exists() or library.stat().st_mtime < changed:
+        return {}
+    return taken(tool, library)
 
 
 @pytest.mark.parametrize("stem", SOURCES)
 def test_usual(stem: str, tmp_path: Path) -> None:
-    check(stem, USUAL, tmp_path)
+    """What the library was built for is looked at there, where minutes of compiling have been done already."""
+    if missing := tuple(architecture for architecture in USUAL if architecture not in built()):
+        check(stem, missing, tmp_path)
+    for architecture in set(USUAL) & set(built()):
+        kernels = {name: took for name, took in built()[architecture].items() if f"_{stem}_cu_" in name}
+        assert bool(kernels) == has_kernels(ROOT / "csrc" / "cuda" / f"{stem}.cu")
+        assert {name: took for name, took in kernels.items() if not IN_REGISTERS.search(took)} == {}
+
+
+def test_kernels_of_headers_that_were_built() -> None:
+    of_headers = [
+        took for kernels in built().values() for name, took in kernels.items() if "_cu_" not in name
+    ]
+    assert [took for took in of_headers if not IN_REGISTERS.search(took)] == []
+    assert len(of_headers) == 2 * len(built())  # add_parts in float and double
 
 
 @pytest.mark.slow
@@ -109,5 +162,9 @@ def test_what_is_spilled_is_seen(tmp_path: Path) -> None:
     """The check can fail: a thread of 1024 has 64 registers, not 128."""
     source = tmp_path / "spilled.cu"
     source.write_text(_SPILLED)
-    (found,) = outside_registers(compile(source, USUAL[:1], tmp_path / "object.o")).items()
+    output = tmp_path / "object.o"
+    (found,) = outside_registers(compile(source, USUAL[:1], output)).items()
     assert "spilled" in found[0] and " 0 spilled" not in found[1]
+    if tool := disassembler():
+        (took,) = taken(tool, output)[USUAL[0]].values()
+        assert not IN_REGISTERS.search(took)
