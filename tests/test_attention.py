@@ -251,3 +251,19 @@ def test_compiles_whole() -> None:
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for found, expected in zip(gradients(module, compiled), gradients(module), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_compiles_a_part() -> None:
+    """The compiler traces what the module does with calls, too."""
+    attend = torch.compile(F.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+
+    class Part(Attention):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            query = self.project(input).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)[0]
+            return self.out(attend(query, query, query).transpose(1, 2).flatten(2))
+
+    module = Part(p=0.0)
+    expected = gradients(module)
+    recompute_attention(module)
+    for found, wanted in zip(gradients(module), expected, strict=True):
+        torch.testing.assert_close(found, wanted)

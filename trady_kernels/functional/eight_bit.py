@@ -172,8 +172,7 @@ class _Run:
     def pack(self, tensor: torch.Tensor) -> _Reference | _Packed:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
             return _Reference(tensor, self.outer)
-        if not any(is_running(entered.call) for entered in _stack.entered if entered.run is self):
-            # Cut off, and what saves now is not of this network.
+        if not _is_entered(self):  # cut off, and what saves now is not of this network
             return _Reference(tensor, self.outer)
         storage = tensor.untyped_storage()
         elements, size = tensor.numel(), tensor.element_size()
@@ -240,6 +239,7 @@ def _hide_from_dynamo() -> None:
         _Reference.restore,
         _restore,
         _saves_exactly,
+        _is_entered,
         is_running,
     ):
         skip(function)
@@ -275,6 +275,14 @@ def _active_hooks() -> _Hooks | None:
 def _run_of(hooks: _Hooks | None) -> _Run | None:
     run = None if hooks is None else getattr(hooks[0], "__self__", None)
     return run if isinstance(run, _Run) else None
+
+
+def _is_entered(run: _Run) -> bool:
+    """Whether a forward that it is of still runs."""
+    for entered in _stack.entered:
+        if entered.run is run and is_running(entered.call):
+            return True
+    return False
 
 
 def _end_interrupted() -> None:

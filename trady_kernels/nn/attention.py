@@ -27,7 +27,10 @@ class _Recomputing(TorchFunctionMode):
         self.call = call
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is F.scaled_dot_product_attention and is_running(self.call):
+        # The compiler, which traces this for a part that it takes over, can look at no frame.
+        if function is F.scaled_dot_product_attention and (
+            torch.compiler.is_compiling() or is_running(self.call)
+        ):
             function = scaled_dot_product_attention
         return function(*args, **(kwargs or {}))
 

@@ -99,9 +99,9 @@ def budgets_of(finals: Iterable[Training]) -> list[str]:
     for cell in finals:
         if cell.budget:
             schemes.setdefault(cell.budget, set()).add(cell.scheme)
-    most = max(map(len, schemes.values()), default=0)
-    first = next((budget for budget in sorted(schemes) if len(schemes[budget]) == most), "")
-    return sorted(schemes, key=lambda budget: (budget != first, budget))
+    names = sorted(schemes)
+    first = max(names, key=lambda budget: len(schemes[budget]), default="")
+    return sorted(names, key=lambda budget: budget != first)
 
 
 def first_budget(finals: Iterable[Training]) -> str:

@@ -101,7 +101,7 @@ def tasks_of(series: Series) -> list[str]:
 
 def of_task(series: Series, wanted: str) -> Series:
     """A row's runs on one task."""
-    return {(task, seed): outcome for (task, seed), outcome in series.items() if task == wanted}
+    return of_tasks(series, [wanted])
 
 
 def of_tasks(series: Series, wanted: Sequence[str]) -> Series:
