@@ -108,6 +108,8 @@ def test_usual(stem: str, tmp_path: Path) -> None:
 
 
 def test_kernels_of_headers_that_were_built() -> None:
+    if not built():
+        pytest.skip("no library of these sources, or no cuobjdump: install the CUDA toolkit and build again")
     of_headers = [
         took for kernels in built().values() for name, took in kernels.items() if "_cu_" not in name
     ]
