@@ -81,7 +81,8 @@ def test_a_ranking_of_ones_own(tmp_path: Path) -> None:
 def test_ablations_name_every_layer() -> None:
     plan = ablation_plan(Request("usual", ("mnist",)))
     assert plan.size == len(set(plan.cells)) == 2 * (2 + 2 * 49)
-    assert {cell.learning_rate for cell in plan.cells} == {RATES["efficientnet_lite0"]["full"]}
+    assert {cell.learning_rate for cell in plan.cells} == {0.0033}
+    assert RATES["efficientnet_lite0"]["full"] == 0.01
     assert {cell.pool for cell in plan.cells} == {
         *("", "100%"),
         *(f"{kind} {name}" for kind in ("only", "without") for name in RANKING),
@@ -153,8 +154,8 @@ def test_ablation_section(folder: Path) -> None:
     assert cells[1] == f"{100 * scores[RANKING[0]] / sum(scores.values()):.2f}"
     assert cells[-2:] == ["40.0 ± 0.0", "5.0 ± 0.0"]
     assert text.count("| _blocks.") + text.count("| _conv") == 49
-    alone = "A layer's score tells what it brings alone (TraDy)*, mnist, rate 0.01: holds, Spearman's correlation of layers is 1.00 by rgn"
-    frozen = "costs when frozen (TraDy)*, mnist, rate 0.01: the opposite was found, Spearman's correlation of layers is -1.00 by rgn"
+    alone = "A layer's score tells what it brings alone (TraDy)*, mnist, rate 0.0033: holds, Spearman's correlation of layers is 1.00 by rgn"
+    frozen = "costs when frozen (TraDy)*, mnist, rate 0.0033: the opposite was found, Spearman's correlation of layers is -1.00 by rgn"
     assert f"{alone} (p < 0.001)" in text and f"{frozen} (p < 0.001)" in text
 
 
@@ -219,6 +220,30 @@ def test_ablations_of_other_rates_stand_apart(tmp_path: Path) -> None:
         assert [cell.strip() for cell in first.split("|")[-3:-1]] == [alone, frozen]
 
 
+def test_ablations_that_learned_nothing_are_named(tmp_path: Path) -> None:
+    """And what is found without them; of a few layers no correlation is told."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+
+    def text(count: int) -> str:
+        """The more of the gradient a layer has, the less it costs frozen; without the first two nothing is learned."""
+        cells: Trainings = CellFile(tmp_path / f"{count}.json", KINDS, {"mnist": RECIPES["mnist"]})
+        cells.begin(PROVENANCE)
+        cells.add(Training("mnist", "head-only", "", 0.1, 0, False), outcome_of(0.5))
+        cells.add(Training("mnist", "trady", "100%", 0.1, 0, False, pool="100%"), outcome_of(0.9))
+        for place, name in enumerate(RANKING[:count]):
+            frozen = Training("mnist", "trady", "100%", 0.1, 0, False, pool=f"without {name}")
+            cells.add(frozen, outcome_of(0.2 if place < 2 else 0.9 - 0.01 * place))
+        return "\n".join(ablation_section(cells))
+
+    told = text(12)
+    assert "mnist, rate 0.1: 2 of 12 runs with a frozen layer end below the head alone" in told
+    assert "costs when frozen (TraDy)*, mnist, rate 0.1: not decided at the level of 5%" in told
+    assert "without these runs the correlation is -1.00 by rgn (p < 0.001), " in told
+    few = text(9)
+    assert "2 of 9 runs with a frozen layer" in few and few.endswith("what freezing one costs is chance.")
+    assert "A layer's score tells" not in few
+
+
 @pytest.mark.parametrize("name", ["pool", "ablation"])
 def test_reports_and_plots(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
@@ -269,7 +294,7 @@ def test_one_bad_run_does_not_set_the_scale(tmp_path: Path, monkeypatch: pytest.
     ("make", "section", "words"),
     [
         (pool_plan, pool_section, ("| lara ", "K = 1 ", "K = 8 ")),
-        (ablation_plan, ablation_section, ("| stem ", "| alone ", "rate 0.01")),
+        (ablation_plan, ablation_section, ("| stem ", "| alone ", "rate 0.0033")),
     ],
 )
 def test_runs_of_a_tiny_network(
