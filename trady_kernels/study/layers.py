@@ -543,7 +543,7 @@ def plot_ablation(path: Path, cells: Trainings) -> None:
                 color=style(number)["color"],
             )
             axes.axhline(0, color="black", linewidth=0.8)
-            axes.set_title(f"{task}, {kind}")
+            axes.set_title(f"{task}, rate {rate:g}")
             axes.set_xlabel(f"layer's place by {metric}")
             axes.set_ylabel("points gained alone" if kind == "alone" else "points lost when frozen")
             axes.grid(alpha=0.3, axis="y")
