@@ -588,9 +588,8 @@ def test_an_interrupted_forward_is_ended_by_the_next() -> None:
     with pytest.raises(KeyboardInterrupt):
         model(tokens())
     other = tokens().requires_grad_()
-    assert torch.equal(
-        F.gelu(other).grad_fn._saved_self, other
-    )  # of no network, and exact before the next forward
+    # Of no network, and exact before the next forward.
+    assert torch.equal(F.gelu(other).grad_fn._saved_self, other)
     inner.interrupted = False
     x = tokens()
     assert kept_bytes(model, x) == packed_bytes(FULL)  # also under the hooks that count

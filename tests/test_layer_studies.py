@@ -238,10 +238,23 @@ def test_ablations_that_learned_nothing_are_named(tmp_path: Path) -> None:
     told = text(12)
     assert "mnist, rate 0.1: 2 of 12 runs with a frozen layer end below the head alone" in told
     assert "costs when frozen (TraDy)*, mnist, rate 0.1: not decided at the level of 5%" in told
-    assert "without these runs the correlation is -1.00 by rgn (p < 0.001), " in told
+    assert "of the layers without such a run the correlation is -1.00 by rgn (p < 0.001), " in told
     few = text(9)
     assert "2 of 9 runs with a frozen layer" in few and few.endswith("what freezing one costs is chance.")
     assert "A layer's score tells" not in few
+
+
+def test_layers_that_lack_a_seed_are_not_compared(tmp_path: Path) -> None:
+    """The second seed is the worse one by far, and only half of the layers have it."""
+    pytest.importorskip("scipy", reason="scipy is not installed: pip install scipy")
+    cells: Trainings = CellFile(tmp_path / "cells.json", KINDS, {"mnist": RECIPES["mnist"]})
+    cells.begin(PROVENANCE)
+    for seed, lower in enumerate((0.0, 0.3)):
+        cells.add(Training("mnist", "head-only", "", 0.1, seed, False), outcome_of(0.5))
+        for place, name in enumerate(RANKING[: 24 if seed == 0 else 12]):
+            alone = Training("mnist", "trady", "100%", 0.1, seed, False, pool=f"only {name}")
+            cells.add(alone, outcome_of(0.9 - lower - 0.01 * place))
+    assert "Spearman's correlation of layers is 1.00 by rgn" in "\n".join(ablation_section(cells))
 
 
 @pytest.mark.parametrize("name", ["pool", "ablation"])

@@ -448,7 +448,7 @@ class Agreement:
 def _agreements(
     changes: Mapping[str, Mapping[str, list[float]]], rankings: Mapping[str, LayerRanking]
 ) -> Iterator[Agreement]:
-    """For each kind and metric.
+    """For each kind and metric, of the layers that have a run of every seed.
 
     Raises:
         ModuleNotFoundError: scipy is not installed.
@@ -456,8 +456,11 @@ def _agreements(
     from scipy.stats import spearmanr
 
     for kind, by_layer in changes.items():
+        # A layer of one seed beside means of two would be compared by the seed.
+        seeds = max(map(len, by_layer.values()), default=0)
+        complete = {name: found for name, found in by_layer.items() if len(found) == seeds}
         for metric, scores in rankings.items():
-            pairs = [(scores[name], statistics.fmean(found)) for name, found in by_layer.items()]
+            pairs = [(scores[name], statistics.fmean(found)) for name, found in complete.items()]
             if len(pairs) >= _FEWEST_LAYERS and len({brought for _, brought in pairs}) > 1:
                 test = spearmanr(*zip(*pairs, strict=True))
                 yield Agreement(kind, metric, float(test.statistic), float(test.pvalue))
@@ -521,7 +524,9 @@ def _unstable(cells: Trainings, task: str, rate: float, rankings: Mapping[str, L
         "",
         f"{task}, rate {rate:g}: {counts[0] - counts[1]} of {counts[0]} runs with a frozen layer end below the head alone. At this "
         "rate training all layers is not stable, and what freezing one costs is chance"
-        + (f"; without these runs the correlation is {_correlations(found)}." if found else "."),
+        + (
+            f"; of the layers without such a run the correlation is {_correlations(found)}." if found else "."
+        ),
     ]
 
 
